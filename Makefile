@@ -1,0 +1,40 @@
+# Every target creates .venv by itself; nothing here needs root except test-system.
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0   # the CPU build; set TORCH=torch for the CUDA build
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-system check proto oracle-full clean help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (about a minute, longer on a first download) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## serve a real model from a cluster on this machine and ask it two questions
+	$(BIN)/anabranch demo
+
+test: $(STAMP)  ## all tests that need no root
+	$(BIN)/pytest tests
+
+test-system: $(STAMP)  ## tests with network namespaces and servers (root; installs what it needs)
+	.ci/install-system
+	$(BIN)/pytest tests -m system
+
+check: $(STAMP)  ## style, types, import contracts, proto lint and stub drift
+	.ci/check
+
+proto: $(STAMP)  ## regenerate the stubs in anabranch/v1 from proto/
+	.ci/generate-stubs
+
+oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
+	$(BIN)/python -m tests.oracle.full
+
+clean:  ## remove the environment and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist

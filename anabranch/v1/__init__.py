@@ -1,0 +1,1 @@
+"""Generated from proto/anabranch/v1; regenerate with `make proto`."""

@@ -1,0 +1,1 @@
+"""What every role shares: types, configuration, errors, rpc, clock, telemetry. No torch, no ray."""

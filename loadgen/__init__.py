@@ -1,0 +1,1 @@
+"""The load generator: arrivals, workloads, records, cost."""

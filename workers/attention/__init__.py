@@ -1,0 +1,1 @@
+"""The KV cache and the attention computed where it lies."""

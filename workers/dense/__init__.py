@@ -1,0 +1,1 @@
+"""Continuous batching, shards and sampling on a dense worker."""

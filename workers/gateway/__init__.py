@@ -1,0 +1,1 @@
+"""The public side: gRPC and HTTP APIs, text to tokens and back, routing, failover."""
