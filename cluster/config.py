@@ -1,0 +1,324 @@
+"""The one configuration file: every key, every default, every limit.
+
+`load` refuses an unknown key by name with the nearest valid one, and limits that contradict each
+other. Frozen after loading; derived values are properties. Roles receive the whole file, so that the
+digest exchanged at registration covers it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(value: object) -> object:
+    """`"512MiB"` to an integer of bytes; integers pass; anything else is left for the validator."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*", value)
+    if match is None:
+        raise ValueError("a size such as 512MiB or 8GiB is expected")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Device = Literal["cpu", "cuda"]
+
+
+class Section(BaseModel):
+    """A part of the file; frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """What is served."""
+
+    path: str = Field(
+        "smollm2-135m-instruct", description="Folder, or a name known to `anabranch model list`."
+    )
+    name: str | None = Field(None, description="Name requests use; default: the folder's name.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Weights, activations and KV cache. Token identity is promised in float32."
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="Longest prompt + output; default: the model's."
+    )
+
+
+class GatewayConfig(Section):
+    """The public side."""
+
+    replicas: int = Field(1, ge=1, le=64)
+    host: str = Field("127.0.0.1", description="Address the gRPC and HTTP servers bind.")
+    port: Port = Field(8650, description="gRPC; 0 draws a free one; replica i adds i.")
+    http_port: Port | None = Field(
+        8651, description="OpenAI-compatible HTTP; null turns it off; replica i adds i."
+    )
+    max_streams: int = Field(
+        256, ge=1, description="Open requests a gateway takes before RESOURCE_EXHAUSTED."
+    )
+    max_request_bytes: Bytes = Field(16 * 2**20, description="Largest message accepted.")
+    default_max_tokens: int = Field(512, ge=1, description="max_tokens of a request that names none.")
+    max_choices: int = Field(16, ge=1, le=128, description="Largest n.")
+    default_deadline_ms: int = Field(600_000, ge=1, description="Deadline of a request that brings none.")
+    stream_buffer_events: int = Field(
+        4096, ge=16, description="Events held for a slow client before it is cut."
+    )
+
+
+class DenseConfig(Section):
+    """Weights and everything but attention."""
+
+    replicas: int = Field(1, ge=1, le=1024)
+    device: Device = "cpu"
+    host: str = "127.0.0.1"
+    threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
+    step_tokens: int = Field(256, ge=1, le=65536, description="Token budget of one step over all sequences.")
+    max_batch: int = Field(64, ge=1, le=4096, description="Sequences in one step.")
+    max_waiting: int = Field(256, ge=1, description="Sequences queued before RESOURCE_EXHAUSTED.")
+    reserve_ahead_tokens: int = Field(64, ge=1, description="Room asked for beyond what is needed now.")
+    local_arena: Bytes = Field(
+        0, description="KV cache in the dense process itself; 0 with attention workers."
+    )
+    orphan_grace_ms: int = Field(
+        10_000, ge=0, description="How long sequences outlive their gateway's stream."
+    )
+    max_finished: int = Field(4096, ge=1, description="Finished sequences kept until acknowledged.")
+
+
+class AttentionConfig(Section):
+    """The KV cache and attention over it."""
+
+    replicas: int = Field(
+        2, ge=0, le=4096, description="0 is monolithic mode: the cache lies in the dense worker."
+    )
+    device: Device = "cpu"
+    host: str = "127.0.0.1"
+    threads: int = Field(1, ge=1, le=256)
+    arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
+    block_tokens: int = Field(32, ge=1, le=1024, description="Tokens per block.")
+    kernel: Literal["auto", "reference", "torch"] = Field("auto", description="Attention backend.")
+    lease_ms: int = Field(30_000, ge=100, description="A sequence nobody renews is freed after this time.")
+    max_lanes: int = Field(64, ge=1)
+    slice_rows: int = Field(128, ge=1, description="Query rows served before another lane gets its turn.")
+
+
+class PlacementConfig(Section):
+    """Where KV and processes go."""
+
+    shard_tokens: int = Field(
+        1024, ge=1, description="A sequence spreads over another worker for each this many tokens."
+    )
+    max_shards: int = Field(64, ge=1, description="Shards per sequence.")
+    hardware: str | None = Field(None, description="A hardware catalogue instead of the built-in one.")
+    dense_classes: tuple[str, ...] = Field((), description="Hardware classes for dense roles, best first.")
+    attention_classes: tuple[str, ...] = Field(
+        (), description="Hardware classes for attention roles, best first."
+    )
+    attention_label: str | None = Field(
+        None, description="key=value a node must carry to hold attention workers."
+    )
+    exclusive: bool = Field(False, description="Demand the custom resources anabranch_dense, ... of a node.")
+    timeout_s: float = Field(30.0, gt=0, description="A role that finds no node for this long has failed.")
+
+
+class LaneConfig(Section):
+    """The exchange per layer."""
+
+    transports: tuple[Literal["local", "tcp", "grpc"], ...] = Field(
+        ("local", "grpc"),
+        min_length=1,
+        description="Offered best first; tcp without TLS needs fenced_network.",
+    )
+    fenced_network: bool = Field(
+        False, description="The network between workers is private: TCP lanes may be plain."
+    )
+    deadline_floor_ms: int = Field(2000, ge=10, description="Least time a layer's reply may take.")
+    deadline_factor: float = Field(
+        10.0, ge=1, description="Deadline: the floor plus this times the predicted time."
+    )
+
+
+class ControllerConfig(Section):
+    """Membership and supervision."""
+
+    host: str = "127.0.0.1"
+    port: Port = Field(8600, description="0 draws a free one.")
+    heartbeat_ms: int = Field(500, ge=10)
+    expiry_ms: int = Field(2500, ge=50, description="Silence after which a member is taken for dead.")
+    start_timeout_s: float = Field(120.0, gt=0, description="Time a role may take to become ready.")
+    drain_grace_s: float = Field(10.0, ge=0, description="Time open streams get at shutdown.")
+    restart_backoff_s: float = Field(
+        0.5, ge=0, description="First pause before a dead process is started again."
+    )
+    max_restarts: int = Field(10, ge=0, description="Starts in a row that fail before a slot is given up.")
+
+
+class RayConfig(Section):
+    """The Ray cluster that starts and places processes."""
+
+    address: str | None = Field(
+        None, description="Join this cluster; null starts a local one and stops it again."
+    )
+    local_cpus: int | None = Field(None, ge=1, description="CPUs the local cluster claims to have.")
+
+
+class TlsConfig(Section):
+    """TLS of every gRPC server and channel."""
+
+    certificate: str | None = Field(None, description="PEM chain of this process.")
+    key: str | None = Field(None, description="PEM private key.")
+    authority: str | None = Field(None, description="PEM certificates that sign peers.")
+    mutual: bool = Field(False, description="Servers demand a certificate of their clients.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.certificate is not None
+
+    @model_validator(mode="after")
+    def _whole(self) -> TlsConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        if self.mutual and (self.authority is None or self.certificate is None):
+            raise ValueError("mutual needs certificate, key and authority")
+        return self
+
+
+class SecurityConfig(Section):
+    """Who may connect."""
+
+    tls: TlsConfig = TlsConfig()
+    insecure: bool = Field(False, description="Allow plain text beyond loopback.")
+    api_keys_file: str | None = Field(
+        None, description="YAML: key -> {tenant, salt, max_streams, max_tokens}."
+    )
+
+
+class TelemetryConfig(Section):
+    """Logs and metrics."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "text"] = "json"
+    metrics_port: Port | None = Field(
+        None, description="Prometheus port of workers; 0 draws one; null is off."
+    )
+
+
+class Config(Section):
+    """The whole file."""
+
+    model: ModelConfig = ModelConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    dense: DenseConfig = DenseConfig()
+    attention: AttentionConfig = AttentionConfig()
+    placement: PlacementConfig = PlacementConfig()
+    lanes: LaneConfig = LaneConfig()
+    controller: ControllerConfig = ControllerConfig()
+    ray: RayConfig = RayConfig()
+    security: SecurityConfig = SecurityConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    state_dir: str | None = Field(
+        None, description="Logs, sockets and addresses; default: a folder per user."
+    )
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> Config:
+        if self.attention.replicas == 0 and self.dense.local_arena == 0:
+            raise ValueError("attention.replicas: 0 (monolithic) needs dense.local_arena, for example 1GiB")
+        if self.dense.max_batch > self.dense.step_tokens:
+            raise ValueError(
+                "dense.max_batch must not exceed dense.step_tokens: each running sequence takes a token"
+            )
+        if self.controller.expiry_ms < 2 * self.controller.heartbeat_ms:
+            raise ValueError("controller.expiry_ms must be at least twice controller.heartbeat_ms")
+        if "tcp" in self.lanes.transports and not (self.lanes.fenced_network or self._all_loopback):
+            raise ValueError(
+                "lanes.transports: tcp is plain text; set lanes.fenced_network: true if it may be"
+            )
+        return self
+
+    @property
+    def _all_loopback(self) -> bool:
+        return all(is_loopback(host) for host in (self.attention.host, self.dense.host))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what all processes of one cluster must agree on."""
+        shared = self.model_dump_json(include={"model", "attention", "lanes", "placement"})
+        return hashlib.sha256(shared.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The file that loads to this configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address cannot be reached from other machines."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a YAML file (or take the defaults) and apply `{"dense.threads": 2}`-style overrides.
+
+    Raises ConfigError naming the file, the key, the nearest valid key, or the range.
+    """
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: a mapping of sections is expected, not {type(raw).__name__}")
+    for dotted, value in (overrides or {}).items():
+        _assign(raw, dotted.split("."), value)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        where = f"{path}: " if path else ""
+        raise ConfigError(where + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        raw = raw.setdefault(key, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {key} is a value, not a section")
+    raw[keys[-1]] = value
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    dotted = ".".join(location)
+    if item["type"] != "extra_forbidden":
+        return f"{dotted}: {item['msg']}" if dotted else str(item["msg"])
+    valid = _keys_at(location[:-1])
+    near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
+    return f"unknown key {dotted}; did you mean {'.'.join([*location[:-1], *near])}?"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for key in location:
+        annotation = section.model_fields[key].annotation
+        if isinstance(annotation, types.UnionType):
+            annotation = typing.get_args(annotation)[0]
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)
