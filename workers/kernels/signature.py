@@ -1,0 +1,109 @@
+"""The one signature every attention backend implements; `reference` is its specification.
+
+A kernel computes, for a batch of spans, attention of a few query rows over a range of cached slots
+and returns normalised outputs with their log-sum-exp, so that partial results over disjoint ranges
+can be merged exactly (Infinite-LLM's DistAttention in the (out, lse) form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer of an arena: what a kernel reads.
+
+    key, value: [blocks, block_tokens, kv_heads, head_size], any float dtype; the blocks of consecutive
+    ids are adjacent in memory, so a run of ids is one flat [tokens, kv_heads, head_size] slab.
+    """
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Some consecutive query rows of one sequence and the slots of one shard they may see.
+
+    Rows row_start..row_start+row_count of the batch stand at positions query_position, +1, ...; the
+    shard's slot s lies in blocks[s // block_tokens] and holds position first_position + s. Slots
+    visible_start..visible_end exist for these rows; with a window w, the row at position p sees
+    only positions p - w + 1 .. p (transformers' rule). Visible slots never lie after the rows: the chunk's own
+    positions are attended by `Kernel.causal` on the dense side.
+    """
+
+    row_start: int
+    row_count: int
+    query_position: int
+    blocks: Sequence[int]
+    first_position: int
+    visible_start: int
+    visible_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotOptions:
+    """What KV policies need of a kernel; None everywhere costs nothing.
+
+    bias: [slots] float32, added to every score of a slot (ln |S| for a slot that stands for |S|
+    merged tokens). positions: [slots] int64, where slots no longer hold consecutive positions.
+    mass_lse: [row_count, query_heads] float32; when given, the kernel returns each slot's attention
+    mass against it, sum over rows and heads of exp(score - mass_lse). Slots are those of the whole
+    shard, counted from its first block.
+    """
+
+    bias: Tensor | None = None
+    positions: Tensor | None = None
+    mass_lse: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttendResult:
+    """out: [rows, query_heads, head_size] float32; lse: [rows, query_heads] float32, -inf where a row
+    saw nothing (out is 0 there). mass: per span [slots] float32 or None.
+    """
+
+    out: Tensor
+    lse: Tensor
+    mass: tuple[Tensor | None, ...]
+
+
+class Kernel(Protocol):
+    """An attention backend. Stateless; safe to call from several threads."""
+
+    name: str
+
+    def attend(
+        self,
+        query: Tensor,
+        spans: Sequence[Span],
+        cache: LayerCache,
+        scale: float,
+        window: int | None = None,
+        options: Sequence[SlotOptions] | None = None,
+    ) -> AttendResult:
+        """Attend query [rows, query_heads, head_size] over `cache` (one layer); query head h reads KV head
+        h // (query_heads // kv_heads). Rows named by no span come back empty. Raises ValueError on shapes
+        or ranges that do not fit.
+        """
+        ...
+
+    def causal(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        chunks: Sequence[int],
+        scale: float,
+        window: int | None,
+    ) -> AttendResult:
+        """Attention of chunks over themselves. query [rows, query_heads, head_size]; key, value [rows,
+        kv_heads, head_size]; `chunks` are the row counts of consecutive chunks; row i of a chunk sees its
+        rows 0..i (within the window).
+        """
+        ...

@@ -1,0 +1,118 @@
+"""What crosses a lane, as values; `frames` gives their bytes.
+
+One message each way per layer, worker and micro-batch. The dense side sends L + 1 messages a step:
+
+    layer 0      plan, query 0
+    layer l      query l, key/value l-1      <- PartialReply l comes back for every query
+    layer L      key/value L-1               no reply: needed only by the next step
+
+so the query of a layer leaves before its keys and values exist, and the keys and values ride along
+with the next query. A step without rows for a worker sends it nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from cluster.types import ShardId
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One sequence's part of a step at one shard.
+
+    The chunk stands at positions start..start+count. The shard attends exactly positions
+    visible_first..visible_end (visible_end <= start). When `token_ids` is not empty this shard is the
+    tail: it appends the chunk, whose ids these are (len == count). Naming `start` commits everything
+    before it that this shard was given, if all layers arrived; a shard that misses any of it answers
+    with a fault.
+    """
+
+    shard: ShardId
+    generation: int
+    start: int
+    count: int
+    visible_first: int
+    visible_end: int
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlanDifference:
+    """A worker's rows of one step, relative to the rows of `base_step` on the same lane and micro-batch.
+
+    `base_step` None: `changed` are all rows. Otherwise the rows of the base are kept in order, those in
+    `removed` dropped; each kept row not in `advanced` or `changed` stays as it was; each shard in
+    `advanced` moves on by its previous count (start and, for a tail, visible_end grow by it; count
+    becomes the number of its new token ids, or stays for a shard that is not the tail);
+    `changed` replace rows of the same shard in place or are appended.
+    """
+
+    step: int
+    base_step: int | None
+    removed: tuple[ShardId, ...]
+    advanced: tuple[tuple[ShardId, tuple[int, ...]], ...]
+    changed: tuple[PlanRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMessage:
+    """Dense to attention.
+
+    query: [rows, query_heads, head_size] of `layer`, rows in the order of the plan's rows, or None
+    after the last layer. key, value: [appended rows, kv_heads, head_size] of layer `layer - 1`, for the
+    rows of tail shards in plan order, or None. `deadline_ms`: time the reply may take.
+    """
+
+    step: int
+    micro_batch: int
+    layer: int
+    deadline_ms: int
+    plan: StepPlanDifference | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartialReply:
+    """Attention to dense. out: [rows, query_heads, head_size] float32; lse: [rows, query_heads] float32;
+    compute_seconds: the worker's own time on this message.
+    """
+
+    step: int
+    micro_batch: int
+    layer: int
+    out: Tensor
+    lse: Tensor
+    compute_seconds: float
+
+
+class Lane(Protocol):
+    """The dense side of a lane. One thread uses it; every wait has a deadline."""
+
+    def send(self, message: LayerMessage) -> None:
+        """Hand a message over; returns once the tensors may be reused. Raises LaneBroken."""
+        ...
+
+    def receive(self, step: int, micro_batch: int, layer: int, deadline_s: float) -> PartialReply:
+        """The reply to the query of (step, micro_batch, layer), by the monotonic time `deadline_s`.
+
+        Raises the error the worker answered with (Fenced, NeedFull, ...), or LaneBroken.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the lane. Idempotent."""
+        ...
+
+
+class LaneHandler(Protocol):
+    """The attention side: given each message of one lane in order, by one thread at a time."""
+
+    def handle(self, message: LayerMessage) -> PartialReply | None:
+        """Append, attend; a reply for every query. Raises errors of the tree, which travel back."""
+        ...
