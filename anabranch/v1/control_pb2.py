@@ -26,7 +26,7 @@ from anabranch.v1 import inference_pb2 as anabranch_dot_v1_dot_inference__pb2
 from anabranch.v1 import types_pb2 as anabranch_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61nabranch/v1/control.proto\x12\x0c\x61nabranch.v1\x1a\x1c\x61nabranch/v1/inference.proto\x1a\x18\x61nabranch/v1/types.proto\"|\n\x0fRegisterRequest\x12$\n\x06member\x18\x01 \x01(\x0b\x32\x14.anabranch.v1.Member\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12\x16\n\x0elayout_version\x18\x03 \x01(\r\x12\x15\n\rconfig_digest\x18\x04 \x01(\t\"\x95\x01\n\x10RegisterResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.Membership\x12\x14\n\x0cheartbeat_ms\x18\x03 \x01(\r\x12\x11\n\texpiry_ms\x18\x04 \x01(\r\"D\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x07members\x18\x02 \x03(\x0b\x32\x14.anabranch.v1.Member\"\xc6\x01\n\x10HeartbeatRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.anabranch.v1.MemberState\x12 \n\x04load\x18\x05 \x01(\x0b\x32\x12.anabranch.v1.Load\x12\x1a\n\x12membership_version\x18\x06 \x01(\x04\"\x81\x01\n\x11HeartbeatResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\x31\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.MembershipH\x00\x88\x01\x01\x42\r\n\x0b_membership\"\x11\n\x0fGetFleetRequest\"\xa1\x01\n\x10GetFleetResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.Membership\x12!\n\x05slots\x18\x03 \x03(\x0b\x32\x12.anabranch.v1.Slot\x12\x10\n\x08stopping\x18\x04 \x01(\x08\"j\n\x04Slot\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.anabranch.v1.Role\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x0e\n\x06starts\x18\x05 \x01(\r\"#\n\x0fShutdownRequest\x12\x10\n\x08grace_ms\x18\x01 \x01(\r\">\n\x10ShutdownResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder2\xbf\x02\n\x0e\x43ontrolService\x12I\n\x08Register\x12\x1d.anabranch.v1.RegisterRequest\x1a\x1e.anabranch.v1.RegisterResponse\x12L\n\tHeartbeat\x12\x1e.anabranch.v1.HeartbeatRequest\x1a\x1f.anabranch.v1.HeartbeatResponse\x12I\n\x08GetFleet\x12\x1d.anabranch.v1.GetFleetRequest\x1a\x1e.anabranch.v1.GetFleetResponse\x12I\n\x08Shutdown\x12\x1d.anabranch.v1.ShutdownRequest\x1a\x1e.anabranch.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61nabranch/v1/control.proto\x12\x0c\x61nabranch.v1\x1a\x1c\x61nabranch/v1/inference.proto\x1a\x18\x61nabranch/v1/types.proto\"|\n\x0fRegisterRequest\x12$\n\x06member\x18\x01 \x01(\x0b\x32\x14.anabranch.v1.Member\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12\x16\n\x0elayout_version\x18\x03 \x01(\r\x12\x15\n\rconfig_digest\x18\x04 \x01(\t\"\xc1\x01\n\x10RegisterResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.Membership\x12\x14\n\x0cheartbeat_ms\x18\x03 \x01(\r\x12\x11\n\texpiry_ms\x18\x04 \x01(\r\x12*\n\x08geometry\x18\x05 \x01(\x0b\x32\x18.anabranch.v1.KvGeometry\"D\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x07members\x18\x02 \x03(\x0b\x32\x14.anabranch.v1.Member\"\xc6\x01\n\x10HeartbeatRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.anabranch.v1.MemberState\x12 \n\x04load\x18\x05 \x01(\x0b\x32\x12.anabranch.v1.Load\x12\x1a\n\x12membership_version\x18\x06 \x01(\x04\"\x81\x01\n\x11HeartbeatResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\x31\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.MembershipH\x00\x88\x01\x01\x42\r\n\x0b_membership\"\x11\n\x0fGetFleetRequest\"\xa1\x01\n\x10GetFleetResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.Membership\x12!\n\x05slots\x18\x03 \x03(\x0b\x32\x12.anabranch.v1.Slot\x12\x10\n\x08stopping\x18\x04 \x01(\x08\"j\n\x04Slot\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.anabranch.v1.Role\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x0e\n\x06starts\x18\x05 \x01(\r\"#\n\x0fShutdownRequest\x12\x10\n\x08grace_ms\x18\x01 \x01(\r\">\n\x10ShutdownResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder2\xbf\x02\n\x0e\x43ontrolService\x12I\n\x08Register\x12\x1d.anabranch.v1.RegisterRequest\x1a\x1e.anabranch.v1.RegisterResponse\x12L\n\tHeartbeat\x12\x1e.anabranch.v1.HeartbeatRequest\x1a\x1f.anabranch.v1.HeartbeatResponse\x12I\n\x08GetFleet\x12\x1d.anabranch.v1.GetFleetRequest\x1a\x1e.anabranch.v1.GetFleetResponse\x12I\n\x08Shutdown\x12\x1d.anabranch.v1.ShutdownRequest\x1a\x1e.anabranch.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,23 +36,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERREQUEST']._serialized_start=100
   _globals['_REGISTERREQUEST']._serialized_end=224
   _globals['_REGISTERRESPONSE']._serialized_start=227
-  _globals['_REGISTERRESPONSE']._serialized_end=376
-  _globals['_MEMBERSHIP']._serialized_start=378
-  _globals['_MEMBERSHIP']._serialized_end=446
-  _globals['_HEARTBEATREQUEST']._serialized_start=449
-  _globals['_HEARTBEATREQUEST']._serialized_end=647
-  _globals['_HEARTBEATRESPONSE']._serialized_start=650
-  _globals['_HEARTBEATRESPONSE']._serialized_end=779
-  _globals['_GETFLEETREQUEST']._serialized_start=781
-  _globals['_GETFLEETREQUEST']._serialized_end=798
-  _globals['_GETFLEETRESPONSE']._serialized_start=801
-  _globals['_GETFLEETRESPONSE']._serialized_end=962
-  _globals['_SLOT']._serialized_start=964
-  _globals['_SLOT']._serialized_end=1070
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1072
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1107
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=1109
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=1171
-  _globals['_CONTROLSERVICE']._serialized_start=1174
-  _globals['_CONTROLSERVICE']._serialized_end=1493
+  _globals['_REGISTERRESPONSE']._serialized_end=420
+  _globals['_MEMBERSHIP']._serialized_start=422
+  _globals['_MEMBERSHIP']._serialized_end=490
+  _globals['_HEARTBEATREQUEST']._serialized_start=493
+  _globals['_HEARTBEATREQUEST']._serialized_end=691
+  _globals['_HEARTBEATRESPONSE']._serialized_start=694
+  _globals['_HEARTBEATRESPONSE']._serialized_end=823
+  _globals['_GETFLEETREQUEST']._serialized_start=825
+  _globals['_GETFLEETREQUEST']._serialized_end=842
+  _globals['_GETFLEETRESPONSE']._serialized_start=845
+  _globals['_GETFLEETRESPONSE']._serialized_end=1006
+  _globals['_SLOT']._serialized_start=1008
+  _globals['_SLOT']._serialized_end=1114
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1116
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1151
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=1153
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=1215
+  _globals['_CONTROLSERVICE']._serialized_start=1218
+  _globals['_CONTROLSERVICE']._serialized_end=1537
 # @@protoc_insertion_point(module_scope)

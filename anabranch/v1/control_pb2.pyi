@@ -66,6 +66,7 @@ class RegisterResponse(_message.Message):
     MEMBERSHIP_FIELD_NUMBER: _builtins.int
     HEARTBEAT_MS_FIELD_NUMBER: _builtins.int
     EXPIRY_MS_FIELD_NUMBER: _builtins.int
+    GEOMETRY_FIELD_NUMBER: _builtins.int
     heartbeat_ms: _builtins.int
     """How often to say "alive"."""
     expiry_ms: _builtins.int
@@ -78,6 +79,10 @@ class RegisterResponse(_message.Message):
     def membership(self) -> Global___Membership:
         """Everyone."""
 
+    @_builtins.property
+    def geometry(self) -> _types_pb2.KvGeometry:
+        """Shape of the served model's KV cache, so that attention workers need no model folder."""
+
     def __init__(
         self,
         *,
@@ -85,10 +90,11 @@ class RegisterResponse(_message.Message):
         membership: Global___Membership | None = ...,
         heartbeat_ms: _builtins.int = ...,
         expiry_ms: _builtins.int = ...,
+        geometry: _types_pb2.KvGeometry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership", "responder", b"responder"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry", "membership", b"membership", "responder", b"responder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expiry_ms", b"expiry_ms", "heartbeat_ms", b"heartbeat_ms", "membership", b"membership", "responder", b"responder"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expiry_ms", b"expiry_ms", "geometry", b"geometry", "heartbeat_ms", b"heartbeat_ms", "membership", b"membership", "responder", b"responder"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,8 +33,8 @@ class Span:
     Rows row_start..row_start+row_count of the batch stand at positions query_position, +1, ...; the
     shard's slot s lies in blocks[s // block_tokens] and holds position first_position + s. Slots
     visible_start..visible_end exist for these rows; with a window w, the row at position p sees
-    only positions p - w + 1 .. p (transformers' rule). Visible slots never lie after the rows: the chunk's own
-    positions are attended by `Kernel.causal` on the dense side.
+    only positions p - w + 1 .. p (transformers' rule). Visible slots never lie after the rows: the chunk's
+    own positions are attended by `Kernel.causal` on the dense side.
     """
 
     row_start: int

@@ -1,0 +1,74 @@
+"""What a dense worker asks of an attention worker, wherever that lies.
+
+Two implementations: over gRPC and a lane (`workers.dense.remote_peer`), and in the same process
+(`workers.attention.local_peer`, monolithic mode and local shards).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.types import Epoch, Generation, SequenceKey, ShardRef, WorkerId
+from workers.lanes.messages import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A granted reservation: the shard with its whole range, the lease, and what is left."""
+
+    shard: ShardRef
+    lease_ms: int
+    blocks_available: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldShard:
+    """A shard as its holder knows it; `committed_tokens` count from the shard's first position."""
+
+    shard: ShardRef
+    committed_tokens: int
+    blocks: int
+    generation: Generation
+
+
+class AttentionPeer(Protocol):
+    """One life of one attention worker. Calls block up to a deadline and raise errors of the tree:
+    ResourceExhausted, Fenced, Unavailable. Safe to call from several threads, the lane excepted.
+    """
+
+    worker: WorkerId
+    epoch: Epoch
+
+    def reserve(
+        self, key: SequenceKey, generation: Generation, first: int, end: int, tenant: str
+    ) -> Reservation:
+        """Reserve positions first..end, extending the own shard that ends at `first` if there is one."""
+        ...
+
+    def release(self, key: SequenceKey, generation: Generation) -> int:
+        """Free all shards of a sequence; returns the blocks freed. Idempotent."""
+        ...
+
+    def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
+        """Renew leases; returns the sequences that hold nothing here."""
+        ...
+
+    def adopt(
+        self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
+    ) -> tuple[HeldShard, ...]:
+        """Take a sequence over: fence lower generations, truncate to what `token_ids` confirm."""
+        ...
+
+    def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
+        """The sequence's shards here, possibly none."""
+        ...
+
+    def open_lane(self) -> Lane:
+        """A new lane. Raises VersionMismatch naming the field that differs, or Unavailable."""
+        ...
+
+    def close(self) -> None:
+        """Give up the connection. Idempotent."""
+        ...
