@@ -114,7 +114,7 @@ class SamplingParameters:
         for token_id, bias in self.logit_bias.items():
             _require_integer("logit_bias token id", token_id, 0, vocabulary_size - 1)
             _require_number(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
-        if self.min_tokens and len(self.stop_token_ids) >= vocabulary_size:
+        if self.min_tokens and len(set(self.stop_token_ids)) >= vocabulary_size:
             raise InvalidRequest(
                 "min_tokens masks stop_token_ids, and these are the whole vocabulary: name fewer"
             )
