@@ -113,7 +113,7 @@ class AttentionConfig(Section):
     block_tokens: int = Field(32, ge=1, le=1024, description="Tokens per block.")
     kernel: Literal["auto", "reference", "torch"] = Field("auto", description="Attention backend.")
     lease_ms: int = Field(30_000, ge=100, description="A sequence nobody renews is freed after this time.")
-    max_lanes: int = Field(64, ge=1)
+    max_lanes: int = Field(64, ge=1, description="Lanes open at once; one per dense worker is usual.")
     slice_rows: int = Field(128, ge=1, description="Query rows served before another lane gets its turn.")
 
 
@@ -158,7 +158,7 @@ class ControllerConfig(Section):
 
     host: str = "127.0.0.1"
     port: Port = Field(8600, description="0 draws a free one.")
-    heartbeat_ms: int = Field(500, ge=10)
+    heartbeat_ms: int = Field(500, ge=10, description="How often each member says that it lives.")
     expiry_ms: int = Field(2500, ge=50, description="Silence after which a member is taken for dead.")
     start_timeout_s: float = Field(120.0, gt=0, description="Time a role may take to become ready.")
     drain_grace_s: float = Field(10.0, ge=0, description="Time open streams get at shutdown.")
@@ -212,8 +212,12 @@ class SecurityConfig(Section):
 class TelemetryConfig(Section):
     """Logs and metrics."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["json", "text"] = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level written."
+    )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="One JSON object or one text line per event."
+    )
     metrics_port: Port | None = Field(
         None, description="Prometheus port of workers; 0 draws one; null is off."
     )
@@ -258,8 +262,10 @@ class Config(Section):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what all processes of one cluster must agree on."""
-        shared = self.model_dump_json(include={"model", "attention", "lanes", "placement"})
+        """SHA-256 of what all processes of one cluster must agree on, whatever their paths and ports."""
+        shared = self.model_dump_json(
+            include={"model": {"name", "dtype", "max_sequence_length"}, "attention": {"block_tokens"}}
+        )
         return hashlib.sha256(shared.encode()).hexdigest()
 
     def to_yaml(self) -> str:

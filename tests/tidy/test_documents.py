@@ -1,0 +1,62 @@
+"""The documents tell the truth about the tree."""
+
+import ast
+import re
+
+import pytest
+from pydantic import BaseModel
+
+from cluster.config import Config
+from tests.tidy.source import ROOT, tree
+
+
+def _names(path: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree((ROOT / path).relative_to(ROOT))):
+        if isinstance(node, ast.ClassDef):
+            methods = (n.name for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+            names |= {node.name, *(f"{node.name}.{method}" for method in methods)}
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+    return names
+
+
+def test_the_hop_table_names_functions_that_exist() -> None:
+    """Every `file.py:function` in ARCHITECTURE.md is in the code."""
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "ARCHITECTURE.md").read_text())
+    assert len(named) >= 10
+    missing = [
+        f"{path}:{name}" for path, name in named if not (ROOT / path).is_file() or name not in _names(path)
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"])
+def test_documents_name_make_targets_that_exist(document: str) -> None:
+    """`make x` in a document is a target of the Makefile."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([\w-]+)", (ROOT / document).read_text()))
+    assert named <= targets
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"])
+def test_documents_link_to_files_that_exist(document: str) -> None:
+    """Relative links lead somewhere."""
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_configuration_key_is_described() -> None:
+    """A key whose name does not say all carries a description; sections carry a docstring."""
+    self_evident = {"replicas", "host", "device", "threads", "insecure"}
+    bare = []
+    for section_name, field in Config.model_fields.items():
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        assert section.__doc__, section_name
+        for key, inner in section.model_fields.items():
+            nested = isinstance(inner.annotation, type) and issubclass(inner.annotation, BaseModel)
+            if not (inner.description or nested or key in self_evident):
+                bare.append(f"{section_name}.{key}")
+    assert bare == []

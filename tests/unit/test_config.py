@@ -1,0 +1,100 @@
+"""The configuration file: what it accepts, what it refuses, and how it says so."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import Config, load
+from cluster.errors import ConfigError
+
+
+def test_defaults_load_and_survive_a_round_trip(tmp_path: Path) -> None:
+    """The defaults are valid, and a written configuration loads to the same value."""
+    config = load(None)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("dens.threads", "did you mean dense?"),
+        ("dense.thread", "did you mean dense.threads?"),
+        ("security.tls.certifcate", "did you mean security.tls.certificate?"),
+        ("attention.arena_size", "did you mean attention.arena?"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_valid_one(key: str, expected: str) -> None:
+    """The message names the wrong key and what was probably meant."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, {key: 1})
+    assert key.split(".")[0] in caught.value.message
+    assert expected in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"dense.threads": 0}, "dense.threads"),
+        ({"attention.arena": "3GB"}, "attention.arena"),
+        ({"model.dtype": "int3"}, "model.dtype"),
+        ({"gateway.port": 70000}, "gateway.port"),
+        ({"attention.replicas": 0}, "dense.local_arena"),
+        ({"dense.max_batch": 300, "dense.step_tokens": 200}, "dense.max_batch"),
+        ({"controller.expiry_ms": 600}, "controller.expiry_ms"),
+        ({"lanes.transports": ["tcp"], "attention.host": "10.0.0.1"}, "lanes.fenced_network"),
+        ({"security.tls.certificate": "a.pem"}, "certificate and key go together"),
+        ({"security.tls.mutual": True}, "mutual needs"),
+        ({"dense": 3}, "dense"),
+        ({"dense.threads": 2, "dense.threads.x": 3}, "dense.threads"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(overrides: dict[str, object], named: str) -> None:
+    """Ranges, units and limits that contradict each other are refused, naming the key."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, overrides)
+    assert named in caught.value.message
+
+
+def test_sizes_take_binary_units() -> None:
+    """`512MiB` is bytes."""
+    assert load(None, {"attention.arena": "512MiB"}).attention.arena == 512 * 2**20
+    assert load(None, {"attention.arena": "1.5 GiB"}).attention.arena == 3 * 2**29
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\x00"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    """Lists, broken YAML and binary files name the file."""
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """A file that is not there is an error, not the defaults."""
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_the_digest_covers_what_peers_must_agree_on() -> None:
+    """Model and block size change the digest; a log level does not."""
+    base = load(None).digest
+    assert load(None, {"attention.block_tokens": 16}).digest != base
+    assert load(None, {"model.dtype": "bfloat16"}).digest != base
+    assert load(None, {"model.path": "elsewhere"}).digest == base
+    assert load(None, {"telemetry.log_level": "debug"}).digest == base
+
+
+def test_the_file_is_frozen() -> None:
+    """Nobody writes into the configuration."""
+    config: Config = load(None)
+    with pytest.raises(ValueError, match="frozen"):
+        config.dense.threads = 4  # type: ignore[misc]  # the point of the test
+
+
+def test_yaml_is_plain() -> None:
+    """The written file needs no Python types to be read."""
+    assert yaml.safe_load(load(None).to_yaml())["dense"]["threads"] == 1
