@@ -1,0 +1,205 @@
+"""A role's side of the membership: joins, says "alive", and learns who else lives.
+
+Synchronous gRPC on a thread of its own that computes nothing, so that a busy role stays a live one.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
+from os import getpid
+
+import grpc
+
+from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2, types_pb2
+from cluster import rpc
+from cluster.errors import AnabranchError, Cancelled, Fenced, NotFound
+from cluster.telemetry import logger
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION
+from workers.role import RoleContext, read_memory
+
+_log = logger("membership")
+
+_RETRY_FIRST_S = 0.1
+_RETRY_MOST_S = 1.0
+_REGISTER_TIMEOUT_S = 5.0
+
+
+class MembershipClient:
+    """Keeps one process a member of the cluster.
+
+        joining --registered--> member --FENCED--> fenced (on_fenced, once; the thread ends)
+           ^                      |
+           +------NOT_FOUND-------+      (a restarted controller knows nobody)
+
+    While the controller is away the last known members stay valid: the data path does not need it.
+    `load`, `on_change` and `on_fenced` are called on the client's thread and must not block; from
+    asyncio, hand over with `loop.call_soon_threadsafe`. `on_change` receives the whole membership,
+    this process included, after each change. A usual `on_fenced` is `context.stop.set`.
+
+    `load` leaves resident memory out: it is filled in here.
+    """
+
+    def __init__(
+        self,
+        context: RoleContext,
+        role: inference_pb2.Role.ValueType,
+        address: str,
+        load: Callable[[], inference_pb2.Load],
+        on_change: Callable[[control_pb2.Membership], None],
+        on_fenced: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._role = role
+        self._address = address
+        self._load = load
+        self._on_change = on_change
+        self._on_fenced = on_fenced
+        self._state = inference_pb2.MEMBER_STATE_STARTING
+        self._welcome: control_pb2.RegisterResponse | None = None
+        self._membership = control_pb2.Membership()
+        self._first: futures.Future[control_pb2.RegisterResponse] = futures.Future()
+        self._closing = False
+        self._wake = threading.Event()
+        self._channel = rpc.channel(context.controller, context.config.security.tls)
+        self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
+        self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
+
+    def start(self) -> control_pb2.RegisterResponse:
+        """Join; blocks, trying again while the controller is not there, until joined.
+
+        Raises VersionMismatch or Fenced when refused, Cancelled when the role is told to stop first.
+        """
+        self._thread.start()
+        return self._first.result()
+
+    def set_state(self, state: inference_pb2.MemberState.ValueType) -> None:
+        """Report a new condition, at once."""
+        self._state = state
+        self._wake.set()
+
+    def membership(self) -> control_pb2.Membership:
+        """Everyone alive as last heard; never modified in place."""
+        return self._membership
+
+    def close(self) -> None:
+        """Stop reporting; the controller notices by expiry or by the process's end. Idempotent."""
+        self._closing = True
+        self._wake.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._channel.close()
+
+    def _run(self) -> None:
+        try:
+            self._keep_alive()
+        except BaseException as error:
+            if not self._first.done():
+                self._first.set_exception(error)  # start() must not wait for a dead thread
+            raise
+
+    def _keep_alive(self) -> None:
+        retry_s = _RETRY_FIRST_S
+        while not self._is_over():
+            try:
+                pause_s = self._speak()
+                retry_s = _RETRY_FIRST_S
+            except NotFound:
+                _log.warning("membership_forgotten")
+                self._welcome = None
+                pause_s = 0.0
+            except Fenced as error:
+                self._end(error)
+                return
+            except AnabranchError as error:
+                _log.warning("controller_away", controller=self._context.controller, problem=error.message)
+                pause_s, retry_s = retry_s, min(2 * retry_s, _RETRY_MOST_S)
+            self._wake.wait(pause_s)
+            self._wake.clear()
+        self._settle(Cancelled("told to stop before the controller was reached"))
+
+    def _is_over(self) -> bool:
+        return self._closing or (self._welcome is None and self._context.stop.is_set())
+
+    def _speak(self) -> float:
+        """Register or send one heartbeat; returns the pause before the next, in seconds."""
+        began_s = time.monotonic()
+        try:
+            if self._welcome is None:
+                self._register()
+            else:
+                self._heartbeat(self._welcome)
+        except grpc.RpcError as error:
+            raise rpc.from_rpc(error) from error
+        assert self._welcome is not None
+        return max(0.0, self._welcome.heartbeat_ms / 1000 - (time.monotonic() - began_s))
+
+    def _register(self) -> None:
+        context = self._context
+        member = inference_pb2.Member(
+            worker_id=context.worker_id,
+            role=self._role,
+            epoch=context.epoch,
+            address=self._address,
+            state=self._state,
+            host=socket.gethostname(),
+            process_id=getpid(),
+            load=self._loaded(),
+        )
+        request = control_pb2.RegisterRequest(
+            member=member,
+            wire_version=WIRE_VERSION,
+            layout_version=LAYOUT_VERSION,
+            config_digest=context.config.digest,
+        )
+        welcome = self._stub.Register(request, timeout=_REGISTER_TIMEOUT_S)
+        _log.info("registered", controller=context.controller, members=len(welcome.membership.members))
+        self._welcome = welcome
+        if not self._first.done():
+            self._first.set_result(welcome)
+        self._learn(welcome.membership)
+
+    def _heartbeat(self, welcome: control_pb2.RegisterResponse) -> None:
+        request = control_pb2.HeartbeatRequest(
+            believed=types_pb2.Believed(epoch=welcome.responder.epoch),
+            worker_id=self._context.worker_id,
+            epoch=self._context.epoch,
+            state=self._state,
+            load=self._loaded(),
+            membership_version=self._membership.version,
+        )
+        # Half the expiry leaves time for a second attempt before silence is taken for death.
+        response = self._stub.Heartbeat(request, timeout=welcome.expiry_ms / 2000)
+        if response.HasField("membership"):
+            self._learn(response.membership)
+
+    def _loaded(self) -> inference_pb2.Load:
+        load = inference_pb2.Load()
+        load.CopyFrom(self._load())
+        memory = read_memory()
+        load.resident_bytes = memory.resident_bytes
+        load.resident_peak_bytes = memory.peak_bytes
+        return load
+
+    def _learn(self, membership: control_pb2.Membership) -> None:
+        self._membership = membership
+        try:
+            self._on_change(membership)
+        except Exception as error:  # noqa: BLE001  a bug in a callback must not make a live process look dead
+            _log.error("membership_callback_failed", error=error)
+
+    def _end(self, error: Fenced) -> None:
+        if self._settle(error):
+            return  # start() raises it
+        _log.error("fenced", problem=error.message)
+        self._on_fenced()
+
+    def _settle(self, error: AnabranchError) -> bool:
+        """Let start() fail if it still waits; returns whether it did."""
+        if self._first.done():
+            return False
+        self._first.set_exception(error)
+        return True
