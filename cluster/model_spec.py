@@ -246,7 +246,7 @@ def _read_family(config: ConfigReader) -> tuple[str, Family]:
     known = [name for name in names if name in FAMILIES]
     if not known:
         raise UnsupportedModel(
-            f"{config.path}: architectures {list(names)} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{config.path}: architectures {list(names)} not supported; supported are {', '.join(FAMILIES)}"
         )
     activation = config.text("hidden_act", "silu")
     if activation != "silu":

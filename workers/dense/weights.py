@@ -1,0 +1,188 @@
+"""Weights of a decoder: memory-mapped, loaded once, fused where a step wants them together.
+
+Tensors that are used as they lie in the file (same dtype, CPU) are views into the mapping: the page
+cache holds them once, for all processes of the machine. Fused or converted ones are copied tensor by
+tensor, each source range being given back at once, so that loading peaks little above the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cluster.errors import BrokenModelFolder
+from cluster.model_spec import ModelSpec
+from cluster.weight_files import StoredTensor, read_stored_tensors
+from workers.dense.weight_mapping import WeightMapping
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) after each tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """y = x weight^T + bias."""
+
+    weight: Tensor
+    """[outputs, inputs]"""
+    bias: Tensor | None
+    """[outputs]"""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[rows, inputs] -> [rows, outputs]."""
+        return torch.nn.functional.linear(inputs, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """One decoder layer. The query projection stands alone because q leaves before k and v exist."""
+
+    input_norm: Tensor
+    query: Linear
+    key_value: Linear
+    """keys in the first half of the outputs, values in the second"""
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Linear
+    post_attention_norm: Tensor
+    gate_up: Linear
+    """gate in the first half of the outputs, up in the second"""
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderWeights:
+    """All weights of one model on one device in one dtype."""
+
+    embedding: Tensor
+    """[vocabulary, hidden]"""
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    head: Tensor
+    """[vocabulary, hidden]; the embedding itself where tied"""
+
+
+def load_weights(
+    spec: ModelSpec,
+    folder: Path | str,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> DecoderWeights:
+    """Load a folder's safetensors as `dtype` on `device`.
+
+    Raises `BrokenModelFolder` naming the file or tensor that is missing, truncated or misshapen.
+    """
+    return _Loader(spec, Path(folder), dtype, device, progress).load()
+
+
+class _Loader:
+    """Takes tensors out of the files one by one and counts their bytes."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self._spec = spec
+        self._folder = folder
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+        self._stored = read_stored_tensors(folder)
+        self._mappings = {path: WeightMapping(path) for path in {t.path for t in self._stored.values()}}
+        self._bytes_total = sum(tensor.end - tensor.start for tensor in self._stored.values())
+        self._bytes_done = 0
+
+    def load(self) -> DecoderWeights:
+        """Everything, in the order of use."""
+        spec = self._spec
+        table = (spec.vocabulary_size, spec.hidden_size)
+        embedding = self._take("model.embed_tokens.weight", table)
+        layers = tuple(self._take_layer(f"model.layers.{layer}") for layer in range(spec.layers))
+        final_norm = self._take("model.norm.weight", (spec.hidden_size,))
+        head = embedding if spec.tied_embeddings else self._take("lm_head.weight", table)
+        if self._progress is not None:
+            self._progress(self._bytes_total, self._bytes_total)
+        return DecoderWeights(embedding, layers, final_norm, head)
+
+    def _take_layer(self, prefix: str) -> LayerWeights:
+        spec = self._spec
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        query, kv = spec.query_heads * spec.head_size, spec.kv_heads * spec.head_size
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        head_norm = (spec.head_size,) if spec.query_key_norm else None
+        return LayerWeights(
+            input_norm=self._take(f"{prefix}.input_layernorm.weight", (hidden,)),
+            query=self._linear([f"{attention}.q_proj"], query, hidden, spec.biases.query_key_value),
+            key_value=self._linear(
+                [f"{attention}.k_proj", f"{attention}.v_proj"], kv, hidden, spec.biases.query_key_value
+            ),
+            query_norm=self._take(f"{attention}.q_norm.weight", head_norm) if head_norm else None,
+            key_norm=self._take(f"{attention}.k_norm.weight", head_norm) if head_norm else None,
+            output=self._linear([f"{attention}.o_proj"], hidden, query, spec.biases.output),
+            post_attention_norm=self._take(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+            gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], inner, hidden, spec.biases.mlp),
+            down=self._linear([f"{mlp}.down_proj"], hidden, inner, spec.biases.mlp),
+        )
+
+    def _linear(self, names: list[str], outputs: int, inputs: int, biased: bool) -> Linear:
+        """One projection, or several of equal shape fused along their outputs."""
+        weight = self._fuse([f"{name}.weight" for name in names], (outputs, inputs))
+        bias = self._fuse([f"{name}.bias" for name in names], (outputs,)) if biased else None
+        return Linear(weight, bias)
+
+    def _fuse(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
+        """Tensors of `shape` stacked along the first axis; one alone need not be copied."""
+        if len(names) == 1:
+            return self._take(names[0], shape)
+        fused = torch.empty((len(names) * shape[0], *shape[1:]), dtype=self._dtype, device=self._device)
+        for part, name in zip(fused.chunk(len(names)), names, strict=True):
+            self._copy(name, shape, part)
+        return fused
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor: a view into the mapping if it can be used as it lies, else a copy."""
+        stored = self._find(name, shape)
+        view = self._mappings[stored.path].view(stored)
+        if view.dtype == self._dtype and self._device.type == "cpu":
+            self._mappings[stored.path].read_in(stored)
+            self._count(stored)
+            return view
+        target = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._copy(name, shape, target)
+        return target
+
+    def _copy(self, name: str, shape: tuple[int, ...], target: Tensor) -> None:
+        """Convert one tensor into `target` and give its file pages back."""
+        stored = self._find(name, shape)
+        mapping = self._mappings[stored.path]
+        target.copy_(mapping.view(stored))
+        mapping.give_back(stored)
+        self._count(stored)
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        stored = self._stored.get(name)
+        if stored is None:
+            raise BrokenModelFolder(
+                f"{self._folder}: tensor {name} is missing; config.json names {self._spec.architecture}: "
+                "check that weights and config.json belong together"
+            )
+        if stored.shape != shape:
+            raise BrokenModelFolder(
+                f"{stored.path}: tensor {name} has shape {list(stored.shape)}, config.json asks for "
+                f"{list(shape)}: check that weights and config.json belong together"
+            )
+        return stored
+
+    def _count(self, stored: StoredTensor) -> None:
+        self._bytes_done += stored.end - stored.start
+        if self._progress is not None:
+            self._progress(self._bytes_done, self._bytes_total)
