@@ -1,0 +1,213 @@
+"""Who lives: the table behind the control service.
+
+Pure but for the injected clock; safe to call from the server's threads. Members are the proto's own
+messages, because the table's content is what goes over the wire.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from anabranch.v1 import control_pb2, inference_pb2
+from cluster.clock import Clock, monotonic
+from cluster.errors import Fenced, InvalidRequest, NotFound, ResourceExhausted, VersionMismatch
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION
+
+MEMBERS_MOST = 8192
+_PAST_EPOCHS_MOST = 64
+"""Dead incarnations remembered per slot; older ones are told to register and lose to the newest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a process must agree to in order to join."""
+
+    config_digest: str
+    heartbeat_ms: int
+    expiry_ms: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One live member. The message is never handed out while it lives; copies are."""
+
+    member: inference_pb2.Member
+    heard_s: float
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One name, and who has it. Epochs in `past` never get it back."""
+
+    past: deque[int] = field(default_factory=lambda: deque(maxlen=_PAST_EPOCHS_MOST))
+    entry: _Entry | None = None
+
+    def retire(self) -> inference_pb2.Member:
+        """Take the name from its present holder, for good."""
+        assert self.entry is not None
+        member, self.entry = self.entry.member, None
+        self.past.append(member.epoch)
+        return member
+
+
+class MembershipTable:
+    """The one writer of the fact who lives.
+
+        unknown --register--> live --silent for expiry_ms, or process ended--> past (Fenced for ever)
+                               |                                                ^
+                               +------another epoch registers for the slot------+
+
+    The version grows with each change, loads included; loads are published by `sweep`, so that many
+    heartbeats cost one version. An incarnation unknown here gets NotFound and registers again: that
+    is how the table is rebuilt after a restart of the controller.
+
+    `on_change` is called, outside the lock, with each member that joined or changed its state.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        clock: Clock = monotonic,
+        on_change: Callable[[inference_pb2.Member], None] = lambda _member: None,
+    ) -> None:
+        self.terms = terms
+        self._clock = clock
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        self._slots: dict[str, _Slot] = {}
+        self._version = 0
+        self._loads_changed = False
+        self._swept_s = clock()
+
+    def register(self, request: control_pb2.RegisterRequest) -> control_pb2.Membership:
+        """Admit an incarnation; the one that had the slot before is fenced.
+
+        Raises InvalidRequest, VersionMismatch naming what differs, Fenced for a past incarnation.
+        """
+        _require_agreement(request, self.terms)
+        member = _checked(request.member)
+        with self._lock:
+            slot = self._slot(member.worker_id)
+            if member.epoch in slot.past:
+                raise Fenced(f"{member.worker_id}: incarnation {member.epoch:016x} was replaced; end")
+            if slot.entry is not None and slot.entry.member.epoch != member.epoch:
+                slot.retire()
+            slot.entry = _Entry(member, self._clock())
+            self._version += 1
+            membership = self._snapshot()
+        self._on_change(_copy(member))
+        return membership
+
+    def heartbeat(self, request: control_pb2.HeartbeatRequest) -> control_pb2.Membership | None:
+        """Note a sign of life; returns the membership if the caller's version is old.
+
+        Raises NotFound for an incarnation unknown here, Fenced for one that was replaced or expired.
+        """
+        with self._lock:
+            entry = self._living(request.worker_id, request.epoch)
+            entry.heard_s = self._clock()
+            member = entry.member
+            changed = request.state != member.state
+            if changed:
+                member.state = request.state
+                self._version += 1
+            self._loads_changed |= _says_more_than_memory(member.load, request.load)
+            member.load.CopyFrom(request.load)
+            news = self._snapshot() if request.membership_version != self._version else None
+            told = _copy(member) if changed else None
+        if told is not None:
+            self._on_change(told)
+        return news
+
+    def sweep(self) -> tuple[inference_pb2.Member, ...]:
+        """Remove and return members silent for longer than the expiry; publish changed loads.
+
+        To be called every heartbeat interval. Time during which the controller itself did not run
+        is nobody's silence: what exceeds two intervals since the last sweep is forgiven.
+        """
+        with self._lock:
+            now_s = self._clock()
+            forgiven_s = max(0.0, now_s - self._swept_s - 2 * self.terms.heartbeat_ms / 1000)
+            self._swept_s = now_s
+            silent = []
+            for slot in self._slots.values():
+                if slot.entry is None:
+                    continue
+                slot.entry.heard_s = min(now_s, slot.entry.heard_s + forgiven_s)
+                if now_s - slot.entry.heard_s > self.terms.expiry_ms / 1000:
+                    silent.append(slot.retire())
+            if silent or self._loads_changed:
+                self._version += 1
+                self._loads_changed = False
+            return tuple(silent)
+
+    def remove(self, worker_id: str) -> None:
+        """Forget a member whose process is known to have ended; nothing if there is none."""
+        with self._lock:
+            slot = self._slots.get(worker_id)
+            if slot is not None and slot.entry is not None:
+                slot.retire()
+                self._version += 1
+
+    def membership(self) -> control_pb2.Membership:
+        """Everyone alive, in order of names."""
+        with self._lock:
+            return self._snapshot()
+
+    def _slot(self, worker_id: str) -> _Slot:
+        if worker_id not in self._slots and len(self._slots) >= MEMBERS_MOST:
+            raise ResourceExhausted(f"this controller knows {MEMBERS_MOST} slots, and takes no more")
+        return self._slots.setdefault(worker_id, _Slot())
+
+    def _living(self, worker_id: str, epoch: int) -> _Entry:
+        slot = self._slots.get(worker_id)
+        if slot is not None and slot.entry is not None and slot.entry.member.epoch == epoch:
+            return slot.entry
+        if slot is not None and (epoch in slot.past or slot.entry is not None):
+            raise Fenced(f"{worker_id}: incarnation {epoch:016x} was replaced or taken for dead; end")
+        raise NotFound(f"{worker_id} is not registered here; register again")
+
+    def _snapshot(self) -> control_pb2.Membership:
+        living = (slot.entry.member for slot in self._slots.values() if slot.entry is not None)
+        members = sorted(living, key=lambda member: member.worker_id)
+        return control_pb2.Membership(version=self._version, members=members)
+
+
+def _require_agreement(request: control_pb2.RegisterRequest, terms: Terms) -> None:
+    facts = (
+        ("wire version", request.wire_version, WIRE_VERSION),
+        ("block layout version", request.layout_version, LAYOUT_VERSION),
+        ("configuration digest", request.config_digest, terms.config_digest),
+    )
+    for name, theirs, ours in facts:
+        if theirs != ours:
+            raise VersionMismatch(
+                f"{request.member.worker_id}: {name} {theirs} differs from the controller's {ours}; start "
+                "it with the same version and the same configuration file"
+            )
+
+
+def _checked(given: inference_pb2.Member) -> inference_pb2.Member:
+    """An own copy of a member that has everything others rely on."""
+    for name in ("worker_id", "role", "epoch", "address"):
+        if not getattr(given, name):
+            raise InvalidRequest(f"member.{name} is missing")
+    return _copy(given)
+
+
+def _copy(given: inference_pb2.Member) -> inference_pb2.Member:
+    member = inference_pb2.Member()
+    member.CopyFrom(given)
+    return member
+
+
+def _says_more_than_memory(before: inference_pb2.Load, after: inference_pb2.Load) -> bool:
+    """Whether a load changed in what others decide by; resident memory changes all the time."""
+    masked = inference_pb2.Load()
+    masked.CopyFrom(after)
+    masked.resident_bytes = before.resident_bytes
+    masked.resident_peak_bytes = before.resident_peak_bytes
+    return masked != before

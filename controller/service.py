@@ -1,0 +1,140 @@
+"""The control service: the membership table and the fleet over gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from anabranch.v1 import control_pb2, control_pb2_grpc, types_pb2
+from cluster import rpc
+from cluster.config import Config
+from cluster.errors import Fenced
+from cluster.types import Epoch, KvGeometry
+from controller.membership import MembershipTable
+
+CONTROLLER_ID = "controller-0"
+_THREADS = 16
+"""Handlers only touch a table; this many calls wait for its lock at most."""
+
+_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
+
+
+class ControlService(control_pb2_grpc.ControlServiceServicer):
+    """Answers roles and the command line. Owns nothing: table, slots and shutdown are given.
+
+    `slots` lists what should run; `shut_down` is told the grace in milliseconds and must not block.
+    """
+
+    def __init__(
+        self,
+        table: MembershipTable,
+        epoch: Epoch,
+        geometry: types_pb2.KvGeometry,
+        slots: Callable[[], Sequence[control_pb2.Slot]],
+        shut_down: Callable[[int], None],
+    ) -> None:
+        self._table = table
+        self._responder = types_pb2.Responder(worker_id=CONTROLLER_ID, epoch=epoch)
+        self._geometry = geometry
+        self._slots = slots
+        self._shut_down = shut_down
+        self._stopping = False
+
+    @rpc.unary
+    def Register(  # noqa: N802  (named by the proto)
+        self, request: control_pb2.RegisterRequest, _context: grpc.ServicerContext
+    ) -> control_pb2.RegisterResponse:
+        """See control.proto."""
+        return control_pb2.RegisterResponse(
+            responder=self._responder,
+            membership=self._table.register(request),
+            heartbeat_ms=self._table.terms.heartbeat_ms,
+            expiry_ms=self._table.terms.expiry_ms,
+            geometry=self._geometry,
+        )
+
+    @rpc.unary
+    def Heartbeat(  # noqa: N802  (named by the proto)
+        self, request: control_pb2.HeartbeatRequest, _context: grpc.ServicerContext
+    ) -> control_pb2.HeartbeatResponse:
+        """See control.proto. A member from before a restart of the controller hears NOT_FOUND, not
+        that it believed in another epoch: registering again is what it must do.
+        """
+        news = self._table.heartbeat(request)
+        if request.believed.epoch not in (0, self._responder.epoch):
+            raise Fenced(
+                f"this controller is {self._responder.epoch:016x}, not {request.believed.epoch:016x}"
+            )
+        return control_pb2.HeartbeatResponse(responder=self._responder, membership=news)
+
+    @rpc.unary
+    def GetFleet(  # noqa: N802  (named by the proto)
+        self, _request: control_pb2.GetFleetRequest, _context: grpc.ServicerContext
+    ) -> control_pb2.GetFleetResponse:
+        """See control.proto."""
+        return self.fleet()
+
+    @rpc.unary
+    def Shutdown(  # noqa: N802  (named by the proto)
+        self, request: control_pb2.ShutdownRequest, _context: grpc.ServicerContext
+    ) -> control_pb2.ShutdownResponse:
+        """See control.proto."""
+        self.announce_stop()
+        self._shut_down(request.grace_ms)
+        return control_pb2.ShutdownResponse(responder=self._responder)
+
+    def fleet(self) -> control_pb2.GetFleetResponse:
+        """The fleet at this moment."""
+        return control_pb2.GetFleetResponse(
+            responder=self._responder,
+            membership=self._table.membership(),
+            slots=self._slots(),
+            stopping=self._stopping,
+        )
+
+    def announce_stop(self) -> None:
+        """Let `GetFleet` say that the cluster stops."""
+        self._stopping = True
+
+
+class ControlServer:
+    """A listening control service, with health and reflection."""
+
+    def __init__(self, config: Config, service: ControlService) -> None:
+        """Raises Unavailable when the port is taken, ConfigError when it must not be opened."""
+        self._server = rpc.server(_THREADS)
+        control_pb2_grpc.add_ControlServiceServicer_to_server(service, self._server)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.port = rpc.bind(self._server, config.controller.host, config.controller.port, config.security)
+        self._server.start()
+        for name in ("", _SERVICE):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Refuse new calls, let open ones finish for a second. Idempotent."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace=1.0).wait(timeout=5.0)
+
+
+def geometry_message(geometry: KvGeometry) -> types_pb2.KvGeometry:
+    """A cache geometry as the proto says it."""
+    data_types = {
+        "float32": types_pb2.DATA_TYPE_FLOAT32,
+        "bfloat16": types_pb2.DATA_TYPE_BFLOAT16,
+        "float16": types_pb2.DATA_TYPE_FLOAT16,
+    }
+    return types_pb2.KvGeometry(
+        layers=geometry.layers,
+        query_heads=geometry.query_heads,
+        kv_heads=geometry.kv_heads,
+        head_size=geometry.head_size,
+        data_type=data_types[geometry.dtype],
+        block_tokens=geometry.block_tokens,
+        digest=geometry.digest,
+    )
