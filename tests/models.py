@@ -74,7 +74,7 @@ def tiny_model(
     tokenizer: bool = False,
     dtype: torch.dtype = torch.float32,
     shard_size: str = "1GB",
-    **overrides: object,
+    **overrides: Any,
 ) -> Path:
     """Write a model of `architecture` into `folder` and return the folder.
 
