@@ -1,0 +1,136 @@
+"""`anabranch model`: fetch, list and inspect models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from anabranch.cli.models.catalogue import DEFAULT_MODEL
+from anabranch.cli.models.describe import ModelDescription, describe
+from anabranch.cli.models.progress import ConsoleProgress, FetchProgress
+from anabranch.cli.models.store import ModelStore, StoredModel, cache_folder
+from cluster.errors import AnabranchError
+
+app = typer.Typer(help="Fetch, list and inspect models.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command("fetch")
+def fetch_command(
+    name: Annotated[str, typer.Argument(help="A name that `anabranch model list` shows.")] = DEFAULT_MODEL,
+) -> None:
+    """Download a model, convert it and print its folder; one that is here already is only checked."""
+    with _errors_as_messages():
+        with ConsoleProgress(Console(stderr=True)) as progress:
+            folder = fetch(name, progress)
+        print(folder)
+
+
+@app.command("list")
+def list_command(as_json: AsJson = False) -> None:
+    """Show the models that can be fetched, and which are here."""
+    models = default_store().list_models()
+    if as_json:
+        print(json.dumps([_as_json(model) for model in models], indent=2))
+    else:
+        Console().print(_list_table(models))
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="A fetched model's name, or a Hugging Face folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is and what a token of its cache costs."""
+    with _errors_as_messages():
+        description = describe(resolve(model))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(description), indent=2))
+    else:
+        Console().print(_description_table(description))
+
+
+def default_store() -> ModelStore:
+    """The store in the user's cache folder."""
+    return ModelStore(cache_folder())
+
+
+def fetch(name: str, progress: FetchProgress) -> Path:
+    """`ModelStore.fetch` in the user's cache folder."""
+    return default_store().fetch(name, progress)
+
+
+def resolve(name_or_path: str) -> Path:
+    """`ModelStore.resolve` in the user's cache folder."""
+    return default_store().resolve(name_or_path)
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    try:
+        yield
+    except AnabranchError as error:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"error: {error.message}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
+def _as_json(model: StoredModel) -> dict[str, object]:
+    entry = model.entry
+    return {
+        "name": entry.name,
+        "state": model.state.value,
+        "folder": str(model.folder),
+        "description": entry.description,
+        "licence": entry.licence,
+        "download_bytes": entry.download_bytes,
+        "folder_bytes": entry.folder_bytes,
+    }
+
+
+def _list_table(models: list[StoredModel]) -> Table:
+    table = Table(box=box.SIMPLE)
+    for column in ("name", "state", "download", "on disk", "licence"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("description")
+    for model in models:
+        entry = model.entry
+        sizes = [f"{size / 1e6:.0f} MB" for size in (entry.download_bytes, entry.folder_bytes)]
+        table.add_row(entry.name, model.state.value, *sizes, entry.licence, entry.description)
+    return table
+
+
+def _description_table(description: ModelDescription) -> Table:
+    table = Table(show_header=False, title=description.folder)
+    window = description.sliding_window
+    rows = {
+        "architecture": description.architecture,
+        "parameters": f"{description.parameters:,}",
+        "layers": f"{description.layers}",
+        "heads": f"{description.query_heads} query, {description.kv_heads} key/value,"
+        f" of size {description.head_size}",
+        "hidden size": f"{description.hidden_size}",
+        "vocabulary": f"{description.vocabulary_size:,}" + (" (tied)" if description.tied_embeddings else ""),
+        "context length": f"{description.context_length:,}" + (f", window {window:,}" if window else ""),
+        "rope": description.rope,
+        "weights": f"{description.weight_bytes:,} bytes ({description.stored_dtype})",
+        "KV per token": f"{description.kv_bytes_per_token_float32:,} bytes in float32,"
+        f" {description.kv_bytes_per_token_bfloat16:,} in bfloat16",
+        "tokenizer": description.tokenizer,
+        "chat template": "yes" if description.has_chat_template else "no",
+        "licence": description.licence or "not stated",
+        "files": "\n".join(f"{name}  {size:,}" for name, size in description.files.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
