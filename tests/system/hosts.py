@@ -19,17 +19,7 @@ class Host:
 
     def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
         """Start a command as on this host; the caller ends it."""
-        prefix = [
-            "ip",
-            "netns",
-            "exec",
-            self.namespace,
-            "unshare",
-            "--mount",
-            "--uts",
-            "--kill-child",
-            "--fork",
-        ]
+        prefix = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--uts"]
         script = 'hostname "$0" && mount -t tmpfs tmpfs /tmp && exec "$@"'
         return subprocess.Popen([*prefix, "bash", "-c", script, self.namespace, *command], **options)  # type: ignore[call-overload,no-any-return]  # options are Popen's
 
