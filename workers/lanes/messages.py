@@ -64,7 +64,8 @@ class LayerMessage:
 
     query: [rows, query_heads, head_size] of `layer`, rows in the order of the plan's rows, or None
     after the last layer. key, value: [appended rows, kv_heads, head_size] of layer `layer - 1`, for the
-    rows of tail shards in plan order, or None. `deadline_ms`: time the reply may take.
+    rows of tail shards in plan order, or None. `deadline_ms`: time the reply may take. `window`: the
+    sliding window of `layer`, which differs between layers and which the geometry does not tell.
     """
 
     step: int
@@ -75,6 +76,7 @@ class LayerMessage:
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
