@@ -19,6 +19,9 @@ Scores = NDArray[np.float64]
 SLACK = 1e-2
 """Tokens this close under a boundary are still looked at; those further down cannot be near-ties."""
 
+NUCLEUS_GUESSES = (512, 4096)
+"""Numbers of best tokens tried for top_p before all likely ones are sorted."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Truncated:
@@ -87,11 +90,23 @@ def _floor(scores: Scores, parameters: SamplingParameters) -> float:
     if 0 < parameters.top_k < size:
         floor = max(floor, float(np.partition(scores, size - parameters.top_k)[size - parameters.top_k]))
     elif parameters.top_p < 1.0 and not parameters.top_k:
-        # Tokens less likely than (1 - top_p) / V sum to less than 1 - top_p: all beyond the nucleus.
-        floor = max(floor, _log_sum(scores) + math.log((1.0 - parameters.top_p) / size))
+        floor = max(floor, _nucleus_floor(scores, parameters.top_p))
     if parameters.min_p > 0.0 and not (parameters.top_k and parameters.top_p < 1.0):
         floor = max(floor, best + math.log(parameters.min_p))
     return min(floor, best) - SLACK
+
+
+def _nucleus_floor(scores: Scores, top_p: float) -> float:
+    """A score under which every token is beyond the nucleus; selecting is cheaper than sorting all."""
+    log_sum, size = _log_sum(scores), len(scores)
+    for count in NUCLEUS_GUESSES:
+        if count < size:
+            bound = float(np.partition(scores, size - count)[size - count])
+            mass = np.exp(scores[scores >= bound] - log_sum).sum()
+            if float(_log_odds(mass) - _log_odds(np.array(top_p))) > SLACK:
+                return bound
+    # Tokens less likely than (1 - top_p) / V sum to less than 1 - top_p.
+    return log_sum + math.log((1.0 - top_p) / size)
 
 
 def _log_sum(scores: Scores) -> float:
