@@ -1,0 +1,283 @@
+"""Ray: the machines, and processes on them. The only file that imports it.
+
+Ray places and watches small actors, the keepers; each starts one role process and reports its end.
+No token and no tensor passes through Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray._private import ray_constants
+from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import RayConfig
+from cluster.errors import ConfigError, Unavailable
+from cluster.telemetry import logger
+from controller.keeper import Ended, Keeper, Launch, Started
+from controller.slots import Slot
+
+_log = logger("fleet")
+
+_LOOPBACK = "127.0.0.1"
+_OBJECT_STORE_BYTES = 80 * 2**20  # close to the least Ray accepts; nothing of ours goes there
+_KEEPER_THREADS = 4  # start, wait, terminate, and terminate again without grace
+_PROBE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A live machine as Ray describes it; resources in Ray's units (memory in bytes)."""
+
+    node_id: str
+    address: str
+    hostname: str
+    total: dict[str, float]
+    available: dict[str, float]
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A process to run, and what its keeper claims of its node for it."""
+
+    launch: Launch
+    cpus: float = 0.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    custom: tuple[tuple[str, float], ...] = ()
+
+
+class Listener(Protocol):
+    """Told what becomes of processes, on the thread that runs what the fleet posts."""
+
+    def started(self, worker_id: str, attempt: int, process_id: int, log_file: str) -> None:
+        """The process runs."""
+        ...
+
+    def ended(self, worker_id: str, attempt: int, status: int, last_line: str) -> None:
+        """The process has ended."""
+        ...
+
+    def lost(self, worker_id: str, attempt: int, reason: str) -> None:
+        """The keeper or its node is gone, and with it the process."""
+        ...
+
+
+Post = Callable[[Callable[[], None]], None]
+"""Runs a call soon, on the one thread that owns the fleet."""
+
+
+class RayFleet:
+    """Owns the connection to Ray and one keeper per running process; implements `slots.Hands`.
+
+    Without an address a private cluster is started: on loopback, guarded by a random token, without
+    dashboard, and stopped with everything in it by `close`. With one, only the keepers are ended.
+
+    Not thread-safe: what Ray reports on its own threads is posted to the owner's.
+    """
+
+    def __init__(
+        self,
+        config: RayConfig,
+        cpus: int,
+        order: Callable[[Slot], Order],
+        post: Post,
+    ) -> None:
+        """Connect. `cpus` is what a private cluster claims to have.
+
+        Raises Unavailable when no cluster answers at the address, ConfigError for an unusable one.
+        """
+        self._order = order
+        self._post = post
+        self.listener: Listener | None = None
+        self._keepers: dict[str, Any] = {}
+        self._folder: str | None = None
+        if config.address is None:
+            self._folder = _start_private(cpus)
+        else:
+            _join(config.address)
+
+    def close(self) -> None:
+        """End all keepers, and the private cluster. Idempotent."""
+        for keeper in self._keepers.values():
+            _kill(keeper)
+        self._keepers.clear()
+        ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def address(self) -> str:
+        """This machine's address as the other nodes reach it."""
+        return str(ray.util.get_node_ip_address())
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The live nodes. Raises Unavailable when Ray does not answer."""
+        try:
+            available = available_resources_per_node()
+            described = ray.nodes()
+        except RayError as error:
+            raise Unavailable(f"Ray does not answer: {error}") from error
+        return tuple(_node(raw, available.get(raw["NodeID"], {})) for raw in described if raw["Alive"])
+
+    def launch(self, slot: Slot) -> None:
+        """Start the slot's process on its node."""
+        order = self._order(slot)
+        options = {
+            "num_cpus": order.cpus,
+            "num_gpus": order.gpus,
+            "memory": order.memory_bytes,
+            "resources": dict(order.custom),
+            "max_concurrency": _KEEPER_THREADS,
+            "max_restarts": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(slot.node, soft=False),
+        }
+        keeper = ray.remote(Keeper).options(**options).remote()
+        self._keepers[slot.worker_id] = keeper
+        self._watch(keeper.start.remote(order.launch), functools.partial(self._started, slot))
+        self._watch(keeper.wait.remote(), functools.partial(self._ended, slot, keeper))
+
+    def terminate(self, slot: Slot, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after the grace; a grace of zero is SIGKILL at once."""
+        keeper = self._keepers.get(slot.worker_id)
+        if keeper is not None:
+            keeper.terminate.remote(grace_s)
+
+    def abandon(self, slot: Slot) -> None:
+        """Give up the keeper: its process, if it still runs, ends with it."""
+        keeper = self._keepers.pop(slot.worker_id, None)
+        if keeper is not None:
+            _kill(keeper)
+
+    def _watch(self, ref: Any, done: Callable[[futures.Future[Any]], None]) -> None:
+        ref.future().add_done_callback(lambda future: self._post(functools.partial(done, future)))
+
+    def _started(self, slot: Slot, future: futures.Future[Started]) -> None:
+        if future.exception() is None and self.listener is not None:
+            process = future.result()
+            self.listener.started(slot.worker_id, slot.attempt, process.process_id, process.log_file)
+
+    def _ended(self, slot: Slot, keeper: Any, future: futures.Future[Ended]) -> None:
+        if self._keepers.get(slot.worker_id) is keeper:
+            self.abandon(slot)
+        if self.listener is None:
+            return
+        error = future.exception()
+        if error is not None:
+            _log.warning("keeper_lost", worker=slot.worker_id, node=slot.node, problem=str(error))
+            self.listener.lost(slot.worker_id, slot.attempt, _first_line(error))
+        else:
+            ended = future.result()
+            self.listener.ended(slot.worker_id, slot.attempt, ended.status, ended.last_line)
+
+
+def _start_private(cpus: int) -> str:
+    """Start a cluster of this machine alone; returns its folder, to be removed after it stopped."""
+    # Ray reads these once per process, so they stay; the token is in no file.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray._raylet.Config.initialize("")  # it was read when Ray was imported
+    folder = tempfile.mkdtemp(prefix="anabranch-ray-", dir="/tmp")  # paths of sockets must be short
+    try:
+        with _loopback_believed(), _handlers_kept():
+            ray.init(
+                num_cpus=cpus,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address=_LOOPBACK,
+                _temp_dir=folder,
+                _system_config={"prestart_worker_first_driver": False},
+            )
+    except (ConnectionError, RayError, RuntimeError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise Unavailable(f"a private Ray cluster did not start: {_first_line(error)}") from error
+    return folder
+
+
+def _join(address: str) -> None:
+    if address.startswith("ray://"):
+        raise ConfigError(
+            "ray.address: give the cluster's own address (HOST:6379), not that of a Ray client server"
+        )
+    _require_listener(address)
+    try:
+        with _handlers_kept():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RayError, RuntimeError) as error:
+        raise Unavailable(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
+
+
+def _require_listener(address: str) -> None:
+    """Fail in seconds where nobody listens; Ray itself takes minutes to say so."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and its like
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
+    except OSError as error:
+        raise Unavailable(f"no Ray cluster answers at {address}: {error}") from error
+
+
+@contextlib.contextmanager
+def _loopback_believed() -> Iterator[None]:
+    """Let Ray stay on loopback: it replaces 127.0.0.1 by an outside address and listens on all
+    interfaces, unless it believes that clusters of several machines are not possible here.
+    """
+    believed = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = believed
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Keep the SIGTERM handler, which ray.init replaces by one that leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _node(raw: dict[str, Any], available: dict[str, float]) -> Node:
+    return Node(
+        node_id=raw["NodeID"],
+        address=raw["NodeManagerAddress"],
+        hostname=raw["NodeManagerHostname"],
+        total=dict(raw["Resources"]),
+        available=dict(available),
+        labels=dict(raw["Labels"]),
+    )
+
+
+def _kill(keeper: Any) -> None:
+    with contextlib.suppress(RayError):  # it is dead already
+        ray.kill(keeper, no_restart=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,98 @@
+"""Slots: the places for processes, as values, and what the supervisor asks of others about them."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Phase(enum.Enum):
+    """Where a slot stands."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+    ENDING = "ending"
+    PAUSED = "paused"
+    GIVEN_UP = "given up"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place for one process, and what is in it; replaced, never modified.
+
+    `attempt` numbers the starts; what is said of an earlier attempt is ignored.
+    """
+
+    worker_id: str
+    role: str
+    index: int
+    phase: Phase = Phase.WAITING
+    since_s: float = 0.0
+    due_s: float | None = None
+    attempt: int = 0
+    failures: int = 0
+    node: str = ""
+    process_id: int = 0
+    log_file: str = ""
+    problem: str = ""
+
+    @property
+    def has_process(self) -> bool:
+        """Whether a process runs, or may."""
+        return self.phase in (Phase.STARTING, Phase.READY, Phase.ENDING)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long to wait and how often to try; seconds."""
+
+    placement_timeout_s: float
+    start_timeout_s: float
+    restart_backoff_s: float
+    restarts_most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A node was found."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotPlaced:
+    """No node has what is needed; `missing` names it."""
+
+    missing: str
+
+
+class Place(Protocol):
+    """Chooses nodes. `occupied` maps the slots that have a process to their nodes; `suspected` nodes
+    did not answer lately and are to be avoided.
+    """
+
+    def __call__(
+        self, waiting: Sequence[Slot], occupied: Mapping[str, str], suspected: frozenset[str]
+    ) -> Mapping[str, Placed | NotPlaced]:
+        """An answer for each waiting slot, by worker id. Does not block for long."""
+        ...
+
+
+class Hands(Protocol):
+    """Carries decisions out, without blocking; what comes of them is told to the supervisor."""
+
+    def launch(self, slot: Slot) -> None:
+        """Start the slot's process on its node: `started` and later `ended`, or `lost`."""
+        ...
+
+    def terminate(self, slot: Slot, grace_s: float) -> None:
+        """SIGTERM, after the grace SIGKILL; a grace of zero is SIGKILL at once: `ended`, or `lost`."""
+        ...
+
+    def abandon(self, slot: Slot) -> None:
+        """Give up the process with whatever holds it; nothing more is heard of this attempt."""
+        ...
