@@ -120,8 +120,9 @@ class IncrementalDetokenizer:
         its text   [ ---- printed ---- | held: at most 3 U+FFFD ]
 
     The texts of all pushes and of `flush` together equal `decode` of all ids at once, however the ids
-    are split. (One exception: a byte-fallback decoder spoils a whole run of byte tokens when a bad one
-    joins it; characters of the run that were complete have been printed by then and stay.)
+    are split. One exception: a byte-fallback decoder spoils a whole run of byte tokens when a bad one
+    joins it, but characters of the run that were complete have been printed by then and stay; and there
+    a U+FFFD that the model itself spells in bytes counts as a bad one.
     """
 
     def __init__(
@@ -152,25 +153,25 @@ class IncrementalDetokenizer:
     def _push_one(self, token_id: int) -> str:
         self._window.append(token_id)
         self._text = self._decode()
-        end = len(self._text) - _held_characters(self._text)
+        held = _held_characters(self._text)
+        if held and len(self._window) - self._clean <= _INCOMPLETE_LIMIT:
+            return ""  # the next token may change all of this: byte fallback decodes runs as a whole
+        end = len(self._text) - held
         delta = self._text[self._printed : end]
         self._printed = max(self._printed, end)
-        if len(self._window) > _WINDOW_TOKENS:
-            self._cut()
-        if end == len(self._text):
+        if held == 0:
+            if len(self._window) > _WINDOW_TOKENS:
+                self._forget(self._clean)
             self._clean = len(self._window)
+        elif len(self._window) > _WINDOW_TOKENS_LIMIT:
+            self._forget(len(self._window) - _WINDOW_TOKENS)
+            self._clean = 0
         return delta
 
-    def _cut(self) -> None:
-        """Forget tokens before the last clean place; positions are kept relative to the text's end."""
-        start = self._clean
-        if start == 0 and len(self._window) > _WINDOW_TOKENS_LIMIT:
-            start = len(self._window) - _WINDOW_TOKENS
-        if start == 0:
-            return
+    def _forget(self, count: int) -> None:
+        """Drop the window's first `count` tokens; what is printed is counted from the text's end."""
         unprinted = len(self._text) - self._printed
-        self._window = self._window[start:]
-        self._clean = max(0, self._clean - start)
+        del self._window[:count]
         self._text = self._decode()
         self._printed = len(self._text) - unprinted
 
