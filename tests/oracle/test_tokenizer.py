@@ -181,7 +181,7 @@ def test_the_converted_model_knows_paris(theirs: Any, model: Any) -> None:
 
 
 def test_the_converted_model_has_low_perplexity(theirs: Any, model: Any) -> None:
-    """An English paragraph: about 9; rows of q and k left interleaved give hundreds."""
+    """An English paragraph: 9.4 (16.3 where the rows of q and k are left interleaved)."""
     paragraph = (
         "The water cycle describes how water moves around the Earth. Water evaporates from the oceans, rises"
         " into the atmosphere, cools and condenses into clouds, and falls back to the ground as rain or snow."
@@ -189,4 +189,4 @@ def test_the_converted_model_has_low_perplexity(theirs: Any, model: Any) -> None
     )
     token_ids = theirs(paragraph, return_tensors="pt").input_ids
     with torch.inference_mode():
-        assert math.exp(model(token_ids, labels=token_ids).loss.item()) < 12
+        assert math.exp(model(token_ids, labels=token_ids).loss.item()) < 10
