@@ -75,6 +75,6 @@ def finish(step: Generator[None, None, Tensor]) -> Tensor:
 def run_step(decoder: Decoder, attention: MemoryAttention, rows: Sequence[tuple[int, int, int]]) -> Tensor:
     """Hidden states of a step over rows of (sequence, position, token id)."""
     attention.plan([(sequence, position) for sequence, position, _ in rows])
-    token_ids = torch.tensor([token_id for _, _, token_id in rows])
-    positions = torch.tensor([position for _, position, _ in rows])
+    token_ids = torch.tensor([token_id for _, _, token_id in rows], device=decoder.device)
+    positions = torch.tensor([position for _, position, _ in rows], device=decoder.device)
     return finish(decoder.forward(token_ids, positions, attention))

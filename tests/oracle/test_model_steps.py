@@ -133,3 +133,17 @@ def test_rows_of_many_sequences_and_sizes_share_a_step(folders: dict[str, Path])
     for tokens, logits in zip(prompts, mixed, strict=True):
         alone = decoder.logits(run_step(decoder, MemoryAttention(decoder.spec), prompt_rows(tokens)))
         torch.testing.assert_close(logits, alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3"])
+def test_the_gpu_gives_the_logits_of_the_cpu(folders: dict[str, Path], name: str) -> None:
+    """Float32 on the GPU, without TF32, is the CPU's up to the order of sums."""
+    rows = prompt_rows(random_prompt(64, seed=6))
+    outcomes = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        decoder = Decoder.from_folder(folders[name], torch.float32, device)
+        hidden = run_step(decoder, MemoryAttention(decoder.spec), rows)
+        outcomes.append(decoder.logits(hidden).log_softmax(-1).cpu())
+    torch.testing.assert_close(outcomes[1], outcomes[0], atol=1e-3, rtol=0)
