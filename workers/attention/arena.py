@@ -1,0 +1,101 @@
+"""An attention worker's memory: the bytes of all blocks, and which of them are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.errors import ResourceExhausted
+from cluster.types import KvGeometry
+from workers.kernels.signature import LayerCache
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Arena:
+    """The KV of all blocks, one tensor for keys and one for values, shaped
+    [layers, blocks, block_tokens, kv_heads, head_size].
+
+    The blocks of one layer with consecutive ids are adjacent in memory, so a run of them is a flat slab
+    to a kernel. Host pages are touched, and so paid for, only when a block is first written.
+    """
+
+    def __init__(self, geometry: KvGeometry, blocks: int, device: torch.device) -> None:
+        assert blocks > 0, "an arena holds at least one block"
+        self.geometry = geometry
+        self.blocks = blocks
+        shape = (geometry.layers, blocks, geometry.block_tokens, geometry.kv_heads, geometry.head_size)
+        self._key = torch.empty(shape, dtype=_DTYPES[geometry.dtype], device=device)
+        self._value = torch.empty_like(self._key)
+        self._layers = tuple(
+            LayerCache(key, value) for key, value in zip(self._key, self._value, strict=True)
+        )
+        self._slots = tuple((cache.key.flatten(0, 1), cache.value.flatten(0, 1)) for cache in self._layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies."""
+        return self._key.device
+
+    def layer(self, index: int) -> LayerCache:
+        """What a kernel reads."""
+        return self._layers[index]
+
+    def append(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Write rows into slots. slots: int64 [rows], block id x block_tokens + offset; key, value:
+        [rows, kv_heads, head_size]. Never allocates.
+        """
+        keys, values = self._slots[layer]
+        keys.index_copy_(0, slots, key.to(keys.dtype))
+        values.index_copy_(0, slots, value.to(values.dtype))
+
+
+class BlockAllocator:
+    """Hands out block ids, preferring runs: those right after a shard's last block, then the lowest run
+    that is long enough, then whatever is free from below.
+
+    Low ids first keeps the touched part of an arena small.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._is_free = np.ones(blocks, dtype=bool)
+        self.free = blocks
+
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """`count` block ids, in the order a shard uses them. Raises ResourceExhausted, changing nothing."""
+        if count > self.free:
+            raise ResourceExhausted(f"{count} blocks asked for, {self.free} of {len(self._is_free)} free")
+        chosen = self._following(count, after) if after is not None else []
+        chosen += self._runs(count - len(chosen), set(chosen))
+        self._is_free[chosen] = False
+        self.free -= count
+        return chosen
+
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """Free blocks that were handed out."""
+        for block in blocks:
+            assert not self._is_free[block], f"block {block} is freed twice"
+            self._is_free[block] = True
+            self.free += 1
+
+    def _following(self, count: int, after: int) -> list[int]:
+        end = after + 1
+        while end < len(self._is_free) and end - after <= count and self._is_free[end]:
+            end += 1
+        return list(range(after + 1, min(end, after + 1 + count)))
+
+    def _runs(self, count: int, taken: set[int]) -> list[int]:
+        if count == 0:
+            return []
+        free = self._is_free.copy()
+        free[list(taken)] = False
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], free, [False])).astype(np.int8)))
+        starts, lengths = edges[::2], edges[1::2] - edges[::2]
+        enough = np.flatnonzero(lengths >= count)
+        if len(enough):
+            first = int(starts[enough[0]])
+            return list(range(first, first + count))
+        return [int(block) for block in np.flatnonzero(free)[:count]]

@@ -1,0 +1,110 @@
+"""One shard: a token range of one sequence, its blocks, and what of it is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.errors import Fenced
+from cluster.types import SequenceKey, ShardId
+
+
+class LayerArrival:
+    """Counts the layers of one step's appends; shared by all shards the step appends to."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._arrived = 0
+
+    def mark(self, layer: int) -> None:
+        """Layer `layer` has been written; layers come in order, each once."""
+        if layer != self._arrived:
+            raise Fenced(f"keys of layer {layer} arrived where layer {self._arrived} was due")
+        self._arrived += 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layer is present."""
+        return self._arrived == self._layers
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAppend:
+    """A chunk being written: certain only when the next step names what follows it."""
+
+    start: int
+    token_ids: tuple[int, ...]
+    arrival: LayerArrival
+
+    @property
+    def end(self) -> int:
+        """One past its last position."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(slots=True, eq=False)
+class Shard:
+    """Positions first..end of a sequence, reserved; first..committed certain.
+
+        reserved --append--> pending --commit, all layers present--> committed
+
+    Invariants: first <= committed <= end; len(token_ids) == committed - first; every block that holds
+    a committed or pending position is in `blocks`. A write at a position >= committed overwrites, one
+    below is refused.
+    """
+
+    shard_id: ShardId
+    key: SequenceKey
+    first: int
+    end: int
+    block_tokens: int
+    blocks: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    pending: PendingAppend | None = None
+
+    @property
+    def committed(self) -> int:
+        """One past the last position present in all layers."""
+        return self.first + len(self.token_ids)
+
+    @property
+    def written(self) -> int:
+        """One past the last position any layer may have been written at."""
+        return max(self.committed, self.pending.end if self.pending else 0)
+
+    def commit(self, start: int) -> None:
+        """Make certain what was appended before `start`. Raises Fenced where layers are missing."""
+        pending = self.pending
+        if pending is None or start <= pending.start:
+            return
+        if not pending.arrival.is_complete:
+            raise self.fenced(f"positions {pending.start}..{pending.end} miss layers")
+        self.token_ids += pending.token_ids[: start - pending.start]
+        self.pending = None
+
+    def append(self, start: int, token_ids: tuple[int, ...], arrival: LayerArrival) -> None:
+        """Begin to write a chunk at `start`, in place of an uncommitted one. Raises Fenced."""
+        if start != self.committed:
+            kind = "below the committed" if start < self.committed else "beyond the committed"
+            raise self.fenced(f"an append at {start} lies {kind} length {self.committed}")
+        if start + len(token_ids) > self.end:
+            raise self.fenced(f"an append to {start + len(token_ids)} leaves the reserved range")
+        self.pending = PendingAppend(start, token_ids, arrival)
+
+    def truncate(self, token_ids: Sequence[int]) -> None:
+        """Keep the longest committed prefix that the sequence's `token_ids` confirm; drop what is pending."""
+        confirmed = token_ids[self.first : self.committed]
+        same = 0
+        while same < len(confirmed) and confirmed[same] == self.token_ids[same]:
+            same += 1
+        del self.token_ids[same:]
+        self.pending = None
+
+    def slot(self, position: int) -> int:
+        """Flat slot of a position: block id x block_tokens + offset."""
+        block, offset = divmod(position - self.first, self.block_tokens)
+        return self.blocks[block] * self.block_tokens + offset
+
+    def fenced(self, what: str) -> Fenced:
+        """An error about this shard, naming it."""
+        return Fenced(f"{self.key} shard {self.shard_id}: {what}", shard=str(self.shard_id))
