@@ -7,13 +7,13 @@ Tokens become text in two steps, each a small automaton fed with deltas of any s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 
+from cluster.config_reader import ConfigReader
 from cluster.errors import BrokenModelFolder
 from workers.gateway.chat_template import ChatTemplate, Message, read_chat_templates
 
@@ -40,9 +40,9 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_optional(folder / "tokenizer_config.json")
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
-        special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+        special_tokens = _special_tokens(config, _read_optional(folder / "special_tokens_map.json"))
         self._register_special_tokens(special_tokens.values())
         self._special_ids = frozenset(
             token_id
@@ -256,17 +256,9 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    """The JSON object in `path`; empty where there is no such file, which is allowed."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BrokenModelFolder(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BrokenModelFolder(f"{path} holds no JSON object")
-    return content
+def _read_optional(path: Path) -> dict[str, object]:
+    """The JSON object in `path`; empty where there is no such file."""
+    return ConfigReader.open(path).values if path.is_file() else {}
 
 
 def _special_tokens(*sources: Mapping[str, object]) -> dict[str, str]:

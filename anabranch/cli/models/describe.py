@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from anabranch.cli.models.provenance import PROVENANCE_FILE, read_licence
+from cluster.config_reader import ConfigReader
 from cluster.errors import BrokenModelFolder
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import read_stored_tensors
@@ -73,7 +73,7 @@ def describe(folder: Path) -> ModelDescription:
 
 def _tokenizer_kind(path: Path) -> str:
     """Algorithm and size, such as `BPE, ByteLevel, 49152 tokens`."""
-    content = _read_object(path)
+    content = ConfigReader.open(path).values
     model, decoder = content.get("model"), content.get("decoder")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise BrokenModelFolder(f"{path} has no vocabulary: download it again")
@@ -85,7 +85,9 @@ def _tokenizer_kind(path: Path) -> str:
 
 def _has_chat_template(folder: Path) -> bool:
     config_path = folder / "tokenizer_config.json"
-    in_config = config_path.is_file() and _read_object(config_path).get("chat_template") is not None
+    in_config = (
+        config_path.is_file() and ConfigReader.open(config_path).values.get("chat_template") is not None
+    )
     return in_config or (folder / "chat_template.jinja").is_file()
 
 
@@ -99,13 +101,3 @@ def _licence(folder: Path) -> str | None:
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]
     found = [line.removeprefix("license:").strip() for line in lines if line.startswith("license:")]
     return next(iter(found), None)
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BrokenModelFolder(f"{path} is missing or unreadable: {error}") from error
-    if not isinstance(content, dict):
-        raise BrokenModelFolder(f"{path} holds no JSON object")
-    return content

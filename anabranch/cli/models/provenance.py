@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from anabranch.cli.models.catalogue import CatalogueEntry
+from cluster.config_reader import ConfigReader
 from cluster.errors import BrokenModelFolder
 
 PROVENANCE_FILE = "provenance.json"
@@ -45,7 +46,7 @@ def write_provenance(folder: Path, entry: CatalogueEntry, converter_version: int
 
 def is_current(folder: Path, entry: CatalogueEntry, converter_version: int) -> bool:
     """Whether `folder` was made from the source `entry` names, by this converter."""
-    record = _read(folder)
+    record = _record(folder)
     return record.get("source") == asdict(entry.source) and (
         record.get("converter_version") == converter_version
     )
@@ -53,7 +54,7 @@ def is_current(folder: Path, entry: CatalogueEntry, converter_version: int) -> b
 
 def read_licence(folder: Path) -> str | None:
     """The licence recorded at the fetch; None for a folder that was not fetched."""
-    return str(_read(folder)["licence"]) if (folder / PROVENANCE_FILE).is_file() else None
+    return str(_record(folder)["licence"]) if (folder / PROVENANCE_FILE).is_file() else None
 
 
 def check_sizes(folder: Path) -> None:
@@ -75,18 +76,11 @@ def check_contents(folder: Path) -> None:
 
 
 def _recorded_files(folder: Path) -> dict[str, dict[str, object]]:
-    files = _read(folder).get("files")
+    files = _record(folder).get("files")
     if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
         raise BrokenModelFolder(f"{folder / PROVENANCE_FILE} lists no files")
     return files
 
 
-def _read(folder: Path) -> dict[str, object]:
-    path = folder / PROVENANCE_FILE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BrokenModelFolder(f"{path} is missing or unreadable: {error}") from error
-    if not isinstance(record, dict):
-        raise BrokenModelFolder(f"{path} holds no JSON object")
-    return record
+def _record(folder: Path) -> dict[str, object]:
+    return ConfigReader.open(folder / PROVENANCE_FILE).values
