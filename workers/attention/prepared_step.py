@@ -1,0 +1,156 @@
+"""One step's rows at this worker, resolved once when the plan arrives and used for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.errors import InvalidRequest
+from cluster.types import Generation
+from workers.attention.arena import Arena
+from workers.attention.shard import LayerArrival, Shard
+from workers.attention.store import Store
+from workers.kernels.signature import Kernel, Span
+from workers.lanes.messages import PlanRow
+from workers.partials import Partial
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """A plan row's shard, and the generation it was named under."""
+
+    shard: Shard
+    generation: Generation
+
+
+class PreparedStep:
+    """Spans and slots of one step of one lane.
+
+    `begin` commits, checks every visible range and announces the appends; `append` and `attend` then run
+    without looking at a sequence, except to see that no shard was taken away in between. All methods
+    are called with the store's turn held.
+    """
+
+    def __init__(self, store: Store, arena: Arena, rows: Sequence[PlanRow]) -> None:
+        """Resolve the rows. Raises Fenced for a shard that is gone, taken over or incomplete, and
+        InvalidRequest for rows that contradict themselves.
+        """
+        self._store = store
+        self._arena = arena
+        self._arrival = LayerArrival(arena.geometry.layers)
+        self._resolved = [_resolve(store, row) for row in rows]
+        self.spans = _spans(rows, self._resolved)
+        self.rows = sum(row.count for row in rows)
+        self._slots = self._announce(rows)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Write one layer of the step's chunks: [appended rows, kv_heads, head_size] each. Raises Fenced."""
+        self._check_held()
+        expected = (len(self._slots), self._arena.geometry.kv_heads, self._arena.geometry.head_size)
+        if tuple(key.shape) != expected or tuple(value.shape) != expected:
+            raise InvalidRequest(
+                f"keys {tuple(key.shape)}, values {tuple(value.shape)} where {expected} are due"
+            )
+        self._arrival.mark(layer)
+        self._arena.append(layer, self._slots, key, value)
+
+    def attend(
+        self, layer: int, query: Tensor, spans: Sequence[Span], kernel: Kernel, window: int | None
+    ) -> Partial:
+        """Attend `query` (all rows of the step) over `spans`, some or all of the step's. Raises Fenced."""
+        self._check_held()
+        scale = self._arena.geometry.head_size**-0.5
+        result = kernel.attend(query, spans, self._arena.layer(layer), scale, window)
+        return Partial(result.out, result.lse)
+
+    def _check_held(self) -> None:
+        for resolved in self._resolved:
+            if not self._store.is_held(resolved.shard, resolved.generation):
+                raise resolved.shard.fenced("was released or taken over during a step")
+
+    def _announce(self, rows: Sequence[PlanRow]) -> Tensor:
+        """Begin the appends of tail rows; flat slots of their positions, int64 [appended rows]."""
+        slots: list[int] = []
+        for row, resolved in zip(rows, self._resolved, strict=True):
+            if row.token_ids:
+                resolved.shard.append(row.start, row.token_ids, self._arrival)
+                slots += [resolved.shard.slot(row.start + offset) for offset in range(row.count)]
+        return torch.tensor(slots, dtype=torch.int64, device=self._arena.device)
+
+
+def _resolve(store: Store, row: PlanRow) -> _Resolved:
+    generation = Generation(row.generation)
+    shard = store.shard(row.shard, generation)
+    if row.count < 1 or row.start < 0 or (row.token_ids and len(row.token_ids) != row.count):
+        raise InvalidRequest(f"{shard.key}: {row.count} rows at {row.start} with {len(row.token_ids)} ids")
+    shard.commit(row.start)
+    _check_visible(shard, row)
+    return _Resolved(shard, generation)
+
+
+def _check_visible(shard: Shard, row: PlanRow) -> None:
+    """The shard attends exactly the named range, or fails closed."""
+    if row.visible_end > row.start or row.visible_first > row.visible_end:
+        raise InvalidRequest(f"{shard.key}: visible {row.visible_first}..{row.visible_end} at {row.start}")
+    if row.visible_first == row.visible_end:
+        return
+    if row.visible_first < shard.first or row.visible_end > shard.committed:
+        raise shard.fenced(
+            f"visible {row.visible_first}..{row.visible_end}, held {shard.first}..{shard.committed}"
+        )
+
+
+def _spans(rows: Sequence[PlanRow], resolved: Sequence[_Resolved]) -> list[Span]:
+    spans: list[Span] = []
+    row_start = 0
+    for row, held in zip(rows, resolved, strict=True):
+        shard = held.shard
+        if row.visible_end > row.visible_first:
+            last = -(-(row.visible_end - shard.first) // shard.block_tokens)
+            spans.append(
+                Span(
+                    row_start=row_start,
+                    row_count=row.count,
+                    query_position=row.start,
+                    blocks=tuple(shard.blocks[:last]),
+                    first_position=shard.first,
+                    visible_start=row.visible_first - shard.first,
+                    visible_end=row.visible_end - shard.first,
+                )
+            )
+        row_start += row.count
+    return spans
+
+
+def slices(spans: Sequence[Span], rows_most: int) -> list[list[Span]]:
+    """The spans in groups of at most `rows_most` query rows, long chunks cut, so that lanes take turns."""
+    groups: list[list[Span]] = [[]]
+    room = rows_most
+    for span in spans:
+        done = 0
+        while done < span.row_count:
+            if room == 0:
+                groups.append([])
+                room = rows_most
+            count = min(room, span.row_count - done)
+            groups[-1].append(_cut(span, done, count))
+            done += count
+            room -= count
+    return groups
+
+
+def _cut(span: Span, skip: int, count: int) -> Span:
+    if skip == 0 and count == span.row_count:
+        return span
+    return Span(
+        row_start=span.row_start + skip,
+        row_count=count,
+        query_position=span.query_position + skip,
+        blocks=span.blocks,
+        first_position=span.first_position,
+        visible_start=span.visible_start,
+        visible_end=span.visible_end,
+    )
