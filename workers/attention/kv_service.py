@@ -1,0 +1,143 @@
+"""`KvService`: reservations, leases, take-over and the audit, over gRPC. Thin: the store decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import grpc
+
+from anabranch.v1 import inference_pb2, kv_pb2, kv_pb2_grpc, types_pb2
+from cluster import rpc
+from cluster.errors import Fenced
+from cluster.types import Generation, SequenceKey, ShardRef
+from workers.attention.store import Store
+from workers.peer import HeldShard
+
+
+class KvService(kv_pb2_grpc.KvServiceServicer):
+    """Serves one store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @rpc.unary
+    def Reserve(  # noqa: N802  # the name of the RPC
+        self, request: kv_pb2.ReserveRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.ReserveResponse:
+        """Reserve room, or extend a shard."""
+        self._check_epoch(request.believed)
+        reservation = self._store.reserve(
+            _key(request.sequence),
+            Generation(request.generation),
+            request.first_position,
+            request.end_position,
+        )
+        return kv_pb2.ReserveResponse(
+            responder=self._responder(),
+            shard=_shard(reservation.shard),
+            lease_ms=reservation.lease_ms,
+            blocks_available=reservation.blocks_available,
+        )
+
+    @rpc.unary
+    def Release(  # noqa: N802  # the name of the RPC
+        self, request: kv_pb2.ReleaseRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.ReleaseResponse:
+        """Free a sequence's shards."""
+        self._check_epoch(request.believed)
+        blocks = self._store.release(_key(request.sequence), Generation(request.generation))
+        return kv_pb2.ReleaseResponse(responder=self._responder(), blocks_released=blocks)
+
+    @rpc.unary
+    def Renew(  # noqa: N802  # the name of the RPC
+        self, request: kv_pb2.RenewRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.RenewResponse:
+        """Renew leases."""
+        self._check_epoch(request.believed)
+        unknown = self._store.renew(_key(sequence) for sequence in request.sequences)
+        return kv_pb2.RenewResponse(responder=self._responder(), unknown=map(_sequence, unknown))
+
+    @rpc.unary
+    def Adopt(  # noqa: N802  # the name of the RPC
+        self, request: kv_pb2.AdoptRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.AdoptResponse:
+        """Take a sequence over."""
+        self._check_epoch(request.believed)
+        held = self._store.adopt(
+            _key(request.sequence), Generation(request.generation), list(request.token_ids)
+        )
+        return kv_pb2.AdoptResponse(responder=self._responder(), shards=_held(held))
+
+    @rpc.unary
+    def Locate(  # noqa: N802  # the name of the RPC
+        self, request: kv_pb2.LocateRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.LocateResponse:
+        """Show a sequence's shards."""
+        held = self._store.locate(_key(request.sequence))
+        return kv_pb2.LocateResponse(responder=self._responder(), shards=_held(held))
+
+    @rpc.unary
+    def Audit(  # noqa: N802  # the name of the RPC
+        self, request: kv_pb2.AuditRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.AuditResponse:
+        """Show the account and every holding."""
+        holdings = (
+            kv_pb2.AuditResponse.Holding(
+                sequence=_sequence(key), shards=_held(held), lease_remaining_ms=int(1000 * remaining_s)
+            )
+            for key, held, remaining_s in self._store.holdings()
+        )
+        return kv_pb2.AuditResponse(
+            responder=self._responder(), blocks=block_account(self._store), holdings=holdings
+        )
+
+    def _check_epoch(self, believed: types_pb2.Believed) -> None:
+        if believed.epoch not in (0, self._store.epoch):
+            raise Fenced(f"{self._store.worker} was restarted: epoch {believed.epoch:x} is over")
+
+    def _responder(self) -> types_pb2.Responder:
+        return types_pb2.Responder(worker_id=self._store.worker, epoch=self._store.epoch)
+
+
+def block_account(store: Store) -> inference_pb2.BlockAccount:
+    """The audited account as heartbeats and `Audit` carry it."""
+    account = store.audit()
+    return inference_pb2.BlockAccount(
+        capacity=account.capacity,
+        free=account.free,
+        reserved=account.reserved,
+        open=account.open,
+        sealed_referenced=account.sealed_referenced,
+        sealed_cached=account.sealed_cached,
+        block_bytes=store.geometry.block_bytes,
+    )
+
+
+def _key(sequence: types_pb2.SequenceKey) -> SequenceKey:
+    return SequenceKey(sequence.request_id, sequence.choice)
+
+
+def _sequence(key: SequenceKey) -> types_pb2.SequenceKey:
+    return types_pb2.SequenceKey(request_id=key.request_id, choice=key.choice)
+
+
+def _shard(shard: ShardRef) -> types_pb2.ShardRef:
+    return types_pb2.ShardRef(
+        worker_id=shard.worker,
+        epoch=shard.epoch,
+        shard_id=shard.shard,
+        first_position=shard.first,
+        end_position=shard.end,
+    )
+
+
+def _held(shards: Iterable[HeldShard]) -> Iterable[kv_pb2.HeldShard]:
+    return (
+        kv_pb2.HeldShard(
+            shard=_shard(held.shard),
+            committed_tokens=held.committed_tokens,
+            blocks=held.blocks,
+            generation=held.generation,
+        )
+        for held in shards
+    )
