@@ -31,7 +31,7 @@ class Raising(control_pb2_grpc.ControlServiceServicer):
         self.error = error
 
     @rpc.unary
-    def GetFleet(  # noqa: N802  # the name of the RPC
+    def GetFleet(  # the name of the RPC
         self, request: control_pb2.GetFleetRequest, context: grpc.ServicerContext
     ) -> control_pb2.GetFleetResponse:
         """Raise, or answer."""
@@ -47,7 +47,7 @@ class RaisingStream(inference_pb2_grpc.InferenceServiceServicer):
         self.error = error
 
     @rpc.aio_stream
-    async def Generate(  # noqa: N802  # the name of the RPC
+    async def Generate(  # the name of the RPC
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """One event, then the error."""

@@ -21,7 +21,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         self._store = store
 
     @rpc.unary
-    def Reserve(  # noqa: N802  # the name of the RPC
+    def Reserve(  # the name of the RPC
         self, request: kv_pb2.ReserveRequest, context: grpc.ServicerContext
     ) -> kv_pb2.ReserveResponse:
         """Reserve room, or extend a shard."""
@@ -40,7 +40,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         )
 
     @rpc.unary
-    def Release(  # noqa: N802  # the name of the RPC
+    def Release(  # the name of the RPC
         self, request: kv_pb2.ReleaseRequest, context: grpc.ServicerContext
     ) -> kv_pb2.ReleaseResponse:
         """Free a sequence's shards."""
@@ -49,7 +49,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.ReleaseResponse(responder=self._responder(), blocks_released=blocks)
 
     @rpc.unary
-    def Renew(  # noqa: N802  # the name of the RPC
+    def Renew(  # the name of the RPC
         self, request: kv_pb2.RenewRequest, context: grpc.ServicerContext
     ) -> kv_pb2.RenewResponse:
         """Renew leases."""
@@ -58,7 +58,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.RenewResponse(responder=self._responder(), unknown=map(_sequence, unknown))
 
     @rpc.unary
-    def Adopt(  # noqa: N802  # the name of the RPC
+    def Adopt(  # the name of the RPC
         self, request: kv_pb2.AdoptRequest, context: grpc.ServicerContext
     ) -> kv_pb2.AdoptResponse:
         """Take a sequence over."""
@@ -69,7 +69,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.AdoptResponse(responder=self._responder(), shards=_held(held))
 
     @rpc.unary
-    def Locate(  # noqa: N802  # the name of the RPC
+    def Locate(  # the name of the RPC
         self, request: kv_pb2.LocateRequest, context: grpc.ServicerContext
     ) -> kv_pb2.LocateResponse:
         """Show a sequence's shards."""
@@ -77,7 +77,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.LocateResponse(responder=self._responder(), shards=_held(held))
 
     @rpc.unary
-    def Audit(  # noqa: N802  # the name of the RPC
+    def Audit(  # the name of the RPC
         self, request: kv_pb2.AuditRequest, context: grpc.ServicerContext
     ) -> kv_pb2.AuditResponse:
         """Show the account and every holding."""
