@@ -107,4 +107,4 @@ class Shard:
 
     def fenced(self, what: str) -> Fenced:
         """An error about this shard, naming it."""
-        return Fenced(f"{self.key} shard {self.shard_id}: {what}", shard=str(self.shard_id))
+        return Fenced(f"{self.key} shard {self.shard_id}: {what}", shards=str(self.shard_id))

@@ -152,7 +152,7 @@ class Store:
         """A shard as a plan row names it; renews its lease. The caller holds `turns`. Raises Fenced."""
         shard = self._shards.get(shard_id)
         if shard is None:
-            raise Fenced(f"shard {shard_id} is not held by {self.worker}", shard=str(shard_id))
+            raise Fenced(f"shard {shard_id} is not held by {self.worker}", shards=str(shard_id))
         holding = self._holdings[shard.key]
         if holding.generation != generation:
             raise shard.fenced(f"generation {generation} spoke, {holding.generation} holds it")

@@ -1,0 +1,61 @@
+"""An attention worker in the same process: monolithic mode, local shards, and tests without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from cluster.types import Generation, SequenceKey
+from workers.attention.session import AttendSession
+from workers.attention.store import Store
+from workers.lanes.inproc import InProcessLane
+from workers.peer import HeldShard, Reservation
+
+
+class LocalPeer:
+    """`AttentionPeer` straight on a store; its lanes hand tensors over without a copy."""
+
+    def __init__(self, store: Store, session: Callable[[], AttendSession]) -> None:
+        self.worker = store.worker
+        self.epoch = store.epoch
+        self._store = store
+        self._session = session
+
+    def reserve(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        first: int,
+        end: int,
+        tenant: str,  # noqa: ARG002  # part of block identities, which a private shard does not need
+    ) -> Reservation:
+        """See `AttentionPeer.reserve`."""
+        return self._store.reserve(key, generation, first, end)
+
+    def release(self, key: SequenceKey, generation: Generation) -> int:
+        """See `AttentionPeer.release`."""
+        return self._store.release(key, generation)
+
+    def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
+        """See `AttentionPeer.renew`."""
+        return self._store.renew(keys)
+
+    def adopt(
+        self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
+    ) -> tuple[HeldShard, ...]:
+        """See `AttentionPeer.adopt`."""
+        return self._store.adopt(key, generation, token_ids)
+
+    def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
+        """See `AttentionPeer.locate`."""
+        return self._store.locate(key)
+
+    def open_lane(self) -> InProcessLane:
+        """See `AttentionPeer.open_lane`."""
+        return InProcessLane(self._session(), on_close=_nothing)
+
+    def close(self) -> None:
+        """The store lives on; there is no connection to give up."""
+
+
+def _nothing() -> None:
+    """A lane within the process holds nothing that needs closing."""

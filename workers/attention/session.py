@@ -1,0 +1,109 @@
+"""The attention side of one lane: plans in, partials out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from cluster.errors import InvalidRequest, NeedFull
+from workers.attention.arena import Arena
+from workers.attention.prepared_step import PreparedStep, slices
+from workers.attention.store import Store
+from workers.kernels.signature import Kernel, Span
+from workers.lanes.messages import LayerMessage, PartialReply
+from workers.lanes.plans import PlanDecoder
+from workers.partials import Partial, empty
+
+
+class AttendSession:
+    """Serves the messages of one lane in order (a `LaneHandler`); several lanes share store and arena.
+
+    A micro-batch stands at one step; a message of another step without its plan is answered NeedFull.
+    Each slice of at most `slice_rows` query rows takes its own turn of the store's fair lock, so that a
+    long chunk of one lane does not keep the decoding rows of another waiting.
+    """
+
+    def __init__(self, store: Store, arena: Arena, kernel: Kernel, slice_rows: int) -> None:
+        self._store = store
+        self._arena = arena
+        self._kernel = kernel
+        self._slice_rows = slice_rows
+        self._decoder = PlanDecoder()
+        self._steps: dict[int, tuple[int, PreparedStep, list[list[Span]]]] = {}
+        self.compute_seconds = 0.0
+
+    def handle(self, message: LayerMessage) -> PartialReply | None:
+        """Append, then attend. Raises errors of the tree; what was appended by then stays uncommitted."""
+        began_s = time.monotonic()
+        with torch.inference_mode():
+            step, groups = self._step(message)
+            self._append(step, message)
+            if message.query is None:
+                return None
+            partial = self._attend(step, groups, message)
+        elapsed_s = time.monotonic() - began_s
+        self.compute_seconds += elapsed_s
+        return PartialReply(
+            message.step, message.micro_batch, message.layer, partial.out, partial.lse, elapsed_s
+        )
+
+    def _step(self, message: LayerMessage) -> tuple[PreparedStep, list[list[Span]]]:
+        if message.plan is not None:
+            self._steps.pop(message.micro_batch, None)
+            rows = self._decoder.decode(message.micro_batch, message.plan)
+            with self._store.turns:
+                prepared = PreparedStep(self._store, self._arena, rows)
+            groups = slices(prepared.spans, self._slice_rows)
+            self._steps[message.micro_batch] = (message.step, prepared, groups)
+        held = self._steps.get(message.micro_batch)
+        if held is None or held[0] != message.step:
+            raise NeedFull(f"micro-batch {message.micro_batch} has no plan for step {message.step} here")
+        return held[1], held[2]
+
+    def _append(self, step: PreparedStep, message: LayerMessage) -> None:
+        if message.key is None or message.value is None:
+            return
+        with self._store.turns:
+            step.append(message.layer - 1, message.key, message.value)
+
+    def _attend(self, step: PreparedStep, groups: Sequence[Sequence[Span]], message: LayerMessage) -> Partial:
+        query = message.query
+        assert query is not None
+        geometry = self._arena.geometry
+        if tuple(query.shape) != (step.rows, geometry.query_heads, geometry.head_size):
+            raise InvalidRequest(f"a query of {tuple(query.shape)} where {step.rows} rows are due")
+        if not 0 <= message.layer < geometry.layers:
+            raise InvalidRequest(f"layer {message.layer} of {geometry.layers}")
+        whole = empty(step.rows, geometry.query_heads, geometry.head_size, query.device)
+        for group in groups:
+            if group:
+                self._attend_slice(step, group, message, whole)
+        return whole
+
+    def _attend_slice(
+        self, step: PreparedStep, group: Sequence[Span], message: LayerMessage, whole: Partial
+    ) -> None:
+        """Attend some rows, consecutive in the step, into their part of the whole."""
+        assert message.query is not None
+        first, last = group[0].row_start, group[-1].row_start + group[-1].row_count
+        local = [_shifted(span, first) for span in group]
+        with self._store.turns:
+            part = step.attend(message.layer, message.query[first:last], local, self._kernel, message.window)
+        whole.out[first:last] = part.out
+        whole.lse[first:last] = part.lse
+
+
+def _shifted(span: Span, rows: int) -> Span:
+    if rows == 0:
+        return span
+    return Span(
+        row_start=span.row_start - rows,
+        row_count=span.row_count,
+        query_position=span.query_position,
+        blocks=span.blocks,
+        first_position=span.first_position,
+        visible_start=span.visible_start,
+        visible_end=span.visible_end,
+    )
