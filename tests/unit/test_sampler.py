@@ -244,6 +244,17 @@ def test_logits_that_are_not_finite_fail_their_row_only(poison: float) -> None:
     assert [type(result) for result in results] == [Sampled, Internal, Internal, Sampled]
 
 
+@pytest.mark.parametrize("filters", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}])
+def test_a_row_that_masks_leave_without_a_token_fails_alone(filters: dict[str, Any]) -> None:
+    """The only token of finite logit is a stop token still forbidden: an error, and for this row only."""
+    logits = random_logits(2, seed=3)
+    logits[0] = -torch.inf
+    logits[0, 8] = 1.0
+    parameters = SamplingParameters(min_tokens=2, stop_token_ids=(8,), **filters)
+    results = Sampler(VOCABULARY, EOS).sample(logits, [row(parameters), row(parameters)])
+    assert [type(result) for result in results] == [Internal, Sampled]
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [

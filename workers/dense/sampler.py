@@ -38,10 +38,10 @@ class TokenHistory:
         """Token ids of prompt and output, each once."""
         return np.union1d(self._prompt, self.output_counts()[0])
 
-    def output_counts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def output_counts(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Token ids of the output, each once, and how often each occurred."""
         ids = np.fromiter(self._counts.keys(), dtype=np.int64, count=len(self._counts))
-        return ids, np.fromiter(self._counts.values(), dtype=np.float32, count=len(self._counts))
+        return ids, np.fromiter(self._counts.values(), dtype=np.float64, count=len(self._counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | Internal]:
         """One token per row of `logits` [n, vocabulary_size >= 2] float32, on any device.
 
-        A row whose logits are not finite gets an error instead of a token: its sequence fails, the
-        others of the batch go on.
+        A row whose logits are not finite, or all masked, gets an error instead of a token: its sequence
+        fails, the others of the batch go on.
         """
         assert logits.shape == (len(rows), self._vocabulary_size), (
             f"{tuple(logits.shape)} for {len(rows)} rows"
@@ -106,8 +106,8 @@ class Sampler:
         self, index: int, choice: tuple[int, float], reports: dict[int, Sampled]
     ) -> Sampled | Internal:
         token_id, gap = choice
-        if math.isnan(gap):  # the best logit was NaN or infinite
-            return Internal("the model produced logits that are not finite; the sequence cannot go on")
+        if math.isnan(gap):
+            return Internal("no token can be chosen: the model's logits are not finite, or all are masked")
         return reports.get(index) or Sampled(token_id, gap)
 
     def _choose_plain(self, logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, tuple[int, float]]:
@@ -126,20 +126,22 @@ class Sampler:
         indices = [index for index, row in enumerate(rows) if not row.plain]
         if not indices:
             return {}
-        chosen = logits[indices].to("cpu").numpy()  # indexing copies: adjusting in place is safe
+        chosen = logits[indices].to("cpu").numpy()
         return {
-            index: self._choose(scores, rows[index]) for index, scores in zip(indices, chosen, strict=True)
+            index: self._choose(scores.astype(np.float64), rows[index])  # a copy of its own to adjust
+            for index, scores in zip(indices, chosen, strict=True)
         }
 
-    def _choose(self, scores: NDArray[np.float32], row: SampleRow) -> tuple[int, float]:
-        """(token id, gap) from one row of raw logits, which is overwritten."""
-        if not np.isfinite(scores.max()):
+    def _choose(self, scores: NDArray[np.float64], row: SampleRow) -> tuple[int, float]:
+        """(token id, gap) from one row of raw logits; the gap is NaN where no token can be chosen."""
+        if np.isfinite(scores.max()):
+            self._adjust(scores, row)
+        if not np.isfinite(scores.max()):  # poisoned by the model, or all masked
             return 0, float("nan")
-        self._adjust(scores, row)
         parameters = row.parameters
         if parameters.greedy:
-            return _best(scores.astype(np.float64))
-        tempered = scores.astype(np.float64) / parameters.temperature
+            return _best(scores)
+        tempered = scores / parameters.temperature
         key = stream_key(row.seed, row.choice, row.output_index)
         if not truncates(parameters, self._vocabulary_size):
             return _best(tempered + gumbels(key, vocabulary_ids(self._vocabulary_size)))
@@ -152,7 +154,7 @@ class Sampler:
         needed[winner] = left.distances[winner]
         return int(left.token_ids[winner]), float(needed.min())
 
-    def _adjust(self, scores: NDArray[np.float32], row: SampleRow) -> None:
+    def _adjust(self, scores: NDArray[np.float64], row: SampleRow) -> None:
         """Penalties, bias, and the masks of `min_tokens`, in place."""
         parameters = row.parameters
         if parameters.penalized:
@@ -164,15 +166,14 @@ class Sampler:
             scores[[*self._eos_token_ids, *parameters.stop_token_ids]] = -np.inf
 
 
-def _penalize(scores: NDArray[np.float32], parameters: SamplingParameters, history: TokenHistory) -> None:
+def _penalize(scores: NDArray[np.float64], parameters: SamplingParameters, history: TokenHistory) -> None:
     """Repetition over prompt and output (arXiv 1909.05858), then frequency and presence over output."""
     if parameters.repetition_penalty != 1.0:
         seen = history.seen()
-        penalty = np.float32(parameters.repetition_penalty)
+        penalty = parameters.repetition_penalty
         scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
     token_ids, counts = history.output_counts()
-    scores[token_ids] -= np.float32(parameters.frequency_penalty) * counts
-    scores[token_ids] -= np.float32(parameters.presence_penalty)
+    scores[token_ids] -= parameters.frequency_penalty * counts + parameters.presence_penalty
 
 
 def _best(scores: NDArray[np.float64]) -> tuple[int, float]:
