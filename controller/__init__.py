@@ -1,1 +1,7 @@
 """One process that decides who lives where. The only place that knows Ray is `controller.fleet`."""
+
+import os
+
+# Before anything imports grpc: its fork handlers run in the processes that Ray forks here, and can hang
+# them. Nothing of ours forks and then speaks gRPC.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -152,6 +152,12 @@ class MembershipTable:
                 slot.retire()
                 self._version += 1
 
+    def holds(self, worker_id: str, epoch: int) -> bool:
+        """Whether this incarnation lives."""
+        with self._lock:
+            slot = self._slots.get(worker_id)
+            return slot is not None and slot.entry is not None and slot.entry.member.epoch == epoch
+
     def membership(self) -> control_pb2.Membership:
         """Everyone alive, in order of names."""
         with self._lock:

@@ -81,16 +81,18 @@ class Supervisor:
         """Whether nothing runs any more, after `drain`."""
         return all(slot.phase is Phase.STOPPED for slot in self.slots)
 
-    def failure(self) -> AnabranchError | None:
-        """Why the fleet cannot become complete: a slot given up, or one that no node can hold."""
-        now_s = self._clock()
-        for slot in self.slots:
-            if slot.phase is Phase.GIVEN_UP:
-                return _error_of(slot)
-            waited_s = now_s - slot.since_s
-            if slot.phase is Phase.WAITING and slot.problem and waited_s > self._limits.placement_timeout_s:
-                return Unplaceable(f"{slot.worker_id} cannot be placed: {slot.problem}")
-        return None
+    def failure(self, was_complete: bool) -> AnabranchError | None:
+        """Why the cluster cannot serve. At its start one slot given up, or that no node can hold, is
+        enough; later a role is allowed to be short of processes, but not to have none left.
+        """
+        given_up = [slot for slot in self.slots if slot.phase is Phase.GIVEN_UP]
+        if was_complete:
+            left = {slot.role for slot in self.slots if slot.phase is not Phase.GIVEN_UP}
+            given_up = [slot for slot in given_up if slot.role not in left]
+        if given_up:
+            return _error_of(given_up[0])
+        unplaced = None if was_complete else self._unplaced()
+        return Unplaceable(f"{unplaced.worker_id} cannot be placed: {unplaced.problem}") if unplaced else None
 
     def started(self, worker_id: str, attempt: int, process_id: int, log_file: str) -> None:
         """The process of an attempt runs."""
@@ -155,6 +157,12 @@ class Supervisor:
             self._draining = list(DRAIN_ORDER)
             self._drain_until_s = self._clock() + grace_s
             self._drain_role()
+
+    def _unplaced(self) -> Slot | None:
+        """A slot no node could hold for too long."""
+        since_s = self._clock() - self._limits.placement_timeout_s
+        waiting = (slot for slot in self.slots if slot.phase is Phase.WAITING and slot.problem)
+        return next((slot for slot in waiting if slot.since_s < since_s), None)
 
     def _current(self, worker_id: str, attempt: int) -> Slot | None:
         slot = self._slots.get(worker_id)

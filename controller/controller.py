@@ -1,0 +1,268 @@
+"""The controller: composes membership, supervision and the fleet, and runs them on one thread."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from anabranch.v1 import control_pb2, inference_pb2
+from cluster.config import Config, is_loopback
+from cluster.errors import AnabranchError, ConfigError
+from cluster.model_spec import ModelSpec
+from cluster.types import draw_epoch
+from controller import roles
+from controller.fleet import Order, RayFleet
+from controller.membership import MembershipTable, Terms
+from controller.service import ControlServer, ControlService, geometry_message
+from controller.slots import Limits, Phase, Slot
+from controller.state import ClusterRecord, StateFolder, process_start
+from controller.supervisor import Supervisor
+
+_TICK_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The control server answers at this address, and Ray has this many nodes."""
+
+    address: str
+    nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotChanged:
+    """A slot entered another phase, started its process, or has another problem."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterReady:
+    """Every slot serves; clients may come. Said again when a gateway comes back elsewhere."""
+
+    record: ClusterRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """The cluster drains; open streams have this long."""
+
+    grace_s: float
+
+
+Event = Opened | SlotChanged | ClusterReady | Stopping
+Observer = Callable[[Event], None]
+"""Called on the controller's thread; must not block."""
+
+
+class Controller:
+    """One cluster, from start to stop.
+
+        opening --> starting --all ready--> serving --stop--> draining --> done
+                        |                                        ^
+                        +--a slot cannot be filled---------------+--> raises
+
+    Everything that happens elsewhere (Ray's threads, the server's) is posted to the thread in `run`.
+    """
+
+    def __init__(self, config: Config, command: roles.Command = roles.module_command) -> None:
+        """`config.model.path` is a folder; `command` says what a slot's process runs."""
+        self._config = config
+        self._command = command
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._state = StateFolder.of(config)
+        controller = config.controller
+        self._table = MembershipTable(
+            Terms(config.digest, controller.heartbeat_ms, controller.expiry_ms), on_change=self._on_member
+        )
+        self._supervisor: Supervisor | None = None
+        self._failure: AnabranchError | None = None
+        self._complete = False
+        self._draining = False
+        self._observe: Observer = lambda _event: None
+        self.address = ""
+        """host:port of the control server as roles reach it; empty until it listens."""
+
+    def run(self, stop: threading.Event, observe: Observer = lambda _event: None) -> int:
+        """Serve until `stop` or a Shutdown call; returns 0, or 1 if a process had to be killed.
+
+        Raises, after everything has been stopped: ModelError, ConfigError, AlreadyExists (a cluster
+        runs with this state folder), Unavailable (a port is taken, Ray is not there, a process kept
+        failing), Unplaceable naming the missing resource.
+        """
+        self._observe = observe
+        spec = ModelSpec.from_folder(Path(self._config.model.path))
+        geometry = spec.geometry(self._config.model.dtype, self._config.attention.block_tokens)
+        service = ControlService(
+            self._table, draw_epoch(), geometry_message(geometry), self._slot_messages, self._on_shutdown
+        )
+        with self._state.claim(), self._fleet() as fleet, self._serving(service, fleet):
+            self._supervisor = Supervisor(
+                roles.slots(self._config),
+                self._limits(),
+                roles.Placer(self._config, fleet.nodes),
+                fleet,
+                self._on_slot,
+            )
+            fleet.listener = self._supervisor
+            self._supervise(self._supervisor, stop, service)
+            if self._failure is not None:
+                raise self._failure
+            return 1 if self._supervisor.killed else 0
+
+    def fleet(self) -> control_pb2.GetFleetResponse:
+        """The fleet at this moment; from any thread."""
+        return control_pb2.GetFleetResponse(
+            membership=self._table.membership(), slots=self._slot_messages(), stopping=self._draining
+        )
+
+    def hurry(self) -> None:
+        """Kill what still runs instead of waiting for it; from any thread or signal handler."""
+        self._calls.put(lambda: self._drain(0.0))
+
+    @contextmanager
+    def _fleet(self) -> Iterator[RayFleet]:
+        cpus = self._config.ray.local_cpus or roles.cpus(self._config)
+        fleet = RayFleet(self._config.ray, cpus, self._order, self._calls.put)
+        try:
+            yield fleet
+        finally:
+            fleet.close()
+
+    @contextmanager
+    def _serving(self, service: ControlService, fleet: RayFleet) -> Iterator[None]:
+        # After Ray: starting Ray forks, and a fork among busy gRPC threads can hang its child.
+        nodes = fleet.nodes()
+        host = self._config.controller.host
+        self._require_reachable(host, {node.address for node in nodes})
+        server = ControlServer(self._config, service)
+        try:
+            self.address = f"{fleet.address if roles.is_wildcard(host) else host}:{server.port}"
+            self._observe(Opened(self.address, len(nodes)))
+            yield
+        finally:
+            server.stop()
+
+    def _require_reachable(self, host: str, machines: set[str]) -> None:
+        if len(machines) > 1 and is_loopback(host):
+            raise ConfigError(
+                f"the Ray cluster has {len(machines)} machines, but controller.host is {host}, which only "
+                "this one can reach: set the hosts of controller, gateway, dense and attention (`anabranch up "
+                "--host 0.0.0.0`), with security.tls or, in a private network, --insecure"
+            )
+
+    def _supervise(self, supervisor: Supervisor, stop: threading.Event, service: ControlService) -> None:
+        """The loop: what was posted, who fell silent, what is due."""
+        sweep_next_s = 0.0
+        while not supervisor.is_stopped:
+            self._run_calls()
+            if time.monotonic() >= sweep_next_s:
+                sweep_next_s = time.monotonic() + self._table.terms.heartbeat_ms / 1000
+                for member in self._table.sweep():
+                    supervisor.silent(member.worker_id)
+            supervisor.tick()
+            if self._draining:
+                service.announce_stop()
+            elif stop.is_set():
+                self._drain(self._config.controller.drain_grace_s)
+            elif (failure := supervisor.failure(self._complete)) is not None:
+                self._failure = failure
+                self._drain(self._config.controller.drain_grace_s)
+            elif not self._complete and supervisor.is_ready:
+                self._complete = True
+                self._announce()
+
+    def _run_calls(self) -> None:
+        """Run what was posted; wait up to a tick for the first."""
+        try:
+            self._calls.get(timeout=_TICK_S)()
+            while True:
+                self._calls.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _drain(self, grace_s: float) -> None:
+        if not self._draining:
+            self._draining = True
+            self._observe(Stopping(grace_s))
+        if self._supervisor is not None:
+            self._supervisor.drain(grace_s)
+
+    def _announce(self) -> None:
+        record = self._record()
+        self._state.write(record)
+        self._observe(ClusterReady(record))
+
+    def _on_member(self, member: inference_pb2.Member) -> None:
+        if member.state == inference_pb2.MEMBER_STATE_READY:
+            self._calls.put(lambda: self._on_ready(member))
+
+    def _on_ready(self, member: inference_pb2.Member) -> None:
+        # It may have ended since, and another process may be starting in its slot.
+        if self._supervisor is not None and self._table.holds(member.worker_id, member.epoch):
+            self._supervisor.ready(member.worker_id)
+            if self._complete:
+                self._announce()  # a gateway may have come back at another address
+
+    def _on_slot(self, slot: Slot) -> None:
+        if not slot.has_process:
+            self._table.remove(slot.worker_id)
+        self._observe(SlotChanged(slot))
+
+    def _on_shutdown(self, grace_ms: int) -> None:
+        self._calls.put(lambda: self._drain(grace_ms / 1000))
+
+    def _slot_messages(self) -> list[control_pb2.Slot]:
+        slots = self._supervisor.slots if self._supervisor is not None else ()
+        return [_slot_message(slot) for slot in slots]
+
+    def _order(self, slot: Slot) -> Order:
+        command = self._command(slot, self.address)
+        return roles.order(self._config, slot, command, str(self._state.logs))
+
+    def _limits(self) -> Limits:
+        controller = self._config.controller
+        return Limits(
+            placement_timeout_s=self._config.placement.timeout_s,
+            start_timeout_s=controller.start_timeout_s,
+            restart_backoff_s=controller.restart_backoff_s,
+            restarts_most=controller.max_restarts,
+        )
+
+    def _record(self) -> ClusterRecord:
+        gateways = [
+            member for member in self._table.membership().members if member.role == inference_pb2.ROLE_GATEWAY
+        ]
+        return ClusterRecord(
+            process_id=os.getpid(),
+            process_started=process_start(os.getpid()),
+            controller=self.address,
+            model=self._config.model.name or Path(self._config.model.path).name,
+            gateways=tuple(member.address for member in gateways),
+            http=tuple(url for member in gateways if (url := self._url(member)) is not None),
+        )
+
+    def _url(self, member: inference_pb2.Member) -> str | None:
+        """Where a gateway answers HTTP, if its port is known beforehand."""
+        port = self._config.gateway.http_port
+        if not port:
+            return None
+        index = next(slot.index for slot in roles.slots(self._config) if slot.worker_id == member.worker_id)
+        scheme = "https" if self._config.security.tls.enabled else "http"
+        return f"{scheme}://{member.address.rpartition(':')[0]}:{port + index}"
+
+
+def _slot_message(slot: Slot) -> control_pb2.Slot:
+    return control_pb2.Slot(
+        worker_id=slot.worker_id,
+        role=roles.ROLES[slot.role],
+        node=slot.node,
+        problem="" if slot.phase is Phase.READY else slot.problem or slot.phase.value,
+        starts=slot.attempt,
+    )

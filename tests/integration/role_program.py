@@ -1,0 +1,45 @@
+"""A role process that only joins: it registers, says that it is ready, and waits to be told to stop.
+
+Behaves as its environment says: ROLE_PROGRAM_EXIT ends it with that status once it is ready,
+ROLE_PROGRAM_FAIL makes it end as a refused configuration does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from anabranch.v1 import inference_pb2
+from cluster.errors import ConfigError
+from workers import role
+from workers.membership import MembershipClient
+from workers.role import RoleContext
+
+ROLES = {
+    "gateway": inference_pb2.ROLE_GATEWAY,
+    "dense": inference_pb2.ROLE_DENSE,
+    "attention": inference_pb2.ROLE_ATTENTION,
+}
+
+
+def serve(context: RoleContext) -> int:
+    """Be a member until told to stop."""
+    if "ROLE_PROGRAM_FAIL" in os.environ:
+        raise ConfigError("this program was told to refuse")
+    client = MembershipClient(
+        context,
+        ROLES[context.worker_id.rpartition("-")[0]],
+        f"127.0.0.1:{9000 + context.index}",
+        load=inference_pb2.Load,
+        on_change=lambda _membership: None,
+        on_fenced=context.stop.set,
+    )
+    client.start()
+    client.set_state(inference_pb2.MEMBER_STATE_READY)
+    context.stop.wait()
+    client.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(role.run("program", serve))
