@@ -1,0 +1,158 @@
+"""Placement: exact cover, nothing overcommitted, and the preferences that make shards spread."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policies.placement import Allotment, PlacementPolicy, WorkerSpace, inadmissible, place
+from cluster.types import Epoch, ShardId, ShardRef, WorkerId
+
+POLICY = PlacementPolicy(block_tokens=16, shard_tokens=64, max_shards=8)
+
+
+def space(
+    name: str, free_tokens: int, *, epoch: int = 1, load: float = 0.0, is_local: bool = False
+) -> WorkerSpace:
+    """A worker that could hold 1,000 tokens and has some free."""
+    return WorkerSpace(WorkerId(name), Epoch(epoch), free_tokens, 1000, load, is_local)
+
+
+def shard(name: str, first: int, end: int, *, epoch: int = 1) -> ShardRef:
+    """A shard of the sequence under test."""
+    return ShardRef(WorkerId(name), Epoch(epoch), ShardId(first), first, end)
+
+
+def allotted(*pieces: tuple[str, int, int]) -> tuple[Allotment, ...]:
+    """Allotments in the first life of each worker."""
+    return tuple(Allotment(WorkerId(name), Epoch(1), first, end) for name, first, end in pieces)
+
+
+def test_a_sequence_spreads_over_another_worker_for_each_shard() -> None:
+    """Every shard_tokens the worker with fewest shards of it and most space follows."""
+    workers = [space("a", 160), space("b", 320), space("c", 240)]
+    assert place(0, 150, (), workers, POLICY) == allotted(("b", 0, 64), ("c", 64, 128), ("a", 128, 150))
+
+
+def test_the_tail_grows_before_another_worker_follows() -> None:
+    """The shard before the range takes tokens up to shard_tokens, even on the fullest worker."""
+    workers = [space("a", 48), space("b", 320)]
+    tail = [shard("a", 0, 40)]
+    assert place(40, 70, tail, workers, POLICY) == allotted(("a", 40, 64), ("b", 64, 70))
+
+
+def test_a_shard_of_an_earlier_life_does_not_grow() -> None:
+    """A tail whose worker restarted is gone: the range goes to a live epoch."""
+    workers = [space("a", 320, epoch=2)]
+    placed = place(40, 70, [shard("a", 0, 40)], workers, POLICY)
+    assert placed == (Allotment(WorkerId("a"), Epoch(2), 40, 70),)
+
+
+def test_the_local_worker_is_filled_first_and_the_rest_overflows() -> None:
+    """Local plus overflow: what fits stays, whatever the shard size; the rest is borrowed."""
+    workers = [space("far", 960), space("here", 96, is_local=True)]
+    assert place(0, 120, (), workers, POLICY) == allotted(("here", 0, 96), ("far", 96, 120))
+
+
+def test_a_full_worker_is_passed_over() -> None:
+    """When the tail's worker is full the last block's slack is used and the rest goes elsewhere."""
+    workers = [space("a", 0), space("b", 32)]
+    tail = [shard("a", 0, 20)]
+    assert place(20, 60, tail, workers, POLICY) == allotted(("a", 20, 32), ("b", 32, 60))
+    assert place(20, 80, tail, workers, POLICY) == ()
+
+
+def test_equal_space_goes_to_the_idle() -> None:
+    """Load breaks ties of space."""
+    workers = [space("a", 64, load=0.9), space("b", 64, load=0.1)]
+    assert place(0, 64, (), workers, POLICY) == allotted(("b", 0, 64))
+
+
+def test_few_shards_left_make_larger_shards() -> None:
+    """A sequence near max_shards fills whole workers rather than failing."""
+    workers = [space("a", 320), space("b", 640)]
+    shards = [shard("gone", 16 * index, 16 * index + 16, epoch=9) for index in range(7)]
+    assert place(112, 700, shards, workers, POLICY) == allotted(("b", 112, 700))
+    assert place(112, 800, shards, workers, POLICY) == ()
+
+
+def test_a_long_prompt_leaves_shards_for_growth() -> None:
+    """When shard_tokens would take all shards, shards grow so that at most half are taken."""
+    workers = [space("a", 960), space("b", 960)]
+    placed = place(0, 960, (), workers, POLICY)
+    assert len(placed) == POLICY.max_shards / 2
+    assert Counter(item.worker for item in placed) == {"a": 2, "b": 2}
+
+
+def test_what_can_never_fit_is_named() -> None:
+    """Capacity, not free space, decides; the reason names both sizes."""
+    workers = [space("a", 0), space("b", 0)]
+    assert inadmissible(2000, workers, POLICY) is None
+    assert "2001 tokens" in str(inadmissible(2001, workers, POLICY))
+    assert "2 attention workers hold 2000" in str(inadmissible(2001, workers, POLICY))
+    single = PlacementPolicy(block_tokens=16, shard_tokens=64, max_shards=1)
+    assert inadmissible(1001, workers, single) is not None
+
+
+@st.composite
+def situations(
+    draw: st.DrawFn,
+) -> tuple[int, int, list[ShardRef], list[WorkerSpace], PlacementPolicy]:
+    """Some workers, some shards up to the range's start, and a range."""
+    policy = PlacementPolicy(draw(st.integers(1, 33)), draw(st.integers(1, 200)), draw(st.integers(1, 6)))
+    count = draw(st.integers(0, 5))
+    workers = [
+        space(f"w{index}", draw(st.integers(0, 300)), is_local=index == 0 and draw(st.booleans()))
+        for index in range(count)
+    ]
+    shards: list[ShardRef] = []
+    first = 0
+    for _ in range(draw(st.integers(0, policy.max_shards))):
+        end = first + draw(st.integers(1, 100))
+        name = f"w{draw(st.integers(0, 5))}"
+        if not shards or shards[-1].worker != name:
+            shards.append(shard(name, first, end))
+            first = end
+    return first, first + draw(st.integers(1, 600)), shards, workers, policy
+
+
+def blocks(tokens: int, policy: PlacementPolicy) -> int:
+    """Blocks a shard of this many tokens holds."""
+    return policy.whole_blocks(tokens) // policy.block_tokens
+
+
+@given(situations())
+def test_allotments_cover_exactly_and_never_overcommit(
+    situation: tuple[int, int, list[ShardRef], list[WorkerSpace], PlacementPolicy],
+) -> None:
+    """Whatever the space: a placement covers the range in order, within free blocks and max_shards."""
+    first, end, shards, workers, policy = situation
+    placed = place(first, end, shards, workers, policy)
+    if not placed:
+        return
+    assert [placed[0].first, placed[-1].end] == [first, end]
+    assert all(one.end == two.first and one.worker != two.worker for one, two in pairwise(placed))
+    used: Counter[str] = Counter()
+    grows = bool(shards) and shards[-1].worker == placed[0].worker
+    for index, item in enumerate(placed):
+        before = shards[-1] if index == 0 and grows else None
+        shard_first = before.first if before else item.first
+        held = blocks(before.end - before.first, policy) if before else 0
+        used[item.worker] += blocks(item.end - shard_first, policy) - held
+    free = {item.worker: item.free_tokens // policy.block_tokens for item in workers}
+    assert all(used[worker] <= free[WorkerId(worker)] for worker in used)
+    assert len(shards) + len(placed) - grows <= policy.max_shards
+
+
+@given(situations())
+def test_what_fits_is_placed(
+    situation: tuple[int, int, list[ShardRef], list[WorkerSpace], PlacementPolicy],
+) -> None:
+    """A fresh sequence that the largest spaces can hold within max_shards is never turned away."""
+    _, end, _, workers, policy = situation
+    largest = sorted((item.free_tokens // policy.block_tokens for item in workers), reverse=True)
+    fits = blocks(end, policy) <= sum(largest[: policy.max_shards])
+    assert bool(place(0, end, (), workers, policy)) == fits
