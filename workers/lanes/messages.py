@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cluster.types import ShardId
+from cluster.types import Generation, ShardId
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class PlanRow:
     """
 
     shard: ShardId
-    generation: int
+    generation: Generation
     start: int
     count: int
     visible_first: int
@@ -103,7 +103,11 @@ class Lane(Protocol):
     def receive(self, step: int, micro_batch: int, layer: int, deadline_s: float) -> PartialReply:
         """The reply to the query of (step, micro_batch, layer), by the monotonic time `deadline_s`.
 
-        Raises the error the worker answered with (Fenced, NeedFull, ...), or LaneBroken.
+        Its tensors are valid until the next message of the same micro-batch is sent.
+
+        Raises the error the worker answered with, or LaneBroken, after which the lane is closed. NeedFull:
+        send the layer again with the plan whole (`PlanEncoder.forget`). Fenced: `metadata["shard"]`
+        is the id of the shard at fault; the step is over for all its rows at this worker.
         """
         ...
 

@@ -1,0 +1,269 @@
+"""Frames: every message survives its bytes, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cluster import errors
+from cluster.errors import AnabranchError, Fenced, InvalidRequest, LaneBroken, VersionMismatch
+from cluster.types import Generation, KvGeometry, ShardId
+from workers.lanes import frames
+from workers.lanes.assembler import FrameAssembler, GrowingBuffer
+from workers.lanes.codec import Frame, FrameCodec, torch_dtype
+from workers.lanes.frames import Bytes, FrameHeader, FrameKind
+from workers.lanes.messages import LayerMessage, PartialReply, PlanRow, StepPlanDifference
+
+INCARNATION = 0x1234_5678_9ABC_DEF0
+ROWS_MOST = 8
+
+
+def geometry(dtype: str = "float32") -> KvGeometry:
+    """A small cache."""
+    return KvGeometry(2, 4, 2, 8, dtype, 4, "d")
+
+
+def codec(dtype: str = "float32", incarnation: int = INCARNATION) -> FrameCodec:
+    """A lane's codec over `geometry`."""
+    return FrameCodec(geometry(dtype), incarnation, ROWS_MOST)
+
+
+def message(dtype: str = "float32", rows: int = 3, appended: int = 2) -> LayerMessage:
+    """A message with every section."""
+    generator = torch.Generator().manual_seed(rows)
+    plan = StepPlanDifference(
+        7, 6, (ShardId(3),), ((ShardId(1), (5, 6)),), (PlanRow(ShardId(9), Generation(2), 4, 1, 0, 4, (8,)),)
+    )
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(torch_dtype(geometry(dtype)))
+
+    return LayerMessage(
+        step=7,
+        micro_batch=1,
+        layer=1,
+        deadline_ms=250,
+        plan=plan,
+        query=tensor(rows, 4, 8),
+        key=tensor(appended, 2, 8),
+        value=tensor(appended, 2, 8),
+        window=16,
+    )
+
+
+def joined(buffers: Sequence[Bytes]) -> bytes:
+    """The bytes a transport would carry."""
+    return b"".join(buffer.tobytes() for buffer in buffers)
+
+
+def assemble(lane: FrameCodec, data: bytes, pieces: Sequence[int] = (2**30,)) -> list[Frame]:
+    """Feed bytes in pieces of the given sizes, over and over; the frames they complete."""
+    assembler, found, offset, turn = FrameAssembler(lane, _fresh), list[Frame](), 0, 0
+    while offset < len(data):
+        wanted = assembler.wanted()
+        count = min(len(wanted), pieces[turn % len(pieces)], len(data) - offset)
+        wanted[:count] = data[offset : offset + count]
+        frame = assembler.fill(count)
+        if frame is not None:
+            found.append(frame)
+        offset += count
+        turn += 1
+    return found
+
+
+def _fresh(header: FrameHeader) -> Tensor:
+    return torch.empty(header.payload_bytes, dtype=torch.uint8)
+
+
+def assert_same_message(got: LayerMessage, sent: LayerMessage) -> None:
+    """Equal, tensors bit by bit."""
+    for name in LayerMessage.__slots__:
+        left, right = getattr(got, name), getattr(sent, name)
+        if isinstance(right, Tensor):
+            assert left.dtype == right.dtype
+            assert torch.equal(left, right), name
+        else:
+            assert left == right, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("pieces", [(2**30,), (1,), (67, 5), (3, 1000)])
+def test_messages_survive_any_cutting_of_the_stream(dtype: str, pieces: tuple[int, ...]) -> None:
+    """Frames arrive whole and in order however the bytes are cut, sections absent or empty included."""
+    lane = codec(dtype)
+    bare = LayerMessage(step=8, micro_batch=0, layer=2, deadline_ms=1)
+    empty = LayerMessage(9, 0, 0, 1, StepPlanDifference(9, None, (), (), ()), torch.empty(0, 4, 8).to(
+        torch_dtype(geometry(dtype))))  # fmt: skip
+    sent = [message(dtype), bare, message(dtype, rows=ROWS_MOST), empty]
+    data = b"".join(joined(lane.pack_message(item)) for item in sent)
+    frames_found = assemble(lane, data, pieces)
+    for frame, item in zip(frames_found, sent, strict=True):
+        assert_same_message(lane.read_message(frame), item)
+
+
+def test_replies_survive() -> None:
+    """Outputs, lse with its infinities, and the worker's own time come back as they were."""
+    reply = PartialReply(5, 1, 29, torch.randn(3, 4, 8), torch.full((3, 4), -torch.inf), 0.0125)
+    (frame,) = assemble(codec(), joined(codec().pack_reply(reply)))
+    got = codec().read_reply(frame)
+    assert (got.step, got.micro_batch, got.layer, got.compute_seconds) == (5, 1, 29, 0.0125)
+    assert torch.equal(got.out, reply.out)
+    assert torch.equal(got.lse, reply.lse)
+
+
+def _kinds(kind: type[AnabranchError]) -> list[type[AnabranchError]]:
+    return [child for direct in kind.__subclasses__() for child in [direct, *_kinds(direct)]]
+
+
+@pytest.mark.parametrize("kind", _kinds(errors.AnabranchError), ids=lambda kind: kind.__name__)
+def test_every_error_survives_a_fault(kind: type[AnabranchError]) -> None:
+    """Kind, message and metadata cross a lane."""
+    lane = codec()
+    (frame,) = assemble(lane, joined(lane.pack_fault(message(), kind("größer als erlaubt", shard="17"))))
+    assert frame.header.kind is FrameKind.FAULT
+    assert (frame.header.step, frame.header.micro_batch, frame.header.layer) == (7, 1, 1)
+    got = lane.read_fault(frame)
+    assert type(got) is kind
+    assert got.message == "größer als erlaubt"
+    assert got.metadata == {"shard": "17"}
+
+
+def test_a_fault_of_any_length_fits() -> None:
+    """A long message and many facts are cut, not refused: an answer always gets through."""
+    error = Fenced("ö" * 100_000, **{f"fact{number}": "x" * 9000 for number in range(100)})
+    (frame,) = assemble(codec(), joined(codec().pack_fault(message(), error)))
+    assert codec().read_fault(frame).message.startswith("ööö")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    position=st.integers(0, 10**6), flip=st.integers(1, 255), kind=st.sampled_from(["step", "reply", "fault"])
+)
+def test_any_flipped_byte_is_detected(position: int, flip: int, kind: str) -> None:
+    """No single damaged byte of any frame is read as data."""
+    lane = codec()
+    buffers = {
+        "step": lambda: lane.pack_message(message()),
+        "reply": lambda: lane.pack_reply(PartialReply(1, 0, 0, torch.ones(2, 4, 8), torch.ones(2, 4), 1.0)),
+        "fault": lambda: lane.pack_fault(message(), Fenced("x")),
+    }[kind]()
+    data = bytearray(joined(buffers))
+    data[position % len(data)] ^= flip
+    with pytest.raises(LaneBroken):
+        assemble(lane, bytes(data))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(min_size=frames.HEADER_BYTES, max_size=300))
+def test_noise_is_never_a_frame(data: bytes) -> None:
+    """Arbitrary bytes raise LaneBroken before any payload is taken."""
+    with pytest.raises(LaneBroken):
+        assemble(codec(), data)
+
+
+def test_a_truncated_frame_never_completes() -> None:
+    """Any prefix of a frame gives no frame."""
+    data = joined(codec().pack_message(message()))
+    for length in range(0, len(data), 7):
+        assert assemble(codec(), data[:length]) == []
+
+
+def test_a_foreign_incarnation_is_fenced() -> None:
+    """A frame of another lane is refused as such, not as damage."""
+    data = joined(codec().pack_message(message()))
+    with pytest.raises(Fenced, match="arrived on lane"):
+        assemble(codec(incarnation=INCARNATION + 1), data)
+
+
+def _header(**change: object) -> Bytes:
+    fields: dict[str, object] = {
+        "kind": FrameKind.STEP,
+        "flags": frames.Flag(0),
+        "incarnation": INCARNATION,
+        "step": 0,
+        "micro_batch": 0,
+        "layer": 0,
+        "deadline_ms": 0,
+        "window": 0,
+        "lengths": (0, 0, 0, 0),
+        "seconds": 0.0,
+        "payload_checksum": 0,
+    }
+    return frames.pack_header(FrameHeader(**(fields | change)))  # type: ignore[arg-type]  # any field
+
+
+def test_another_wire_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header of another version names both."""
+    monkeypatch.setattr(frames, "WIRE_VERSION", 99)
+    data = joined([_header()])
+    monkeypatch.undo()
+    with pytest.raises(VersionMismatch, match="99"):
+        assemble(codec(), data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        (FrameKind.STEP, (2**32 - 1, 0, 0, 0)),
+        (FrameKind.STEP, (0, (ROWS_MOST + 1) * 4 * 8 * 4, 0, 0)),
+        (FrameKind.PARTIAL, (0, 0, 4, 0)),
+        (FrameKind.CLOSE, (4, 0, 0, 0)),
+        (FrameKind.FAULT, (frames.FAULT_BYTES_MOST + 1, 0, 0, 0)),
+    ],
+)
+def test_lengths_are_checked_before_memory_is_taken(
+    kind: FrameKind, lengths: tuple[int, int, int, int]
+) -> None:
+    """A header that announces more than the lane allows is refused while nothing is allocated."""
+
+    def refuse(header: FrameHeader) -> Tensor:
+        raise AssertionError(f"asked for {header.payload_bytes} bytes")
+
+    assembler = FrameAssembler(codec(), refuse)
+    assembler.wanted()[:] = _header(kind=kind, lengths=lengths).tobytes()
+    with pytest.raises(LaneBroken, match="at most"):
+        assembler.fill(frames.HEADER_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "lengths"),
+    [
+        (frames.Flag.QUERY, (0, 4 * 8 * 4 + 4, 0, 0)),
+        (frames.Flag.KEY_VALUE, (0, 0, 64, 128)),
+        (frames.Flag.PLAN, (16, 0, 0, 0)),
+    ],
+)
+def test_sections_that_are_no_rows_are_refused(
+    flags: frames.Flag, lengths: tuple[int, int, int, int]
+) -> None:
+    """A well-checked frame whose sections do not fit the geometry raises LaneBroken."""
+    payload = np.zeros(sum(lengths), dtype=np.uint8)
+    header = _header(flags=flags, lengths=lengths, payload_checksum=frames.checksum([payload]))
+    (frame,) = assemble(codec(), joined([header, payload]))
+    with pytest.raises(LaneBroken):
+        codec().read_message(frame)
+
+
+def test_the_sender_refuses_what_the_lane_cannot_carry() -> None:
+    """Too many rows or another dtype fail at the sender, before a byte is sent."""
+    with pytest.raises(InvalidRequest, match="limits"):
+        codec().pack_message(message(rows=ROWS_MOST + 1))
+    with pytest.raises(InvalidRequest, match="bfloat16"):
+        codec("bfloat16").pack_message(message("float32"))
+    with pytest.raises(InvalidRequest, match="fit"):
+        codec().pack_message(LayerMessage(step=-1, micro_batch=0, layer=0, deadline_ms=1))
+
+
+def test_the_receive_buffer_is_reused() -> None:
+    """The buffer grows to the largest payload and is not allocated again."""
+    buffer = GrowingBuffer()
+    large = frames.unpack_header(_header(lengths=(0, 512, 0, 0)))
+    small = frames.unpack_header(_header(lengths=(0, 128, 0, 0)))
+    first = buffer(large)
+    assert buffer(small).data_ptr() == first.data_ptr() == buffer(large).data_ptr()
