@@ -206,7 +206,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def shard_maps(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ShardMap]:
-        """Where the KV of each choice lay, as last heard; lets another gateway adopt it."""
+        """Where the KV of each choice lay, as last heard, one entry per choice in order (empty: never heard);
+        lets another gateway adopt it.
+        """
 
     def __init__(
         self,
@@ -262,7 +264,7 @@ class Resume(_message.Message):
     """Seed as resolved by the first gateway."""
     @_builtins.property
     def received(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenPrompt]:
-        """Tokens received, one entry per choice in order."""
+        """Tokens received, one entry per choice in order. Text that was certain with them is not sent again."""
 
     def __init__(
         self,
@@ -372,7 +374,11 @@ class TokensDelta(_message.Message):
     first_index: _builtins.int
     """Output index of the first token below; a client drops indices it has."""
     text: _builtins.str
-    """Text that became certain."""
+    """Text that became certain with these tokens: a function of the output tokens so far, however they were
+    cut into deltas. Text held back to the end (it could have begun a stop string) comes in a last delta
+    without tokens, directly before `finished`; a client counts it as received only when `finished` is
+    there too, so that a resume neither repeats nor loses text.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Vocabulary ids."""
