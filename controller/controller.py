@@ -153,8 +153,8 @@ class Controller:
         if len(machines) > 1 and is_loopback(host):
             raise ConfigError(
                 f"the Ray cluster has {len(machines)} machines, but controller.host is {host}, which only "
-                "this one can reach: set the hosts of controller, gateway, dense and attention (`anabranch up "
-                "--host 0.0.0.0`), with security.tls or, in a private network, --insecure"
+                "this one can reach: set the hosts of controller, gateway, dense and attention (`anabranch "
+                "up --host 0.0.0.0`), with security.tls or, in a private network, --insecure"
             )
 
     def _supervise(self, supervisor: Supervisor, stop: threading.Event, service: ControlService) -> None:

@@ -44,7 +44,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._stopping = False
 
     @rpc.unary
-    def Register(  # noqa: N802  (named by the proto)
+    def Register(
         self, request: control_pb2.RegisterRequest, _context: grpc.ServicerContext
     ) -> control_pb2.RegisterResponse:
         """See control.proto."""
@@ -57,7 +57,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         )
 
     @rpc.unary
-    def Heartbeat(  # noqa: N802  (named by the proto)
+    def Heartbeat(
         self, request: control_pb2.HeartbeatRequest, _context: grpc.ServicerContext
     ) -> control_pb2.HeartbeatResponse:
         """See control.proto. A member from before a restart of the controller hears NOT_FOUND, not
@@ -71,14 +71,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         return control_pb2.HeartbeatResponse(responder=self._responder, membership=news)
 
     @rpc.unary
-    def GetFleet(  # noqa: N802  (named by the proto)
+    def GetFleet(
         self, _request: control_pb2.GetFleetRequest, _context: grpc.ServicerContext
     ) -> control_pb2.GetFleetResponse:
         """See control.proto."""
         return self.fleet()
 
     @rpc.unary
-    def Shutdown(  # noqa: N802  (named by the proto)
+    def Shutdown(
         self, request: control_pb2.ShutdownRequest, _context: grpc.ServicerContext
     ) -> control_pb2.ShutdownResponse:
         """See control.proto."""

@@ -1,0 +1,41 @@
+"""The command line `anabranch`: composes its commands and turns errors into one line."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from anabranch.cli import model
+from anabranch.cli.down import down
+from anabranch.cli.status import status
+from anabranch.cli.up import up
+from cluster.errors import AnabranchError, ConfigError, InvalidRequest, ModelError
+
+app = typer.Typer(
+    name="anabranch",
+    help="A distributed LLM serving cluster that computes attention where the KV cache lies.",
+    epilog="Start with `anabranch demo`. Every command explains itself: `anabranch up --help`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(up)
+app.command()(status)
+app.command()(down)
+app.add_typer(model.app, name="model")
+
+_USER_ERRORS = (ConfigError, InvalidRequest, ModelError)
+
+
+def main() -> None:
+    """Run one command. Exit status: 0; 2 if the user can correct it; else 1."""
+    try:
+        app()
+    except AnabranchError as error:
+        sys.stderr.write(f"anabranch: {error.message}\n")
+        sys.exit(2 if isinstance(error, _USER_ERRORS) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The fleet as a table, once or refreshed while a cluster runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from anabranch.v1 import control_pb2, inference_pb2
+from controller.controller import ClusterReady, Event, Opened, SlotChanged, Stopping
+from controller.state import ClusterRecord
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_STATES = {
+    inference_pb2.MEMBER_STATE_STARTING: "starting",
+    inference_pb2.MEMBER_STATE_READY: "ready",
+    inference_pb2.MEMBER_STATE_DRAINING: "draining",
+}
+_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow"}
+_NODE_LETTERS = 8
+
+
+def fleet_table(fleet: control_pb2.GetFleetResponse) -> Table:
+    """One row per slot, live member or not."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("slot", "state", "node", "process", "epoch", "memory", "cache blocks", "work", "starts"):
+        table.add_column(column)
+    members = {member.worker_id: member for member in fleet.membership.members}
+    slots = {slot.worker_id: slot for slot in fleet.slots}
+    for name in sorted(slots.keys() | members.keys()):
+        table.add_row(*_row(name, slots.get(name), members.get(name)))
+    return table
+
+
+def _row(
+    name: str, slot: control_pb2.Slot | None, member: inference_pb2.Member | None
+) -> tuple[str | Text, ...]:
+    node = slot.node[:_NODE_LETTERS] if slot is not None else ""
+    starts = str(slot.starts) if slot is not None else ""
+    if member is None:
+        problem = slot.problem if slot is not None else ""
+        return (name, Text(problem or "starting", style="yellow"), node, "", "", "", "", "", starts)
+    state = _STATES.get(member.state, "")
+    return (
+        name,
+        Text(state, style=_STYLES.get(state, "")),
+        f"{member.host} {node}".strip(),
+        str(member.process_id),
+        f"{member.epoch:016x}",
+        size(member.load.resident_bytes),
+        _blocks(member.load.blocks),
+        _work(member),
+        starts,
+    )
+
+
+def _blocks(account: inference_pb2.BlockAccount) -> str:
+    """Blocks not free, of all."""
+    return f"{account.capacity - account.free} of {account.capacity}" if account.capacity else ""
+
+
+def _work(member: inference_pb2.Member) -> str:
+    load = member.load
+    if member.role == inference_pb2.ROLE_DENSE:
+        return f"{load.sequences_running} running, {load.sequences_waiting} waiting"
+    if member.role == inference_pb2.ROLE_GATEWAY:
+        return f"{load.streams_open} streams"
+    return ""
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.5 GiB."""
+    amount, unit = float(count), 0
+    while amount >= 1024 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:.0f} {_UNITS[unit]}" if unit < 2 else f"{amount:.1f} {_UNITS[unit]}"
+
+
+def addresses(record: ClusterRecord) -> str:
+    """Where clients connect, in words."""
+    http = f", HTTP at {', '.join(record.http)}" if record.http else ""
+    return f"serving {record.model}: gRPC at {', '.join(record.gateways)}{http}"
+
+
+class LiveView:
+    """Shows a cluster while it runs: on a terminal a table that refreshes, else a line per event.
+
+    A `controller.Observer`; use as a context manager.
+    """
+
+    def __init__(
+        self, console: Console, title: str, fleet: Callable[[], control_pb2.GetFleetResponse]
+    ) -> None:
+        self._console = console
+        self._title = title
+        self._fleet = fleet
+        self._headline = "starting Ray"
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> LiveView:
+        if self._console.is_terminal:
+            self._live.start()
+        else:
+            self._console.print(f"{self._title}: {self._headline}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._headline = "stopped"
+        if self._console.is_terminal:
+            self._live.stop()
+        elif error is None:
+            self._console.print(self._headline)
+
+    def __call__(self, event: Event) -> None:
+        """See `controller.Observer`."""
+        match event:
+            case Opened():
+                self._headline = (
+                    f"controller at {event.address}, {event.nodes} node(s); starting the processes"
+                )
+            case ClusterReady(record):
+                self._headline = f"{addresses(record)}\nCtrl-C drains and stops"
+            case Stopping():
+                self._headline = f"stopping; open streams have {event.grace_s:g} s, a second Ctrl-C kills"
+            case SlotChanged():
+                pass
+        if not self._console.is_terminal:
+            self._print(event)
+
+    def _print(self, event: Event) -> None:
+        if isinstance(event, SlotChanged):
+            slot = event.slot
+            about = f" process {slot.process_id}" if slot.process_id else ""
+            problem = f": {slot.problem}" if slot.problem else ""
+            self._console.print(f"{slot.worker_id} {slot.phase.value}{about}{problem}", highlight=False)
+        else:
+            self._console.print(self._headline, highlight=False, soft_wrap=True)
+
+    def _render(self) -> Group:
+        return Group(Text(self._title, style="bold"), Text(self._headline), fleet_table(self._fleet()))

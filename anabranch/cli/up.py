@@ -1,0 +1,140 @@
+"""`anabranch up`: start a cluster and watch it until told to stop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from anabranch.cli import model as model_store
+from cluster import config as configuration
+from cluster.config import Config
+from cluster.errors import ConfigError
+from cluster.telemetry import configure_logging
+
+_DEFAULT_ARENA = "1GiB"
+_GATEWAYS_MOST = 64  # gateway i adds i to both ports: this far apart they never meet
+
+
+def up(
+    model: Annotated[
+        str | None, typer.Option(help="Model folder, or a name of `anabranch model list`.")
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="YAML file; flags override it.")
+    ] = None,
+    gateways: Annotated[int | None, typer.Option(help="Gateway processes (gateway.replicas).")] = None,
+    dense: Annotated[int | None, typer.Option(help="Dense workers (dense.replicas).")] = None,
+    attention: Annotated[
+        int | None, typer.Option(help="Attention workers; 0 keeps the cache in the dense worker.")
+    ] = None,
+    arena: Annotated[str | None, typer.Option(help="KV cache per worker, for example 2GiB.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port of the first gateway; 0 draws one.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="HTTP port of the first gateway.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host every server binds, for example 0.0.0.0.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Join this Ray cluster (HOST:PORT) instead of starting one.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plain text beyond loopback.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any key: --set dense.threads=2. Repeatable.")
+    ] = None,
+) -> None:
+    """Start a cluster and show it until Ctrl-C, which drains and stops it.
+
+    \b
+    anabranch up                              one dense, two attention workers
+    anabranch up --attention 3 --arena 2GiB   three attention workers
+    anabranch up --attention 0                all in the dense worker
+    anabranch up --model ~/models/Qwen3-0.6B  any Hugging Face folder
+    anabranch up --set dense.step_tokens=512  any key of cluster/config.py
+    """
+    flags = {
+        "gateway.replicas": gateways,
+        "dense.replicas": dense,
+        "attention.replicas": attention,
+        "model.path": model,
+        "model.dtype": dtype,
+        "gateway.port": port,
+        "gateway.http_port": http_port,
+        "ray.address": ray_address,
+        "security.insecure": insecure or None,
+        **{f"{section}.host": host for section in ("controller", "gateway", "dense", "attention")},
+    }
+    overrides = {key: value for key, value in flags.items() if value is not None}
+    overrides |= parse_settings(settings or [])
+    raise typer.Exit(run(resolve_model(compose(config_file, overrides, arena))))
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`["dense.threads=2"]` to `{"dense.threads": 2}`; values are YAML. Raises ConfigError."""
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"--set {setting}: key=value is expected, for example dense.threads=2")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting}: the value is not YAML: {error}") from error
+    return parsed
+
+
+def compose(config_file: Path | None, overrides: dict[str, Any], arena: str | None) -> Config:
+    """File, flags and what follows from them: where the cache lies, and ports that do not meet."""
+    replicas = overrides.pop("attention.replicas", None)
+    config = configuration.load(config_file, overrides)
+    if replicas is None:
+        replicas = config.attention.replicas
+    overrides["attention.replicas"] = replicas
+    if replicas == 0:
+        if arena is not None or config.dense.local_arena == 0:
+            overrides["dense.local_arena"] = arena or _DEFAULT_ARENA
+    elif arena is not None:
+        overrides["attention.arena"] = arena
+    gateway = config.gateway
+    if gateway.replicas > 1 and gateway.port and "http_port" not in gateway.model_fields_set:
+        overrides["gateway.http_port"] = gateway.port + _GATEWAYS_MOST
+    return configuration.load(config_file, overrides)
+
+
+def resolve_model(config: Config) -> Config:
+    """The same with `model.path` a folder and `model.name` a name.
+
+    Raises ModelError, or NotFound saying how to fetch the model.
+    """
+    folder = model_store.resolve(config.model.path).absolute()
+    named = config.model.model_copy(update={"path": str(folder), "name": config.model.name or folder.name})
+    return config.model_copy(update={"model": named})
+
+
+def run(config: Config) -> int:
+    """Run a cluster in this process until told to stop; returns the exit status."""
+    # Here, not above: importing Ray takes half a second that `--help` need not take. Ray also takes
+    # the SIGTERM handler as it is imported; ours comes after.
+    from anabranch.cli.live import LiveView
+    from controller.controller import Controller
+    from controller.signals import Interrupts
+    from controller.state import StateFolder
+
+    _log_to_file(config, StateFolder.of(config).logs)
+    controller = Controller(config)
+    stop = threading.Event()
+    view = LiveView(Console(stderr=True), f"Anabranch: {config.model.name}", controller.fleet)
+    with Interrupts(stop.set, controller.hurry), view:
+        return controller.run(stop, view)
+
+
+def _log_to_file(config: Config, folder: Path) -> None:
+    """The terminal belongs to the view."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    configure_logging(config.telemetry, role="controller", worker="controller-0")
+    for handler in logging.getLogger("anabranch").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream((folder / "controller.log").open("a"))
