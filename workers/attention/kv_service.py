@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import grpc
 
 from anabranch.v1 import inference_pb2, kv_pb2, kv_pb2_grpc, types_pb2
+from anabranch.wire import sequence_key, sequence_message, shard_message
 from cluster import rpc
 from cluster.errors import Fenced
-from cluster.types import Generation, SequenceKey, ShardRef
+from cluster.types import Generation
 from workers.attention.store import Store
 from workers.peer import HeldShard
 
@@ -27,14 +28,14 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         """Reserve room, or extend a shard."""
         self._check_epoch(request.believed)
         reservation = self._store.reserve(
-            _key(request.sequence),
+            sequence_key(request.sequence),
             Generation(request.generation),
             request.first_position,
             request.end_position,
         )
         return kv_pb2.ReserveResponse(
             responder=self._responder(),
-            shard=_shard(reservation.shard),
+            shard=shard_message(reservation.shard),
             lease_ms=reservation.lease_ms,
             blocks_available=reservation.blocks_available,
         )
@@ -45,7 +46,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
     ) -> kv_pb2.ReleaseResponse:
         """Free a sequence's shards."""
         self._check_epoch(request.believed)
-        blocks = self._store.release(_key(request.sequence), Generation(request.generation))
+        blocks = self._store.release(sequence_key(request.sequence), Generation(request.generation))
         return kv_pb2.ReleaseResponse(responder=self._responder(), blocks_released=blocks)
 
     @rpc.unary
@@ -54,7 +55,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
     ) -> kv_pb2.RenewResponse:
         """Renew leases."""
         self._check_epoch(request.believed)
-        unknown = self._store.renew(_key(sequence) for sequence in request.sequences)
+        unknown = self._store.renew(sequence_key(sequence) for sequence in request.sequences)
         return kv_pb2.RenewResponse(responder=self._responder(), unknown=map(_sequence, unknown))
 
     @rpc.unary
@@ -64,7 +65,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         """Take a sequence over."""
         self._check_epoch(request.believed)
         held = self._store.adopt(
-            _key(request.sequence), Generation(request.generation), list(request.token_ids)
+            sequence_key(request.sequence), Generation(request.generation), list(request.token_ids)
         )
         return kv_pb2.AdoptResponse(responder=self._responder(), shards=_held(held))
 
@@ -73,7 +74,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         self, request: kv_pb2.LocateRequest, context: grpc.ServicerContext
     ) -> kv_pb2.LocateResponse:
         """Show a sequence's shards."""
-        held = self._store.locate(_key(request.sequence))
+        held = self._store.locate(sequence_key(request.sequence))
         return kv_pb2.LocateResponse(responder=self._responder(), shards=_held(held))
 
     @rpc.unary
@@ -83,7 +84,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         """Show the account and every holding."""
         holdings = (
             kv_pb2.AuditResponse.Holding(
-                sequence=_sequence(key), shards=_held(held), lease_remaining_ms=int(1000 * remaining_s)
+                sequence=sequence_message(key), shards=_held(held), lease_remaining_ms=int(1000 * remaining_s)
             )
             for key, held, remaining_s in self._store.holdings()
         )
@@ -113,28 +114,10 @@ def block_account(store: Store) -> inference_pb2.BlockAccount:
     )
 
 
-def _key(sequence: types_pb2.SequenceKey) -> SequenceKey:
-    return SequenceKey(sequence.request_id, sequence.choice)
-
-
-def _sequence(key: SequenceKey) -> types_pb2.SequenceKey:
-    return types_pb2.SequenceKey(request_id=key.request_id, choice=key.choice)
-
-
-def _shard(shard: ShardRef) -> types_pb2.ShardRef:
-    return types_pb2.ShardRef(
-        worker_id=shard.worker,
-        epoch=shard.epoch,
-        shard_id=shard.shard,
-        first_position=shard.first,
-        end_position=shard.end,
-    )
-
-
 def _held(shards: Iterable[HeldShard]) -> Iterable[kv_pb2.HeldShard]:
     return (
         kv_pb2.HeldShard(
-            shard=_shard(held.shard),
+            shard=shard_message(held.shard),
             committed_tokens=held.committed_tokens,
             blocks=held.blocks,
             generation=held.generation,
