@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anabranch.v1 import control_pb2, inference_pb2
+from anabranch.wire import geometry_message
 from cluster.config import Config, is_loopback
 from cluster.errors import AnabranchError, ConfigError
 from cluster.model_spec import ModelSpec
@@ -19,7 +20,7 @@ from cluster.types import draw_epoch
 from controller import roles
 from controller.fleet import Order, RayFleet
 from controller.membership import MembershipTable, Terms
-from controller.service import ControlServer, ControlService, geometry_message
+from controller.service import ControlServer, ControlService
 from controller.slots import Limits, Phase, Slot
 from controller.state import ClusterRecord, StateFolder, process_start
 from controller.supervisor import Supervisor

@@ -12,7 +12,7 @@ from anabranch.v1 import control_pb2, control_pb2_grpc, types_pb2
 from cluster import rpc
 from cluster.config import Config
 from cluster.errors import Fenced
-from cluster.types import Epoch, KvGeometry
+from cluster.types import Epoch
 from controller.membership import MembershipTable
 
 CONTROLLER_ID = "controller-0"
@@ -120,21 +120,3 @@ class ControlServer:
         """Refuse new calls, let open ones finish for a second. Idempotent."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace=1.0).wait(timeout=5.0)
-
-
-def geometry_message(geometry: KvGeometry) -> types_pb2.KvGeometry:
-    """A cache geometry as the proto says it."""
-    data_types = {
-        "float32": types_pb2.DATA_TYPE_FLOAT32,
-        "bfloat16": types_pb2.DATA_TYPE_BFLOAT16,
-        "float16": types_pb2.DATA_TYPE_FLOAT16,
-    }
-    return types_pb2.KvGeometry(
-        layers=geometry.layers,
-        query_heads=geometry.query_heads,
-        kv_heads=geometry.kv_heads,
-        head_size=geometry.head_size,
-        data_type=data_types[geometry.dtype],
-        block_tokens=geometry.block_tokens,
-        digest=geometry.digest,
-    )

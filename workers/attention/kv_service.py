@@ -56,7 +56,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         """Renew leases."""
         self._check_epoch(request.believed)
         unknown = self._store.renew(sequence_key(sequence) for sequence in request.sequences)
-        return kv_pb2.RenewResponse(responder=self._responder(), unknown=map(_sequence, unknown))
+        return kv_pb2.RenewResponse(responder=self._responder(), unknown=map(sequence_message, unknown))
 
     @rpc.unary
     def Adopt(  # the name of the RPC
