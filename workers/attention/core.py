@@ -48,13 +48,16 @@ class AttentionCore:
         self._kernel = select(config.kernel, config.device)
         self._slice_rows = config.slice_rows
         self._pause_s = config.lease_ms / 8000
+        self._busy_lock = threading.Lock()
+        self.busy_seconds = 0.0
+        """Time spent appending and attending, over all lanes."""
         self._closing = threading.Event()
         self._reaper = threading.Thread(target=self._end_leases, name="leases", daemon=True)
         self._reaper.start()
 
     def session(self) -> AttendSession:
         """The attention side of a new lane."""
-        return AttendSession(self.store, self.arena, self._kernel, self._slice_rows)
+        return AttendSession(self.store, self.arena, self._kernel, self._slice_rows, self._count_busy)
 
     def peer(self) -> LocalPeer:
         """This worker as a dense worker in the same process sees it."""
@@ -70,6 +73,10 @@ class AttentionCore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _count_busy(self, seconds: float) -> None:
+        with self._busy_lock:
+            self.busy_seconds += seconds
 
     def _end_leases(self) -> None:
         while not self._closing.wait(self._pause_s):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,14 +25,21 @@ class AttendSession:
     long chunk of one lane does not keep the decoding rows of another waiting.
     """
 
-    def __init__(self, store: Store, arena: Arena, kernel: Kernel, slice_rows: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        arena: Arena,
+        kernel: Kernel,
+        slice_rows: int,
+        on_busy: Callable[[float], None],
+    ) -> None:
         self._store = store
         self._arena = arena
         self._kernel = kernel
         self._slice_rows = slice_rows
         self._decoder = PlanDecoder()
         self._steps: dict[int, tuple[int, PreparedStep, list[list[Span]]]] = {}
-        self.compute_seconds = 0.0
+        self._on_busy = on_busy
 
     def handle(self, message: LayerMessage) -> PartialReply | None:
         """Append, then attend. Raises errors of the tree; what was appended by then stays uncommitted."""
@@ -44,7 +51,7 @@ class AttendSession:
                 return None
             partial = self._attend(step, groups, message)
         elapsed_s = time.monotonic() - began_s
-        self.compute_seconds += elapsed_s
+        self._on_busy(elapsed_s)
         return PartialReply(
             message.step, message.micro_batch, message.layer, partial.out, partial.lse, elapsed_s
         )

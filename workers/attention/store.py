@@ -8,6 +8,7 @@ block is never freed under a kernel that reads it.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,9 @@ class Store:
         self.turns = Turns()
         self.leases_expired = 0
         self.draining = False
+        self.empty = threading.Event()
+        """Set while no sequence is held: a draining worker may leave."""
+        self.empty.set()
         self._lease_ms = lease_ms
         self._clock = clock
         self._capacity = blocks
@@ -94,6 +98,7 @@ class Store:
             holding = self._owned(key, generation)
             shard = self._extend(holding, first, end)
             self._holdings[key] = holding
+            self.empty.clear()
             holding.lease_end_s = self._lease_end()
             return Reservation(self._ref(shard), self._lease_ms, self._allocator.free)
 
@@ -139,7 +144,7 @@ class Store:
             held = self._held(holding)
             if not held:
                 self._fence(key, Generation(generation - 1))
-                del self._holdings[key]
+                self._drop(key)
             return held
 
     def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
@@ -254,6 +259,8 @@ class Store:
         blocks = holding.blocks
         for shard in list(holding.shards):
             self._free(holding, shard)
+        if not self._holdings:
+            self.empty.set()
         return blocks
 
     def _fence(self, key: SequenceKey, generation: Generation) -> None:

@@ -1,0 +1,46 @@
+"""`python -m workers.attention`: one attention worker of a cluster."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from anabranch.v1 import control_pb2, inference_pb2
+from anabranch.wire import geometry_value
+from workers import role
+from workers.attention.metrics import AttentionMetrics
+from workers.attention.worker import AttentionWorker
+from workers.membership import MembershipClient
+from workers.role import RoleContext
+
+
+def serve(context: RoleContext) -> None:
+    """Join, serve until told to stop, then wait for the sequences held here to leave."""
+    config = context.config
+    torch.set_num_threads(config.attention.threads)
+    worker = AttentionWorker(config, context.worker_id, context.epoch)
+    address = context.reachable(config.attention.host, worker.port)
+    membership = MembershipClient(
+        context, inference_pb2.ROLE_ATTENTION, address, worker.load, _ignore, context.stop.set
+    )
+    try:
+        worker.start(geometry_value(membership.start().geometry))
+        context.serve_metrics(AttentionMetrics(worker.core).registry, config.attention.host)
+        membership.set_state(inference_pb2.MEMBER_STATE_READY)
+        context.log.info("serving", address=address, blocks=worker.core.arena.blocks)
+        context.stop.wait()
+        membership.set_state(inference_pb2.MEMBER_STATE_DRAINING)
+        worker.drain()
+        worker.core.store.empty.wait(config.controller.drain_grace_s)
+    finally:
+        membership.close()
+        worker.stop()
+
+
+def _ignore(_membership: control_pb2.Membership) -> None:
+    """An attention worker speaks when spoken to; it need not know who else lives."""
+
+
+if __name__ == "__main__":
+    sys.exit(role.run("attention", serve))

@@ -1,0 +1,75 @@
+"""An attention worker with its servers: the pool's service and the lanes, over one core."""
+
+from __future__ import annotations
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from anabranch.v1 import attention_pb2, inference_pb2, kv_pb2, kv_pb2_grpc
+from cluster import rpc
+from cluster.config import Config
+from cluster.types import Epoch, KvGeometry, WorkerId
+from workers.attention.core import AttentionCore
+from workers.attention.kv_service import KvService, block_account
+
+_UNARY_THREADS = 8
+_SERVICES = (
+    kv_pb2.DESCRIPTOR.services_by_name["KvService"].full_name,
+    attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name,
+)
+
+
+class AttentionWorker:
+    """Binds first, serves once it knows the model's geometry, drains at the end.
+
+        bound --start(geometry)--> serving --drain--> draining --stop--> stopped
+
+    The address is needed to register, and the answer to registering brings the geometry.
+    """
+
+    def __init__(self, config: Config, worker: WorkerId, epoch: Epoch) -> None:
+        """Bind the configured host. Raises ConfigError or Unavailable (`cluster.rpc.bind`)."""
+        self._config = config
+        self._worker = worker
+        self._epoch = epoch
+        # A gRPC lane occupies a thread of the server for as long as it is open.
+        self._server = rpc.server(_UNARY_THREADS + config.attention.max_lanes)
+        self.port = rpc.bind(self._server, config.attention.host, 0, config.security)
+        self._health = health.HealthServicer()
+        self._core: AttentionCore | None = None
+
+    @property
+    def core(self) -> AttentionCore:
+        """Arena and store, once started."""
+        assert self._core is not None, "start comes first"
+        return self._core
+
+    def start(self, geometry: KvGeometry) -> None:
+        """Form the arena and serve. Raises ConfigError when the arena cannot be had."""
+        attention = self._config.attention
+        self._core = AttentionCore(attention, attention.arena, geometry, self._worker, self._epoch)
+        kv_pb2_grpc.add_KvServiceServicer_to_server(KvService(self._core.store), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._server.start()
+        for name in ("", *_SERVICES):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def load(self) -> inference_pb2.Load:
+        """What heartbeats report; audited as it is read."""
+        if self._core is None:
+            return inference_pb2.Load()
+        return inference_pb2.Load(blocks=block_account(self._core.store))
+
+    def drain(self) -> None:
+        """Take no new sequences; those held go on."""
+        for name in _SERVICES:
+            self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.core.store.draining = True
+
+    def stop(self) -> None:
+        """End lanes and calls. Idempotent."""
+        self._server.stop(grace=0.5).wait(timeout=5.0)
+        if self._core is not None:
+            self._core.close()
