@@ -7,6 +7,7 @@ import sys
 import typer
 
 from anabranch.cli import model
+from anabranch.cli.demo import demo
 from anabranch.cli.down import down
 from anabranch.cli.status import status
 from anabranch.cli.up import up
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(demo)
 app.command()(up)
 app.command()(status)
 app.command()(down)

@@ -1,0 +1,213 @@
+"""What `anabranch demo` does: a real model served by a real cluster on this machine, in one command.
+
+Starts one gateway, one dense worker and two attention workers under a Ray controller, asks a short
+question and one about a long text, shows where the long request's KV cache lies, and stops everything.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from anabranch.answers import Member, ShardUsage
+from anabranch.cli import model as models
+from anabranch.cli.models.catalogue import DEFAULT_MODEL
+from anabranch.cli.models.progress import ConsoleProgress
+from anabranch.client import Client
+from anabranch.events import Finished, Started, TokenDelta
+from cluster import config as configuration
+from cluster.errors import AnabranchError, Internal, Unavailable
+from controller.controller import ClusterReady, Controller, Event, SlotChanged
+from controller.state import ClusterRecord
+
+SHORT_QUESTION = "What is the capital of France?"
+LONG_QUESTION = "What is the name of the larger boat of the survey?"
+LONG_TEXT = "river_survey.txt"
+_START_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 60.0
+_ANSWER_TOKENS = 32
+_LONG_TOKENS_LEAST = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answered question: what it cost, and where its cache lay shortly before its end."""
+
+    prompt_tokens: int
+    tokens: int
+    ttft_s: float
+    tpot_s: float
+    shards: tuple[ShardUsage, ...]
+
+
+def run(console: Console) -> int:
+    """The whole demonstration; returns the exit status."""
+    try:
+        with ConsoleProgress(console) as progress:
+            folder = models.fetch(DEFAULT_MODEL, progress)
+        with (
+            tempfile.TemporaryDirectory(prefix="anabranch-") as state,
+            _cluster(console, folder, state) as record,
+        ):
+            problem = _ask_both(console, record)
+    except AnabranchError as error:
+        console.print(f"demo: {error.message}", style="red", markup=False)
+        return 1
+    if problem:
+        console.print(f"demo: {problem}", style="red", markup=False)
+        return 1
+    console.print("Everything is stopped. Next: anabranch up, then anabranch chat.", style="bold")
+    return 0
+
+
+def _config(folder: Path, state: str) -> configuration.Config:
+    return configuration.load(
+        None,
+        {
+            "model.path": str(folder),
+            "attention.arena": "256MiB",
+            "gateway.port": 0,
+            "gateway.http_port": None,
+            "controller.port": 0,
+            "state_dir": state,
+        },
+    )
+
+
+@contextmanager
+def _cluster(console: Console, folder: Path, state: str) -> Iterator[ClusterRecord]:
+    """A running cluster; drained and stopped at the end, whatever happens inside."""
+    config = _config(folder, state)
+    controller = Controller(config)
+    stop = threading.Event()
+    ready: list[ClusterRecord] = []
+    came_up = threading.Event()
+    failed: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            controller.run(stop, lambda event: _on_event(console, event, ready, came_up))
+        except AnabranchError as error:
+            failed.append(error)
+        finally:
+            came_up.set()
+
+    thread = threading.Thread(target=serve, name="controller")
+    console.print("starting Ray, a controller, a gateway, a dense worker and two attention workers ...")
+    thread.start()
+    try:
+        if not came_up.wait(_START_TIMEOUT_S):
+            raise Unavailable(f"the cluster was not ready within {_START_TIMEOUT_S:.0f} s; see {state}/logs")
+        if failed:
+            raise failed[0]
+        yield ready[-1]
+    finally:
+        console.print("stopping ...")
+        stop.set()
+        thread.join(_STOP_TIMEOUT_S)
+    if thread.is_alive():
+        raise Internal(f"the cluster did not stop within {_STOP_TIMEOUT_S:.0f} s")
+
+
+def _on_event(console: Console, event: Event, ready: list[ClusterRecord], came_up: threading.Event) -> None:
+    if isinstance(event, SlotChanged):
+        problem = f": {event.slot.problem}" if event.slot.problem else ""
+        console.print(
+            f"  {event.slot.worker_id} {event.slot.phase.value}{problem}", style="dim", markup=False
+        )
+    elif isinstance(event, ClusterReady):
+        ready.append(event.record)
+        came_up.set()
+
+
+def _ask_both(console: Console, record: ClusterRecord) -> str | None:
+    """Ask both questions and show what they cost; returns what is not as promised, if anything."""
+    text = resources.files("anabranch.cli").joinpath("data", LONG_TEXT).read_text()
+    with Client(record.gateways) as client:
+        short = _ask(console, client, SHORT_QUESTION, SHORT_QUESTION)
+        shown = f"[{LONG_TEXT}, {len(text.split())} words] {LONG_QUESTION}"
+        long = _ask(console, client, f"{text}\n\n{LONG_QUESTION}", shown)
+        members = client.topology().members
+    console.print(_cache_table(long), _speed_table(short, long), _memory_table(members))
+    holders = {shard.worker_id for shard in long.shards if shard.committed_tokens}
+    if len(holders) < 2:
+        return f"the long request's cache lies on {len(holders)} attention worker(s), not on both"
+    if long.prompt_tokens < _LONG_TOKENS_LEAST:
+        return f"the long question has {long.prompt_tokens} tokens, fewer than {_LONG_TOKENS_LEAST}"
+    return None
+
+
+def _ask(console: Console, client: Client, question: str, shown: str) -> Answer:
+    """Stream one answer to the terminal."""
+    console.print(f"\n> {shown}", style="bold", markup=False)
+    began_s = first_s = last_s = time.monotonic()
+    prompt_tokens = tokens = 0
+    shards: tuple[ShardUsage, ...] = ()
+    stream = client.generate(
+        messages=[{"role": "user", "content": question}], temperature=0.0, max_tokens=_ANSWER_TOKENS
+    )
+    for event in stream:
+        console.print(event.text, end="", markup=False, highlight=False, soft_wrap=True)
+        if isinstance(event, Started):
+            prompt_tokens = event.prompt_tokens
+        elif isinstance(event, TokenDelta) and event.token_ids:
+            last_s = time.monotonic()
+            if not tokens:
+                first_s = last_s
+                shards = tuple(client.topology(stream.request_id).shards)
+            tokens += len(event.token_ids)
+        elif isinstance(event, Finished):
+            tokens = event.usage.completion_tokens
+    console.print()
+    return Answer(prompt_tokens, tokens, first_s - began_s, (last_s - first_s) / max(1, tokens - 1), shards)
+
+
+def _cache_table(answer: Answer) -> Table:
+    table = Table(title=f"Where the KV cache of the long request lies ({answer.prompt_tokens} prompt tokens)")
+    for heading in ("worker", "positions", "tokens", "blocks", "bytes"):
+        table.add_column(heading, justify="left" if heading == "worker" else "right")
+    for shard in answer.shards:
+        table.add_row(
+            shard.worker_id,
+            f"{shard.first_position} to {shard.first_position + shard.committed_tokens}",
+            str(shard.committed_tokens),
+            str(shard.blocks),
+            f"{shard.bytes:,}",
+        )
+    return table
+
+
+def _speed_table(short: Answer, long: Answer) -> Table:
+    table = Table(title="Speed")
+    for heading in ("question", "prompt tokens", "output tokens", "TTFT s", "TPOT ms", "decode tokens/s"):
+        table.add_column(heading, justify="left" if heading == "question" else "right")
+    for name, answer in (("short", short), ("long", long)):
+        rate = f"{1 / answer.tpot_s:.1f}" if answer.tpot_s else "-"
+        table.add_row(
+            name,
+            str(answer.prompt_tokens),
+            str(answer.tokens),
+            f"{answer.ttft_s:.2f}",
+            f"{1000 * answer.tpot_s:.1f}",
+            rate,
+        )
+    return table
+
+
+def _memory_table(members: Iterable[Member]) -> Table:
+    table = Table(title="Processes")
+    for heading in ("worker", "process", "peak memory MiB"):
+        table.add_column(heading, justify="left" if heading == "worker" else "right")
+    for member in members:
+        peak = f"{member.resident_peak_bytes / 2**20:.0f}"
+        table.add_row(member.worker_id, str(member.process_id), peak)
+    return table
