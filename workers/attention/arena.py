@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -66,6 +66,7 @@ class BlockAllocator:
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """`count` block ids, in the order a shard uses them. Raises ResourceExhausted, changing nothing."""
+        assert count >= 0, count
         if count > self.free:
             raise ResourceExhausted(f"{count} blocks asked for, {self.free} of {len(self._is_free)} free")
         chosen = self._following(count, after) if after is not None else []
@@ -74,12 +75,17 @@ class BlockAllocator:
         self.free -= count
         return chosen
 
-    def give_back(self, blocks: Iterable[int]) -> None:
+    def give_back(self, blocks: Sequence[int]) -> None:
         """Free blocks that were handed out."""
-        for block in blocks:
-            assert not self._is_free[block], f"block {block} is freed twice"
-            self._is_free[block] = True
-            self.free += 1
+        assert len(set(blocks)) == len(blocks), f"freed twice: {blocks}"
+        assert not self._is_free[blocks].any(), f"freed, but never handed out: {blocks}"
+        self._is_free[blocks] = True
+        self.free += len(blocks)
+
+    def are_all_used(self, blocks: Sequence[int]) -> bool:
+        """Whether `blocks` are exactly those handed out, each named once."""
+        used = np.flatnonzero(~self._is_free)
+        return self.free == len(self._is_free) - len(used) and used.tolist() == sorted(blocks)
 
     def _following(self, count: int, after: int) -> list[int]:
         end = after + 1

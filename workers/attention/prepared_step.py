@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.errors import InvalidRequest
+from cluster.errors import Fenced, InvalidRequest
 from cluster.types import Generation
 from workers.attention.arena import Arena
 from workers.attention.shard import LayerArrival, Shard
@@ -35,13 +35,14 @@ class PreparedStep:
     """
 
     def __init__(self, store: Store, arena: Arena, rows: Sequence[PlanRow]) -> None:
-        """Resolve the rows. Raises Fenced for a shard that is gone, taken over or incomplete, and
-        InvalidRequest for rows that contradict themselves.
+        """Resolve the rows. Raises Fenced naming every shard that is gone, taken over or incomplete, and
+        InvalidRequest for rows that contradict themselves; no append is announced then.
         """
         self._store = store
         self._arena = arena
         self._arrival = LayerArrival(arena.geometry.layers)
-        self._resolved = [_resolve(store, row) for row in rows]
+        self._resolved = _resolve_all(store, rows)
+        self._changes = store.changes
         self.spans = _spans(rows, self._resolved)
         self.rows = sum(row.count for row in rows)
         self._slots = self._announce(rows)
@@ -54,8 +55,9 @@ class PreparedStep:
             raise InvalidRequest(
                 f"keys {tuple(key.shape)}, values {tuple(value.shape)} where {expected} are due"
             )
-        self._arrival.mark(layer)
+        self._arrival.check(layer)
         self._arena.append(layer, self._slots, key, value)
+        self._arrival.mark(layer)  # not before: a layer that failed half-way has not arrived
 
     def attend(
         self, layer: int, query: Tensor, spans: Sequence[Span], kernel: Kernel, window: int | None
@@ -67,9 +69,12 @@ class PreparedStep:
         return Partial(result.out, result.lse)
 
     def _check_held(self) -> None:
-        for resolved in self._resolved:
-            if not self._store.is_held(resolved.shard, resolved.generation):
-                raise resolved.shard.fenced("was released or taken over during a step")
+        if self._changes == self._store.changes:
+            return
+        lost = [held.shard for held in self._resolved if not self._store.is_held(held.shard, held.generation)]
+        if lost:
+            raise _joined([shard.fenced("was released or taken over during a step") for shard in lost])
+        self._changes = self._store.changes
 
     def _announce(self, rows: Sequence[PlanRow]) -> Tensor:
         """Begin the appends of tail rows; flat slots of their positions, int64 [appended rows]."""
@@ -81,6 +86,27 @@ class PreparedStep:
         return torch.tensor(slots, dtype=torch.int64, device=self._arena.device)
 
 
+def _resolve_all(store: Store, rows: Sequence[PlanRow]) -> list[_Resolved]:
+    if len({row.shard for row in rows}) != len(rows):
+        raise InvalidRequest("a plan names a shard twice")
+    resolved: list[_Resolved] = []
+    faults: list[Fenced] = []
+    for row in rows:
+        try:
+            resolved.append(_resolve(store, row))
+        except Fenced as fault:
+            faults.append(fault)
+    if faults:
+        raise _joined(faults)
+    return resolved
+
+
+def _joined(faults: Sequence[Fenced]) -> Fenced:
+    """One error for all shards at fault, so that a step learns of them at once."""
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return Fenced(faults[0].message + more, shards=",".join(fault.metadata["shards"] for fault in faults))
+
+
 def _resolve(store: Store, row: PlanRow) -> _Resolved:
     generation = Generation(row.generation)
     shard = store.shard(row.shard, generation)
@@ -88,6 +114,8 @@ def _resolve(store: Store, row: PlanRow) -> _Resolved:
         raise InvalidRequest(f"{shard.key}: {row.count} rows at {row.start} with {len(row.token_ids)} ids")
     shard.commit(row.start)
     _check_visible(shard, row)
+    if row.token_ids:
+        shard.check_append(row.start, row.start + row.count)
     return _Resolved(shard, generation)
 
 
@@ -127,6 +155,7 @@ def _spans(rows: Sequence[PlanRow], resolved: Sequence[_Resolved]) -> list[Span]
 
 def slices(spans: Sequence[Span], rows_most: int) -> list[list[Span]]:
     """The spans in groups of at most `rows_most` query rows, long chunks cut, so that lanes take turns."""
+    assert rows_most > 0
     groups: list[list[Span]] = [[]]
     room = rows_most
     for span in spans:

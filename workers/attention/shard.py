@@ -10,17 +10,34 @@ from cluster.types import SequenceKey, ShardId
 
 
 class LayerArrival:
-    """Counts the layers of one step's appends; shared by all shards the step appends to."""
+    """Counts the layers of one step's appends; shared by all shards the step appends to.
+
+    A step that a later one supersedes at any of its shards (its lane broke, say, with messages still on the
+    way) writes nothing more: it could write below what the later one has made certain.
+    """
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._arrived = 0
+        self._superseded_at: Shard | None = None
 
-    def mark(self, layer: int) -> None:
-        """Layer `layer` has been written; layers come in order, each once."""
+    def check(self, layer: int) -> None:
+        """Whether `layer` may be written now: layers come in order, each once. Raises Fenced."""
+        if self._superseded_at is not None:
+            raise self._superseded_at.fenced("a later step writes there")
+        if self.is_complete:
+            raise Fenced(f"keys of layer {layer} arrived after all {self._layers} layers")
         if layer != self._arrived:
             raise Fenced(f"keys of layer {layer} arrived where layer {self._arrived} was due")
+
+    def mark(self, layer: int) -> None:
+        """Layer `layer`, which was due, has been written."""
+        self.check(layer)
         self._arrived += 1
+
+    def supersede(self, shard: Shard) -> None:
+        """A later step writes at `shard`, in place of this one."""
+        self._superseded_at = shard
 
     @property
     def is_complete(self) -> bool:
@@ -84,21 +101,31 @@ class Shard:
 
     def append(self, start: int, token_ids: tuple[int, ...], arrival: LayerArrival) -> None:
         """Begin to write a chunk at `start`, in place of an uncommitted one. Raises Fenced."""
-        if start != self.committed:
-            kind = "below the committed" if start < self.committed else "beyond the committed"
-            raise self.fenced(f"an append at {start} lies {kind} length {self.committed}")
-        if start + len(token_ids) > self.end:
-            raise self.fenced(f"an append to {start + len(token_ids)} leaves the reserved range")
+        self.check_append(start, start + len(token_ids))
+        if self.pending is not None:
+            self.pending.arrival.supersede(self)
         self.pending = PendingAppend(start, token_ids, arrival)
 
-    def truncate(self, token_ids: Sequence[int]) -> None:
-        """Keep the longest committed prefix that the sequence's `token_ids` confirm; drop what is pending."""
+    def check_append(self, start: int, end: int) -> None:
+        """Whether a chunk start..end may be written now. Raises Fenced."""
+        if start != self.committed:
+            kind = "below" if start < self.committed else "beyond"
+            raise self.fenced(f"an append at {start} lies {kind} what is committed, up to {self.committed}")
+        if end > self.end:
+            raise self.fenced(f"an append to {end} leaves the range reserved, up to {self.end}")
+
+    def truncate(self, token_ids: Sequence[int]) -> bool:
+        """Keep the longest committed prefix that the sequence's `token_ids` confirm; drop what is pending.
+
+        Returns False when a token differs, and not only more are committed than `token_ids` has.
+        """
         confirmed = token_ids[self.first : self.committed]
         same = 0
         while same < len(confirmed) and confirmed[same] == self.token_ids[same]:
             same += 1
         del self.token_ids[same:]
         self.pending = None
+        return same == len(confirmed)
 
     def slot(self, position: int) -> int:
         """Flat slot of a position: block id x block_tokens + offset."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.clock import Clock
-from cluster.errors import Fenced, Internal, InvalidRequest, Unavailable
+from cluster.errors import Fenced, Internal, InvalidRequest, ResourceExhausted, Unavailable
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.attention.arena import BlockAllocator
 from workers.attention.shard import Shard
@@ -22,6 +22,7 @@ from workers.attention.turns import Turns
 from workers.peer import HeldShard, Reservation
 
 _FENCES_MOST = 65_536
+_NEVER = Generation(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class Store:
         self.epoch = epoch
         self.geometry = geometry
         self.turns = Turns()
+        self.changes = 0
+        """Grows when a shard is freed or its owner changes: while it stands still, what was held is held."""
         self.leases_expired = 0
         self.draining = False
         self.empty = threading.Event()
@@ -88,24 +91,25 @@ class Store:
     def reserve(self, key: SequenceKey, generation: Generation, first: int, end: int) -> Reservation:
         """Reserve positions first..end, extending the own shard that ends at `first` if there is one.
 
-        Raises ResourceExhausted, Fenced, Unavailable (draining), InvalidRequest (range empty or taken).
+        A higher generation than the one that holds the sequence starts from nothing, in its blocks.
+        Raises ResourceExhausted, Fenced, Unavailable (draining: nothing new begins here), InvalidRequest
+        (range empty or taken); each of them changes nothing.
         """
         with self.turns:
             if not 0 <= first < end:
                 raise InvalidRequest(f"{key}: {first}..{end} is no range of positions")
-            if self.draining and key not in self._holdings:
-                raise Unavailable(f"{self.worker} is draining; reserve elsewhere")
-            holding = self._owned(key, generation)
+            self._check_alive(key, generation)
+            holding = self._holdings.get(key)
+            if holding is None or holding.generation < generation:
+                holding = self._begin(key, generation, end - first)
             shard = self._extend(holding, first, end)
-            self._holdings[key] = holding
-            self.empty.clear()
             holding.lease_end_s = self._lease_end()
             return Reservation(self._ref(shard), self._lease_ms, self._allocator.free)
 
     def release(self, key: SequenceKey, generation: Generation) -> int:
         """Free all shards of a sequence and fence its generation; returns the blocks freed. Idempotent."""
         with self.turns:
-            self._check_generation(key, generation)
+            self._check_not_lower(key, generation)
             self._fence(key, generation)
             return self._drop(key)
 
@@ -125,27 +129,20 @@ class Store:
         self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
     ) -> tuple[HeldShard, ...]:
         """Take a sequence over: fence every lower generation, truncate each shard to the longest committed
-        prefix that `token_ids` confirm, free shards of which nothing is left.
+        prefix that `token_ids` confirm, free shards of which nothing is left. Raises Fenced.
+
+        Repeated under the same generation (the answer was lost) it shows what is held.
         """
         with self.turns:
+            self._check_alive(key, generation)
+            self._fence(key, Generation(generation - 1))
             holding = self._holdings.get(key)
-            seen = holding.generation if holding else self._fences.get(key, Generation(-1))
-            if generation <= seen:
-                raise Fenced(f"{key}: generation {generation} cannot take over from {seen}")
             if holding is None:
-                self._fence(key, Generation(generation - 1))
                 return ()
-            holding.generation = generation
+            if holding.generation < generation:
+                self._take_over(holding, generation, token_ids)
             holding.lease_end_s = self._lease_end()
-            for shard in list(holding.shards):
-                shard.truncate(token_ids)
-                if shard.committed == shard.first:
-                    self._free(holding, shard)
-            held = self._held(holding)
-            if not held:
-                self._fence(key, Generation(generation - 1))
-                self._drop(key)
-            return held
+            return self._held(holding)
 
     def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
         """The sequence's shards here, possibly none."""
@@ -155,6 +152,7 @@ class Store:
 
     def shard(self, shard_id: ShardId, generation: Generation) -> Shard:
         """A shard as a plan row names it; renews its lease. The caller holds `turns`. Raises Fenced."""
+        assert self.turns.is_mine
         shard = self._shards.get(shard_id)
         if shard is None:
             raise Fenced(f"shard {shard_id} is not held by {self.worker}", shards=str(shard_id))
@@ -166,8 +164,8 @@ class Store:
 
     def is_held(self, shard: Shard, generation: Generation) -> bool:
         """Whether a shard is still here under that generation. The caller holds `turns`."""
-        holding = self._holdings.get(shard.key)
-        return shard.shard_id in self._shards and holding is not None and holding.generation == generation
+        assert self.turns.is_mine
+        return shard.shard_id in self._shards and self._holdings[shard.key].generation == generation
 
     def expire(self) -> tuple[SequenceKey, ...]:
         """Free every sequence whose lease is over; returns them."""
@@ -180,13 +178,19 @@ class Store:
             self.leases_expired += len(over)
             return tuple(over)
 
+    def account(self) -> BlockAccount:
+        """The account, from every shard's lengths."""
+        with self.turns:
+            return self._account()
+
     def audit(self) -> BlockAccount:
-        """The account, recomputed from every shard. Raises Internal where it does not add up."""
+        """The account, after a look at every block. Raises Internal where it does not add up."""
         with self.turns:
             held = [block for shard in self._shards.values() for block in shard.blocks]
             account = self._account()
-            total = account.free + account.reserved + account.open + account.sealed_referenced
-            if total != self._capacity or len(set(held)) != len(held):
+            states = (account.free, account.reserved, account.open)
+            total = sum(states) + account.sealed_referenced + account.sealed_cached
+            if total != account.capacity or not self._allocator.are_all_used(held):
                 raise Internal(f"the blocks of {self.worker} do not add up: {account}, {len(held)} held")
             return account
 
@@ -209,32 +213,54 @@ class Store:
             reserved += len(shard.blocks) - touched
         return BlockAccount(self._capacity, self._allocator.free, reserved, opened, sealed, 0)
 
-    def _owned(self, key: SequenceKey, generation: Generation) -> Holding:
-        """The holding of this generation; a higher one than before starts from nothing."""
-        self._check_generation(key, generation)
-        holding = self._holdings.get(key)
-        if holding is not None and holding.generation == generation:
-            return holding
-        if generation <= self._fences.get(key, Generation(-1)):
-            raise Fenced(f"{key}: generation {generation} was released")
+    def _begin(self, key: SequenceKey, generation: Generation, tokens: int) -> Holding:
+        """A new holding, in place of one of a lower generation, where a shard of `tokens` fits in what is
+        free then; otherwise the older one stays. Raises Unavailable, ResourceExhausted.
+        """
+        if self.draining:
+            raise Unavailable(f"{self.worker} is draining; reserve elsewhere")
+        older = self._holdings.get(key)
+        room = self._allocator.free + (older.blocks if older else 0)
+        if self.geometry.blocks_for(tokens) > room:
+            raise ResourceExhausted(f"{key}: {tokens} tokens asked for, {room} blocks can be had")
         self._drop(key)
-        return Holding(key, generation, self._lease_end())
+        holding = self._holdings[key] = Holding(key, generation, self._lease_end())
+        self.empty.clear()
+        return holding
 
-    def _check_generation(self, key: SequenceKey, generation: Generation) -> None:
+    def _check_not_lower(self, key: SequenceKey, generation: Generation) -> None:
         holding = self._holdings.get(key)
-        seen = holding.generation if holding else self._fences.get(key, Generation(-1))
+        seen = holding.generation if holding else self._fences.get(key, _NEVER)
         if generation < seen:
             raise Fenced(f"{key}: generation {generation} spoke after {seen}")
 
+    def _check_alive(self, key: SequenceKey, generation: Generation) -> None:
+        self._check_not_lower(key, generation)
+        if generation <= self._fences.get(key, _NEVER):
+            raise Fenced(f"{key}: generation {generation} was released")
+
+    def _take_over(self, holding: Holding, generation: Generation, token_ids: Sequence[int]) -> None:
+        holding.generation = generation
+        self.changes += 1
+        agrees = True
+        for shard in sorted(holding.shards, key=_first_position):
+            # Keys and values depend on every token before them: after one that differs nothing is right.
+            agrees = shard.truncate(token_ids if agrees else ()) and agrees
+            if shard.committed == shard.first:
+                self._free(holding, shard)
+        if not holding.shards:
+            self._drop(holding.key)
+
     def _extend(self, holding: Holding, first: int, end: int) -> Shard:
+        for shard in holding.shards:
+            if shard.first < end and first < shard.end:
+                raise InvalidRequest(f"{holding.key}: {first}..{end} overlaps shard {shard.shard_id}")
         for shard in holding.shards:
             if shard.end == first:
                 wanted = self.geometry.blocks_for(end - shard.first) - len(shard.blocks)
                 shard.blocks += self._allocator.allocate(wanted, after=shard.blocks[-1])
                 shard.end = end
                 return shard
-            if shard.first < end and first < shard.end:
-                raise InvalidRequest(f"{holding.key}: {first}..{end} overlaps shard {shard.shard_id}")
         shard = Shard(
             shard_id=ShardId(next(self._shard_ids)),
             key=holding.key,
@@ -251,6 +277,7 @@ class Store:
         holding.shards.remove(shard)
         del self._shards[shard.shard_id]
         self._allocator.give_back(shard.blocks)
+        self.changes += 1
 
     def _drop(self, key: SequenceKey) -> int:
         holding = self._holdings.pop(key, None)
@@ -264,16 +291,15 @@ class Store:
         return blocks
 
     def _fence(self, key: SequenceKey, generation: Generation) -> None:
-        self._fences[key] = max(generation, self._fences.get(key, Generation(-1)))
+        self._fences[key] = max(generation, self._fences.get(key, _NEVER))
         self._fences.move_to_end(key)
         while len(self._fences) > _FENCES_MOST:
             self._fences.popitem(last=False)
 
     def _held(self, holding: Holding) -> tuple[HeldShard, ...]:
-        ordered = sorted(holding.shards, key=lambda shard: shard.first)
         return tuple(
             HeldShard(self._ref(shard), shard.committed - shard.first, len(shard.blocks), holding.generation)
-            for shard in ordered
+            for shard in sorted(holding.shards, key=_first_position)
         )
 
     def _ref(self, shard: Shard) -> ShardRef:
@@ -281,3 +307,7 @@ class Store:
 
     def _lease_end(self) -> float:
         return self._clock() + self._lease_ms / 1000
+
+
+def _first_position(shard: Shard) -> int:
+    return shard.first

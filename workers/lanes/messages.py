@@ -106,8 +106,9 @@ class Lane(Protocol):
         Its tensors are valid until the next message of the same micro-batch is sent.
 
         Raises the error the worker answered with, or LaneBroken, after which the lane is closed. NeedFull:
-        send the layer again with the plan whole (`PlanEncoder.forget`). Fenced: `metadata["shard"]`
-        is the id of the shard at fault; the step is over for all its rows at this worker.
+        send the layer again with the plan whole (`PlanEncoder.forget`). Fenced: `metadata["shards"]`
+        lists the ids of the shards at fault, joined by commas, where they are known; the step is over for
+        all its rows at this worker.
         """
         ...
 
