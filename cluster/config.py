@@ -78,6 +78,9 @@ class GatewayConfig(Section):
     stream_buffer_events: int = Field(
         4096, ge=16, description="Events held for a slow client before it is cut."
     )
+    no_worker_wait_ms: int = Field(
+        5000, ge=0, description="How long a new request waits when no dense worker is there."
+    )
 
 
 class DenseConfig(Section):
