@@ -1,0 +1,59 @@
+"""Which attention workers hold anything of which sequence, under which generation."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from cluster.types import Epoch, Generation, SequenceKey, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one worker holds of one sequence."""
+
+    worker: WorkerId
+    epoch: Epoch
+    generation: Generation
+
+
+class Holders:
+    """Written as reservations succeed, so that what was reserved is also released or renewed. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[SequenceKey, dict[WorkerId, Held]] = {}
+
+    def put(self, key: SequenceKey, held: Held) -> None:
+        """A reservation or adoption succeeded."""
+        with self._lock:
+            self._held.setdefault(key, {})[held.worker] = held
+
+    def get(self, key: SequenceKey, worker: WorkerId) -> Held | None:
+        """What a worker holds of a sequence."""
+        with self._lock:
+            return self._held.get(key, {}).get(worker)
+
+    def take(self, key: SequenceKey) -> tuple[Held, ...]:
+        """Forget a sequence; returns what is held of it."""
+        with self._lock:
+            return tuple(self._held.pop(key, {}).values())
+
+    def take_one(self, key: SequenceKey, worker: WorkerId) -> Held | None:
+        """Forget what one worker holds of a sequence; returns it."""
+        with self._lock:
+            held = self._held.get(key, {}).pop(worker, None)
+            if not self._held.get(key):
+                self._held.pop(key, None)
+            return held
+
+    def of_worker(self, worker: WorkerId, epoch: Epoch) -> dict[SequenceKey, Generation]:
+        """The sequences of which this life of a worker holds something."""
+        with self._lock:
+            found = ((key, workers.get(worker)) for key, workers in self._held.items())
+            return {key: held.generation for key, held in found if held is not None and held.epoch == epoch}
+
+    def forget_life(self, worker: WorkerId, epoch: Epoch) -> None:
+        """A life of a worker is over, and what it held with it."""
+        for key in self.of_worker(worker, epoch):
+            self.take_one(key, worker)

@@ -1,0 +1,160 @@
+"""The attention workers a dense worker knows: their space, and connections to those that live."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from cluster.policies.placement import WorkerSpace
+from cluster.types import Epoch, WorkerId
+from workers.peer import AttentionPeer
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMember:
+    """An attention worker as membership tells it; blocks are those of its arena."""
+
+    worker: WorkerId
+    epoch: Epoch
+    address: str
+    blocks_capacity: int
+    blocks_free: int
+    is_admitting: bool = True
+    """Not draining: new shards may go there."""
+    is_local: bool = False
+
+
+Connect = Callable[[AttentionMember], AttentionPeer]
+"""Makes the peer of a member, without waiting for it."""
+
+
+@dataclass(slots=True)
+class _Known:
+    member: AttentionMember
+    blocks_free: int
+    peer: AttentionPeer | None = None
+    retry_s: float = 0.0
+    is_connecting: bool = False
+
+
+class MemberTable:
+    """One entry per worker slot. Thread-safe; makes no calls while locked.
+
+        named by membership --connect--> usable --broken--> named (again after a pause)
+              gone, or another epoch: the entry goes
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[WorkerId, _Known] = {}
+
+    def update(self, members: Iterable[AttentionMember]) -> list[tuple[WorkerId, Epoch, AttentionPeer | None]]:
+        """Take what membership says; returns the lives that are over, with their peers to close.
+
+        Local members are not the membership's to remove: they stay until `close`.
+        """
+        new = {member.worker: member for member in members}
+        with self._lock:
+            over = []
+            for worker, known in list(self._known.items()):
+                successor = new.get(worker)
+                if successor is None and known.member.is_local:
+                    continue
+                if successor is None or successor.epoch != known.member.epoch:
+                    del self._known[worker]
+                    over.append((worker, known.member.epoch, known.peer))
+            for worker, member in new.items():
+                known = self._known.setdefault(worker, _Known(member, member.blocks_free))
+                known.member, known.blocks_free = member, member.blocks_free
+            return over
+
+    def due(self, now_s: float, retry_after_s: float) -> list[AttentionMember]:
+        """Members to connect to now; each is named again after `retry_after_s` unless it became usable."""
+        with self._lock:
+            due = [
+                known
+                for known in self._known.values()
+                if known.peer is None and not known.is_connecting and known.retry_s <= now_s
+            ]
+            for known in due:
+                known.is_connecting, known.retry_s = True, now_s + retry_after_s
+            return [known.member for known in due]
+
+    def connected(self, member: AttentionMember, peer: AttentionPeer | None) -> bool:
+        """An attempt ended; False when its life is over and the peer is to be closed."""
+        with self._lock:
+            known = self._known.get(member.worker)
+            if known is None or known.member.epoch != member.epoch:
+                return False
+            known.is_connecting, known.peer = False, peer
+            return True
+
+    def disconnect(self, worker: WorkerId, epoch: Epoch) -> AttentionPeer | None:
+        """The lane to this life broke: not usable until connected again; its peer, to be closed."""
+        with self._lock:
+            known = self._known.get(worker)
+            if known is None or known.member.epoch != epoch:
+                return None
+            peer, known.peer = known.peer, None
+            return peer
+
+    def peer(self, worker: WorkerId, epoch: Epoch) -> AttentionPeer | None:
+        """The usable peer of this life, if there is one."""
+        with self._lock:
+            known = self._known.get(worker)
+            return known.peer if known is not None and known.member.epoch == epoch else None
+
+    def peers(self) -> list[AttentionPeer]:
+        """All usable peers, in the order of their names."""
+        with self._lock:
+            return [known.peer for _, known in sorted(self._known.items()) if known.peer is not None]
+
+    def is_local(self, worker: WorkerId) -> bool:
+        """Whether a worker lies in this process."""
+        with self._lock:
+            known = self._known.get(worker)
+            return known is not None and known.member.is_local
+
+    def set_free(self, worker: WorkerId, epoch: Epoch, blocks: int) -> None:
+        """What a reservation said, newer than the last heartbeat."""
+        with self._lock:
+            known = self._known.get(worker)
+            if known is not None and known.member.epoch == epoch:
+                known.blocks_free = blocks
+
+    def add_free(self, worker: WorkerId, epoch: Epoch, blocks: int) -> None:
+        """What a release gave back."""
+        with self._lock:
+            known = self._known.get(worker)
+            if known is not None and known.member.epoch == epoch:
+                known.blocks_free += blocks
+
+    def spaces(self, block_tokens: int, *, usable: bool = True) -> list[WorkerSpace]:
+        """Space for new shards where a peer is usable, or at every admitting member (`usable` False)."""
+        with self._lock:
+            return [
+                WorkerSpace(
+                    worker,
+                    known.member.epoch,
+                    free_tokens=known.blocks_free * block_tokens,
+                    capacity_tokens=known.member.blocks_capacity * block_tokens,
+                    is_local=known.member.is_local,
+                )
+                for worker, known in sorted(self._known.items())
+                if known.member.is_admitting and (known.peer is not None or not usable)
+            ]
+
+    def used_share(self) -> float:
+        """The share of all known blocks that is in use, 0 to 1."""
+        with self._lock:
+            capacity = sum(known.member.blocks_capacity for known in self._known.values())
+            free = sum(known.blocks_free for known in self._known.values())
+        return 1 - free / capacity if capacity else 0.0
+
+    def clear(self) -> list[AttentionPeer]:
+        """Forget everyone; the peers to close."""
+        with self._lock:
+            peers = [known.peer for known in self._known.values() if known.peer is not None]
+            self._known.clear()
+            return peers

@@ -1,0 +1,157 @@
+"""Attention of one step over lanes: queries leave, partials come back and are merged.
+
+Per layer and worker one message each way; what they carry and when is told in `workers.lanes.messages`. The
+chunk's attention over itself (Lamina's "new tokens") runs here, between sending and receiving.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from cluster.model_spec import ModelSpec
+from workers.dense.lane_set import LaneSet, deadline_of
+from workers.dense.step_layout import RowIndex, StepLayout, WorkerPart
+from workers.kernels.signature import Kernel
+from workers.lanes.messages import LayerMessage, PartialReply
+from workers.partials import Partial, empty, merge
+
+
+@dataclass(slots=True)
+class AttentionTimes:
+    """Seconds of one step, over its layers. attention: compute of the slowest worker of each layer; lane:
+    waiting beyond that; waited: both as far as nothing else was done meanwhile.
+    """
+
+    attention_s: float = 0.0
+    lane_s: float = 0.0
+    waited_s: float = 0.0
+
+
+class StepAttention:
+    """`AttentionPort` of one micro-batch during one step.
+
+    Raises `StepAborted` as soon as one worker cannot do its part; lanes then hold replies nobody takes,
+    which the next step overwrites.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, layout: StepLayout, lanes: LaneSet, kernel: Kernel, step: int, micro_batch: int
+    ) -> None:
+        self.times = AttentionTimes()
+        self._spec = spec
+        self._layout = layout
+        self._lanes = lanes
+        self._kernel = kernel
+        self._step = step
+        self._micro_batch = micro_batch
+        self._scale = spec.head_size**-0.5
+        self._allowances_ms = [lanes.allowance_ms(part.predicted_s(spec)) for part in layout.workers]
+        self._deadlines_s = [0.0] * len(layout.workers)
+        self._query: Tensor | None = None
+        self._fresh: tuple[Tensor, Tensor] | None = None
+        self._own: Partial | None = None
+        self._gathered: Partial | None = None
+
+    def send_query(self, layer: int, query: Tensor) -> None:
+        """See `AttentionPort`. Carries the keys and values of the layer before along."""
+        self._query = query
+        fresh, self._fresh = self._fresh, None
+        for index, part in enumerate(self._layout.workers):
+            message = self._message(index, part, layer, query, fresh)
+            if message is not None:
+                self._lanes.send(part.worker, message)
+                self._deadlines_s[index] = deadline_of(message)
+
+    def send_key_value(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See `AttentionPort`. Those of the last layer leave at once, the others with the next query."""
+        assert self._query is not None
+        self._fresh = (key, value)
+        if layer == self._spec.layers - 1:
+            for index, part in enumerate(self._layout.workers):
+                message = self._message(index, part, layer + 1, None, self._fresh)
+                if message is not None:
+                    self._lanes.send(part.worker, message)
+        window = self._spec.sliding_windows[layer]
+        own = self._kernel.causal(self._query, key, value, self._layout.chunk_sizes, self._scale, window)
+        self._own = Partial(own.out, own.lse)
+
+    def receive(self, layer: int) -> Tensor:
+        """See `AttentionPort`. Raises StepAborted."""
+        assert self._own is not None
+        assert self._query is not None
+        began_s = monotonic()
+        compute_s = 0.0
+        with torch.inference_mode():
+            for index, part in enumerate(self._layout.workers):
+                if part.queries is not None:
+                    reply = self._lanes.receive(
+                        part.worker, self._step, self._micro_batch, layer, self._deadlines_s[index]
+                    )
+                    compute_s = max(compute_s, reply.compute_seconds)
+                    self._gather(part, reply)
+            self._note(began_s, compute_s)
+            return self._merged().out.to(self._query.dtype)
+
+    def _message(
+        self,
+        index: int,
+        part: WorkerPart,
+        layer: int,
+        query: Tensor | None,
+        fresh: tuple[Tensor, Tensor] | None,
+    ) -> LayerMessage | None:
+        """What a worker gets for a layer; None where it has no part in it."""
+        asks = query is not None and part.queries is not None
+        appends = fresh is not None and part.appends is not None
+        if layer > 0 and not asks and not appends:
+            return None
+        plan = None
+        if layer == 0:
+            # Without a query there is no reply, and so no NeedFull: such a plan goes whole.
+            plan = self._lanes.encode(part.worker, self._step, self._micro_batch, part.plan, whole=not asks)
+        key, value = fresh if fresh is not None and appends else (None, None)
+        return LayerMessage(
+            self._step,
+            self._micro_batch,
+            layer,
+            self._allowances_ms[index],
+            plan,
+            _take(query, part.queries) if asks else None,
+            _take(key, part.appends),
+            _take(value, part.appends),
+            self._spec.sliding_windows[layer] if asks else None,
+        )
+
+    def _gather(self, part: WorkerPart, reply: PartialReply) -> None:
+        """Put a reply's rows where the merge finds them. The buffers start empty, and each layer
+        overwrites the same places, so a row without a shard in some place stays empty there.
+        """
+        rows, most = self._layout.rows, self._layout.parts_most
+        if self._gathered is None:
+            device = part.places.device
+            self._gathered = empty(most * rows, self._spec.query_heads, self._spec.head_size, device)
+        self._gathered.out.index_copy_(0, part.places, reply.out.to(part.places.device))
+        self._gathered.lse.index_copy_(0, part.places, reply.lse.to(part.places.device))
+
+    def _merged(self) -> Partial:
+        """Own part and shards, in the order of their positions but the own first."""
+        assert self._own is not None
+        if self._gathered is None:
+            return self._own
+        rows = self._layout.rows
+        outs, lses = self._gathered.out.split(rows), self._gathered.lse.split(rows)
+        return merge([self._own, *(Partial(out, lse) for out, lse in zip(outs, lses, strict=True))])
+
+    def _note(self, began_s: float, compute_s: float) -> None:
+        waited_s = monotonic() - began_s
+        self.times.waited_s += waited_s
+        self.times.attention_s += compute_s
+        self.times.lane_s += max(0.0, waited_s - compute_s)
+
+
+def _take(tensor: Tensor | None, rows: RowIndex | None) -> Tensor | None:
+    return tensor[rows] if tensor is not None and rows is not None else None

@@ -1,0 +1,214 @@
+"""One sequence as its dense worker knows it: tokens, place of its KV, owner, times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.errors import AnabranchError, InvalidRequest
+from cluster.sampling import SamplingParameters
+from cluster.types import Generation, SequenceKey, ShardRef, WorkerId
+from workers.dense.deltas import Delta, FinishReason, Subscriber, Timings
+from workers.dense.sampler import Sampled, SampleRow, TokenHistory
+
+_LIFE_BITS = 16
+GENERATION_MOST = 2**_LIFE_BITS - 1
+"""Highest generation a gateway may give: 65,535 resubmissions of one request."""
+
+
+def wire_generation(generation: int, life: int) -> Generation:
+    """The generation attention workers see, in a uint32: the gateway's, then our count of fresh starts.
+
+    A resubmission (a higher gateway generation) therefore outranks every life of those before it.
+    """
+    if not 0 <= life <= GENERATION_MOST:
+        raise InvalidRequest("the sequence was preempted or lost its KV 65,536 times; submit it anew")
+    assert 0 < generation <= GENERATION_MOST
+    return Generation(generation << _LIFE_BITS | life)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A shard of a sequence's map and the wire generation its worker holds it under."""
+
+    shard: ShardRef
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What a gateway submits; times are on this process's monotonic clock."""
+
+    key: SequenceKey
+    generation: int
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+    sampling: SamplingParameters
+    seed: int
+    max_tokens: int
+    priority: int
+    deadline_s: float
+    tenant: str
+    shard_map: tuple[ShardRef, ...] | None = None
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether shards of it may lie somewhere."""
+        return self.generation > 1 or bool(self.output) or bool(self.shard_map)
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Times of one sequence, in seconds of the monotonic clock; None until it happened."""
+
+    submitted_s: float
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    dense_seconds: float = 0.0
+    attention_seconds: float = 0.0
+    lane_seconds: float = 0.0
+    preemptions: int = 0
+
+    def read(self, now_s: float) -> Timings:
+        """The times so far."""
+        admitted_s = now_s if self.admitted_s is None else self.admitted_s
+        first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        return Timings(
+            queue_seconds=admitted_s - self.submitted_s,
+            prefill_seconds=first_token_s - admitted_s,
+            decode_seconds=now_s - first_token_s,
+            dense_seconds=self.dense_seconds,
+            attention_seconds=self.attention_seconds,
+            lane_seconds=self.lane_seconds,
+            preemptions=self.preemptions,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class LiveSequence:
+    """One sequence between submission and end. Owned by the engine's thread; owner of its shard map.
+
+    Invariant of `shards`: ordered by position and disjoint; between two of them there may be a hole.
+    """
+
+    submission: Submission
+    subscriber: Subscriber
+    stopwatch: Stopwatch
+    token_ids: list[int]
+    """Prompt and output."""
+    shards: tuple[Placed, ...] = ()
+    life: int = 0
+    """Fresh starts under this gateway generation: preemptions, and losses of shards."""
+    history: TokenHistory | None = None
+    orphaned_s: float | None = None
+    """Since when its gateway's stream is gone."""
+    has_held: bool = field(default=False)
+    """Whether any reservation ever succeeded."""
+
+    @classmethod
+    def of(cls, submission: Submission, subscriber: Subscriber, now_s: float) -> LiveSequence:
+        """A sequence as submitted."""
+        penalized = submission.sampling.penalized
+        return cls(
+            submission,
+            subscriber,
+            Stopwatch(now_s),
+            [*submission.prompt, *submission.output],
+            history=TokenHistory(submission.prompt, submission.output) if penalized else None,
+        )
+
+    @property
+    def key(self) -> SequenceKey:
+        """Its identity."""
+        return self.submission.key
+
+    @property
+    def output_count(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.submission.prompt)
+
+    @property
+    def max_length(self) -> int:
+        """Prompt and output together, at the end."""
+        return len(self.submission.prompt) + self.submission.max_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all the tokens it may have."""
+        return len(self.token_ids) >= self.max_length
+
+    @property
+    def generation(self) -> Generation:
+        """The wire generation of what it reserves next; its present shards may be under lower ones."""
+        return wire_generation(self.submission.generation, self.life)
+
+    def sample_row(self) -> SampleRow:
+        """What the sampler needs for the next token."""
+        submission = self.submission
+        return SampleRow(
+            submission.sampling, submission.seed, self.key.choice, self.output_count, self.history
+        )
+
+    def append(self, token_id: int) -> None:
+        """One more output token."""
+        self.token_ids.append(token_id)
+        if self.history is not None:
+            self.history.append(token_id)
+
+    def place(self, granted: Iterable[Placed]) -> None:
+        """Room was reserved: new shards, or grown ones in place of themselves."""
+        kept = {(placed.shard.worker, placed.shard.epoch, placed.shard.shard): placed for placed in self.shards}
+        for placed in granted:
+            kept[placed.shard.worker, placed.shard.epoch, placed.shard.shard] = placed
+        self.shards = tuple(sorted(kept.values(), key=_first_position))
+        self.has_held = True
+        assert all(a.shard.end <= b.shard.first for a, b in zip(self.shards, self.shards[1:], strict=False)), (
+            self.shards
+        )
+
+    def lose_worker(self, worker: WorkerId) -> tuple[Placed, ...]:
+        """Drop the shards on one worker and begin a new life there; returns them."""
+        lost = tuple(placed for placed in self.shards if placed.shard.worker == worker)
+        if lost:
+            self.shards = tuple(placed for placed in self.shards if placed.shard.worker != worker)
+            self.life += 1
+        return lost
+
+    def restart(self) -> None:
+        """Preemption: everything is given back, under a higher generation."""
+        self.shards = ()
+        self.life += 1
+        self.stopwatch.preemptions += 1
+
+    def shard_map(self) -> tuple[ShardRef, ...]:
+        """The map as gateways know it."""
+        return tuple(placed.shard for placed in self.shards)
+
+    def delta(
+        self,
+        tokens: Sequence[Sampled] = (),
+        *,
+        with_map: bool = False,
+        finish: FinishReason | None = None,
+        matched_token_id: int | None = None,
+        failure: AnabranchError | None = None,
+        timings: Timings | None = None,
+        handoff: bool = False,
+    ) -> Delta:
+        """News of it; `tokens` are the last of its output."""
+        return Delta(
+            self.key,
+            self.submission.generation,
+            self.output_count - len(tokens),
+            tuple(tokens),
+            self.shard_map() if with_map else None,
+            finish,
+            matched_token_id,
+            failure,
+            timings,
+            handoff,
+        )
+
+
+def _first_position(placed: Placed) -> int:
+    return placed.shard.first
