@@ -1,13 +1,14 @@
 """A role process that only joins: it registers, says that it is ready, and waits to be told to stop.
 
-Behaves as its environment says: ROLE_PROGRAM_EXIT ends it with that status once it is ready,
-ROLE_PROGRAM_FAIL makes it end as a refused configuration does.
+With ROLE_PROGRAM=refuse in its environment it ends as a process does whose configuration is refused,
+with ROLE_PROGRAM=stubborn it does not stop when told to.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 
 from anabranch.v1 import inference_pb2
 from cluster.errors import ConfigError
@@ -24,7 +25,8 @@ ROLES = {
 
 def serve(context: RoleContext) -> int:
     """Be a member until told to stop."""
-    if "ROLE_PROGRAM_FAIL" in os.environ:
+    mood = os.environ.get("ROLE_PROGRAM")
+    if mood == "refuse":
         raise ConfigError("this program was told to refuse")
     client = MembershipClient(
         context,
@@ -37,6 +39,8 @@ def serve(context: RoleContext) -> int:
     client.start()
     client.set_state(inference_pb2.MEMBER_STATE_READY)
     context.stop.wait()
+    if mood == "stubborn":
+        threading.Event().wait()
     client.close()
     return 0
 
