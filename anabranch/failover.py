@@ -1,0 +1,132 @@
+"""Which gateway to ask next, after what pause, and when to give up: pure policy, and its one I/O rule.
+
+answered --interrupted--> next gateway at once --each tried--> pause, growing --> first one again
+    ^                                                                            |
+    +------------------------------- answered -----------------------------------+
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import grpc
+
+from cluster import rpc
+from cluster.clock import Clock, monotonic
+from cluster.errors import AnabranchError, DeadlineExceeded, Unavailable
+
+_PAUSE_FIRST_S = 0.05
+_PAUSE_LONGEST_S = 2.0
+_DOUBLINGS_MAX = 16
+_STATUS_DETAILS = "grpc-status-details-bin"
+
+
+class Failover:
+    """The attempts of one call over several gateways, until its deadline.
+
+    `outage_s` bounds how long failures may follow each other without an answer in between. Pauses double
+    from 50 ms to 2 s once per round over all gateways, and are cut by up to half at random, so that the
+    clients of a gateway that died do not return in step.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        timeout_s: float,
+        outage_s: float,
+        clock: Clock = monotonic,
+        jitter: random.Random | None = None,
+    ) -> None:
+        assert addresses
+        self._addresses = tuple(addresses)
+        self._timeout_s = timeout_s
+        self._outage_s = outage_s
+        self._clock = clock
+        self._jitter = jitter or random.Random()  # noqa: S311  # spreads load, hides nothing
+        self._deadline_s = clock() + timeout_s
+        self._position = 0
+        self._failures = 0
+        self._failing_since_s = 0.0
+
+    @property
+    def address(self) -> str:
+        """The gateway to ask now."""
+        return self._addresses[self._position % len(self._addresses)]
+
+    def remaining_s(self) -> float:
+        """Time left. Raises DeadlineExceeded when there is none."""
+        remaining_s = self._deadline_s - self._clock()
+        if remaining_s <= 0:
+            raise self.deadline_error()
+        return remaining_s
+
+    def answered(self) -> None:
+        """The gateway brought news: the outage, if there was one, is over."""
+        self._failures = 0
+
+    def interrupted(self, error: AnabranchError) -> float:
+        """Turn to the next gateway; returns the pause before asking it, in seconds.
+
+        Raises DeadlineExceeded, or Unavailable after an outage longer than `outage_s`.
+        """
+        now_s = self._clock()
+        if self._failures == 0:
+            self._failing_since_s = now_s
+        self._failures += 1
+        self._position += 1
+        remaining_s = self.remaining_s()
+        if now_s - self._failing_since_s >= self._outage_s:
+            silence = f" for {self._outage_s:g} s" if self._outage_s else ""
+            raise Unavailable(f"no gateway answered{silence} ({', '.join(self._addresses)}): {error.message}")
+        return min(self._pause_s(), remaining_s)
+
+    def deadline_error(self) -> DeadlineExceeded:
+        """What to raise when the time is over."""
+        return DeadlineExceeded(f"the request was not done within its {self._timeout_s:g} s")
+
+    def _pause_s(self) -> float:
+        rounds, tried = divmod(self._failures, len(self._addresses))
+        if tried:
+            return 0.0
+        longest_s = min(_PAUSE_LONGEST_S, _PAUSE_FIRST_S * 2 ** min(rounds - 1, _DOUBLINGS_MAX))
+        return longest_s * self._jitter.uniform(0.5, 1.0)
+
+
+class _Ended(Protocol):
+    def code(self) -> grpc.StatusCode: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...] | None: ...
+
+
+def is_interruption(error: grpc.RpcError) -> bool:
+    """Whether a call ended because gateway or connection went away, not because of an answer.
+
+    A connection that dies is reported as UNAVAILABLE or, when the server's end reset the stream, as
+    CANCELLED or INTERNAL. A gateway that means one of the latter two says so with ErrorInfo.
+    """
+    call = cast(_Ended, error)  # every RpcError of a finished call has these
+    code = call.code()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return True
+    if _is_answer(call):
+        return False
+    reset = code is grpc.StatusCode.INTERNAL and "RST_STREAM" in (call.details() or "")
+    return reset or code is grpc.StatusCode.CANCELLED
+
+
+def _is_answer(call: _Ended) -> bool:
+    """Whether a server of ours chose this status, rather than gRPC itself."""
+    return any(key == _STATUS_DETAILS for key, _ in call.trailing_metadata() or ())
+
+
+def next_pause_s(failover: Failover, error: grpc.RpcError) -> float:
+    """The pause before the next attempt of a call that failed; raises the error when it was an answer."""
+    translated = rpc.from_rpc(error)
+    if isinstance(translated, DeadlineExceeded) and not _is_answer(cast(_Ended, error)):
+        raise failover.deadline_error() from error
+    if not is_interruption(error):
+        raise translated from error
+    return failover.interrupted(translated)
