@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar, Unpack
+from typing import TypeAlias, TypeVar, Unpack
 
 import grpc
 
@@ -22,9 +22,8 @@ from cluster.errors import NotFound, Unavailable
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
-_Method = Callable[
-    [inference_pb2_grpc.InferenceServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]
-]
+_Stub: TypeAlias = "inference_pb2_grpc.InferenceServiceAsyncStub"  # exists for type checkers only
+_Method: TypeAlias = "Callable[[_Stub], grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]]"
 
 
 class AsyncClient:
@@ -159,7 +158,7 @@ class AsyncClient:
             self._channels[address] = rpc.aio_channel(address, gateways.tls, gateways.message_bytes)
         return self._channels[address]
 
-    def _stub(self, address: str) -> inference_pb2_grpc.InferenceServiceAsyncStub:
+    def _stub(self, address: str) -> _Stub:
         return inference_pb2_grpc.InferenceServiceStub(self._channel(address))
 
     def _open(self, address: str, request: inference_pb2.GenerateRequest, left_s: float) -> ResponseCall:

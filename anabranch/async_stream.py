@@ -7,6 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
+from typing import TypeAlias
 
 import grpc
 
@@ -16,9 +17,11 @@ from anabranch.resume import Generation
 from anabranch.v1 import inference_pb2
 from cluster.errors import AnabranchError, Cancelled, Unavailable
 
-ResponseCall = grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
+ResponseCall: TypeAlias = (  # a text, since gRPC's classes take type arguments in their stubs only
+    "grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]"
+)
 
-Open = Callable[[str, inference_pb2.GenerateRequest, float], ResponseCall]
+Open: TypeAlias = "Callable[[str, inference_pb2.GenerateRequest, float], ResponseCall]"
 """(address, request, seconds left) -> the call."""
 
 

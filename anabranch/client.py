@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar, Unpack
+from typing import TypeAlias, TypeVar, Unpack
 
 import grpc
 
@@ -22,9 +22,9 @@ from cluster.errors import NotFound, Unavailable
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
-_Method = Callable[
-    [inference_pb2_grpc.InferenceServiceStub], grpc.UnaryUnaryMultiCallable[_Request, _Response]
-]
+_Method: TypeAlias = (  # a text, since gRPC's classes take type arguments in their stubs only
+    "Callable[[inference_pb2_grpc.InferenceServiceStub], grpc.UnaryUnaryMultiCallable[_Request, _Response]]"
+)
 
 
 class Client:
