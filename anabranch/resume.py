@@ -121,6 +121,7 @@ class _Choice:
             self.uncertain_text += delta.text
             return None
         if known == len(delta.token_ids):
+            self._learn_text_end(delta)
             return None
         text = self.uncertain_text + self._new_text(delta)
         self.uncertain_text = ""
@@ -161,6 +162,12 @@ class _Choice:
                 f"choice {self.index} was sent again from token {delta.first_index} with other tokens"
             )
         return known
+
+    def _learn_text_end(self, delta: inference_pb2.TokensDelta) -> None:
+        """A repeated delta, cut otherwise than the first time, tells how much text is certain at its end."""
+        start = self.text_ends.get(delta.first_index)
+        if start is not None:
+            self.text_ends.setdefault(delta.first_index + len(delta.token_ids), start + len(delta.text))
 
     def _new_text(self, delta: inference_pb2.TokensDelta) -> str:
         start = self.text_ends.get(delta.first_index)

@@ -1,0 +1,79 @@
+"""Whom a client asks next, when, and how long it tries."""
+
+import random
+
+import pytest
+
+from anabranch.failover import Failover
+from cluster.clock import ManualClock
+from cluster.errors import DeadlineExceeded, Unavailable
+
+GONE = Unavailable("gone")
+
+
+def make_failover(
+    clock: ManualClock, *addresses: str, timeout_s: float = 100, outage_s: float = 30
+) -> Failover:
+    """A failover on a virtual clock."""
+    return Failover(
+        addresses or ("a",), timeout_s=timeout_s, outage_s=outage_s, clock=clock, jitter=random.Random(1)
+    )
+
+
+def test_every_gateway_is_tried_before_the_first_pause() -> None:
+    """With others left to ask, there is no pause; then there is, and the first one's turn again."""
+    failover = make_failover(ManualClock(), "a", "b", "c")
+    asked = []
+    pauses = []
+    for _ in range(7):
+        asked.append(failover.address)
+        pauses.append(failover.interrupted(GONE) > 0)
+    assert asked == ["a", "b", "c", "a", "b", "c", "a"]
+    assert pauses == [False, False, True, False, False, True, False]
+
+
+def test_pauses_double_up_to_a_limit_and_differ() -> None:
+    """Round by round from 50 ms to 2 s, each cut by at most half."""
+    failover = make_failover(ManualClock())
+    pauses = [failover.interrupted(GONE) for _ in range(40)]
+    for round_number, pause_s in enumerate(pauses):
+        longest_s = min(2.0, 0.05 * 2**round_number)
+        assert longest_s / 2 <= pause_s <= longest_s
+    assert len(set(pauses)) == len(pauses)
+
+
+def test_an_answer_ends_the_outage() -> None:
+    """Failures far apart, with news between them, are no outage; without news they are."""
+    clock = ManualClock()
+    failover = make_failover(clock)
+    for _ in range(5):
+        failover.interrupted(GONE)
+        clock.advance(16)
+        failover.answered()
+    failover = make_failover(clock)
+    failover.interrupted(GONE)
+    clock.advance(16)
+    failover.interrupted(GONE)
+    clock.advance(16)
+    with pytest.raises(Unavailable, match=r"no gateway answered for 30 s \(a\): gone"):
+        failover.interrupted(GONE)
+
+
+def test_the_deadline_bounds_everything() -> None:
+    """No pause reaches beyond the deadline, and after it nothing is tried."""
+    clock = ManualClock()
+    failover = make_failover(clock, timeout_s=1)
+    assert failover.remaining_s() == 1
+    clock.advance(0.99)
+    assert failover.interrupted(GONE) <= 0.01 + 1e-9
+    clock.advance(0.02)
+    with pytest.raises(DeadlineExceeded, match="within its 1 s"):
+        failover.remaining_s()
+    with pytest.raises(DeadlineExceeded):
+        failover.interrupted(GONE)
+
+
+def test_a_single_attempt_pauses_for_nothing() -> None:
+    """Without patience the first failure is the last."""
+    with pytest.raises(Unavailable, match=r"no gateway answered \(a\): gone"):
+        make_failover(ManualClock(), outage_s=0).interrupted(GONE)
