@@ -11,7 +11,8 @@ from pathlib import Path
 from cluster import config as configuration
 from cluster.errors import AnabranchError, ConfigError, ModelError
 from cluster.telemetry import EventLogger, configure_logging, logger
-from controller.controller import ClusterReady, Controller, Event, Opened, SlotChanged, Stopping
+from controller.controller import Controller
+from controller.events import ClusterReady, Event, Opened, SlotChanged, Stopping
 from controller.service import CONTROLLER_ID
 from controller.signals import Interrupts
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from anabranch.v1 import control_pb2, inference_pb2
@@ -18,48 +17,15 @@ from cluster.errors import AnabranchError, ConfigError
 from cluster.model_spec import ModelSpec
 from cluster.types import draw_epoch
 from controller import roles
-from controller.fleet import Order, RayFleet
+from controller.events import ClusterReady, Observer, Opened, SlotChanged, Stopping
+from controller.fleet import RayFleet
 from controller.membership import MembershipTable, Terms
 from controller.service import ControlServer, ControlService
-from controller.slots import Limits, Phase, Slot
+from controller.slots import Limits, Order, Phase, Slot
 from controller.state import ClusterRecord, StateFolder, process_start
 from controller.supervisor import Supervisor
 
 _TICK_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The control server answers at this address, and Ray has this many nodes."""
-
-    address: str
-    nodes: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlotChanged:
-    """A slot entered another phase, started its process, or has another problem."""
-
-    slot: Slot
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterReady:
-    """Every slot serves; clients may come. Said again when a gateway comes back elsewhere."""
-
-    record: ClusterRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Stopping:
-    """The cluster drains; open streams have this long."""
-
-    grace_s: float
-
-
-Event = Opened | SlotChanged | ClusterReady | Stopping
-Observer = Callable[[Event], None]
-"""Called on the controller's thread; must not block."""
 
 
 class Controller:

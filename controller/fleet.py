@@ -17,7 +17,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
@@ -29,8 +28,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.config import RayConfig
 from cluster.errors import ConfigError, Unavailable
 from cluster.telemetry import logger
-from controller.keeper import Ended, Keeper, Launch, Started
-from controller.slots import Slot
+from controller.keeper import Ended, Keeper, Started
+from controller.slots import Node, Order, Slot
 
 _log = logger("fleet")
 
@@ -38,29 +37,6 @@ _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 80 * 2**20  # close to the least Ray accepts; nothing of ours goes there
 _KEEPER_THREADS = 4  # start, wait, terminate, and terminate again without grace
 _PROBE_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A live machine as Ray describes it; resources in Ray's units (memory in bytes)."""
-
-    node_id: str
-    address: str
-    hostname: str
-    total: dict[str, float]
-    available: dict[str, float]
-    labels: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A process to run, and what its keeper claims of its node for it."""
-
-    launch: Launch
-    cpus: float = 0.0
-    gpus: float = 0.0
-    memory_bytes: int = 0
-    custom: tuple[tuple[str, float], ...] = ()
 
 
 class Listener(Protocol):

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from anabranch.v1 import inference_pb2
 from cluster.config import Config
-from controller.fleet import Node, Order
 from controller.keeper import CONFIG_PLACE, PYTHON_PLACE, Launch
-from controller.slots import NotPlaced, Placed, Slot
+from controller.slots import Node, NotPlaced, Order, Placed, Slot
 
 ROLES = {
     "gateway": inference_pb2.ROLE_GATEWAY,

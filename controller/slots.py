@@ -1,4 +1,4 @@
-"""Slots: the places for processes, as values, and what the supervisor asks of others about them."""
+"""Slots and nodes: the places for processes, as values, and what the supervisor asks of others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from controller.keeper import Launch
 
 
 class Phase(enum.Enum):
@@ -96,3 +98,26 @@ class Hands(Protocol):
     def abandon(self, slot: Slot) -> None:
         """Give up the process with whatever holds it; nothing more is heard of this attempt."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A live machine as Ray describes it; resources in Ray's units (memory in bytes)."""
+
+    node_id: str
+    address: str
+    hostname: str
+    total: dict[str, float]
+    available: dict[str, float]
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A process to run, and what its keeper claims of its node for it."""
+
+    launch: Launch
+    cpus: float = 0.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    custom: tuple[tuple[str, float], ...] = ()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from anabranch.cli.control import Control
 from anabranch.cli.status import Address, ConfigFile
 
 
@@ -22,8 +23,6 @@ def down(
     anabranch down
     anabranch down --grace 60
     """
-    from anabranch.cli.control import Control
-
     console = Console(stderr=True)
     with Control.open(address, config_file) as control, console.status("draining"):
         control.shut_down(0.0 if now else grace_s)

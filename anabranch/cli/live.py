@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anabranch.v1 import control_pb2, inference_pb2
-from controller.controller import ClusterReady, Event, Opened, SlotChanged, Stopping
+from controller.events import ClusterReady, Event, Opened, SlotChanged, Stopping
 from controller.state import ClusterRecord
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

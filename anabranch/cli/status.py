@@ -9,6 +9,9 @@ import typer
 from google.protobuf import json_format
 from rich.console import Console
 
+from anabranch.cli.control import Control
+from anabranch.cli.live import fleet_table
+
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="The cluster's YAML file, if it names state_dir or TLS.")
 ]
@@ -28,9 +31,6 @@ def status(
     anabranch status
     anabranch status --json | jq '.membership.members[].worker_id'
     """
-    from anabranch.cli.control import Control
-    from anabranch.cli.live import fleet_table
-
     with Control.open(address, config_file) as control:
         fleet = control.fleet()
     if as_json:

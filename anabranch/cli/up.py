@@ -12,10 +12,14 @@ import yaml
 from rich.console import Console
 
 from anabranch.cli import model as model_store
+from anabranch.cli.live import LiveView
 from cluster import config as configuration
 from cluster.config import Config
 from cluster.errors import ConfigError
 from cluster.telemetry import configure_logging
+from controller import roles
+from controller.signals import Interrupts
+from controller.state import StateFolder
 
 _DEFAULT_ARENA = "1GiB"
 _GATEWAYS_MOST = 64  # gateway i adds i to both ports: this far apart they never meet
@@ -114,17 +118,16 @@ def resolve_model(config: Config) -> Config:
     return config.model_copy(update={"model": named})
 
 
-def run(config: Config) -> int:
-    """Run a cluster in this process until told to stop; returns the exit status."""
-    # Here, not above: importing Ray takes half a second that `--help` need not take. Ray also takes
-    # the SIGTERM handler as it is imported; ours comes after.
-    from anabranch.cli.live import LiveView
+def run(config: Config, command: roles.Command = roles.module_command) -> int:
+    """Run a cluster in this process until told to stop; returns the exit status.
+
+    `command` replaces what the slots run. Raises what `Controller.run` raises.
+    """
+    # Here, not above: importing Ray takes half a second that `--help` need not take.
     from controller.controller import Controller
-    from controller.signals import Interrupts
-    from controller.state import StateFolder
 
     _log_to_file(config, StateFolder.of(config).logs)
-    controller = Controller(config)
+    controller = Controller(config, command)
     stop = threading.Event()
     view = LiveView(Console(stderr=True), f"Anabranch: {config.model.name}", controller.fleet)
     with Interrupts(stop.set, controller.hurry), view:

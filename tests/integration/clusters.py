@@ -15,7 +15,8 @@ from anabranch.v1 import inference_pb2
 from cluster import config as configuration
 from cluster.config import Config
 from controller import roles
-from controller.controller import ClusterReady, Controller, Event, SlotChanged
+from controller.controller import Controller
+from controller.events import ClusterReady, Event, SlotChanged
 from controller.keeper import PYTHON_PLACE
 from controller.slots import Phase, Slot
 from tests.models import tiny_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import AlreadyExists
-from controller.controller import ClusterReady, SlotChanged
+from controller.events import ClusterReady, SlotChanged
 from controller.slots import Phase
 from controller.state import StateFolder
 from tests.integration.clusters import (
