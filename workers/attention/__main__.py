@@ -26,7 +26,7 @@ def serve(context: RoleContext) -> None:
     )
     try:
         worker.start(geometry_value(membership.start().geometry))
-        context.serve_metrics(AttentionMetrics(worker.core).registry, config.attention.host)
+        context.serve_metrics(AttentionMetrics(worker.core, worker.lanes).registry, config.attention.host)
         membership.set_state(inference_pb2.MEMBER_STATE_READY)
         context.log.info("serving", address=address, blocks=worker.core.arena.blocks)
         context.stop.wait()

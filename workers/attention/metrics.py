@@ -9,18 +9,20 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from workers.attention.core import AttentionCore
+from workers.lanes.server import LaneServer
 
 
 class AttentionMetrics(Collector):
-    """Collects from one core; `registry` holds nothing else."""
+    """Collects from one worker; `registry` holds nothing else."""
 
-    def __init__(self, core: AttentionCore) -> None:
+    def __init__(self, core: AttentionCore, lanes: LaneServer) -> None:
         self._core = core
+        self._lanes = lanes
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Blocks by state, how full the arena is, leases ended, seconds of attention."""
+        """Blocks by state, how full the arena is, leases ended, seconds of attention, bytes of lanes."""
         store = self._core.store
         account = store.audit()
         blocks = GaugeMetricFamily("anabranch_attention_blocks", "Blocks of the arena.", labels=["state"])
@@ -35,3 +37,10 @@ class AttentionMetrics(Collector):
         yield CounterMetricFamily(
             "anabranch_attention_busy_seconds", "Time spent appending and attending.", self._core.busy_seconds
         )
+        yield GaugeMetricFamily("anabranch_attention_lanes", "Open lanes.", self._lanes.lanes_open)
+        carried = CounterMetricFamily(
+            "anabranch_attention_lane_bytes", "Bytes of all lanes.", labels=["direction"]
+        )
+        for direction, count in zip(("sent", "received"), self._lanes.bytes_carried(), strict=True):
+            carried.add_metric([direction], count)
+        yield carried

@@ -5,14 +5,20 @@ from __future__ import annotations
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from anabranch.v1 import attention_pb2, inference_pb2, kv_pb2, kv_pb2_grpc
+from anabranch.v1 import attention_pb2, attention_pb2_grpc, inference_pb2, kv_pb2, kv_pb2_grpc
 from cluster import rpc
 from cluster.config import Config
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.core import AttentionCore
 from workers.attention.kv_service import KvService, block_account
+from workers.attention.lane_service import LaneOffers, LaneService
+from workers.lanes.agreement import TRANSPORTS, rows_most
+from workers.lanes.server import LaneServer
 
 _UNARY_THREADS = 8
+_STALL_S = 10.0
+"""A frame once begun, and a reply, must get through within this time."""
+
 _SERVICES = (
     kv_pb2.DESCRIPTOR.services_by_name["KvService"].full_name,
     attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name,
@@ -37,6 +43,7 @@ class AttentionWorker:
         self.port = rpc.bind(self._server, config.attention.host, 0, config.security)
         self._health = health.HealthServicer()
         self._core: AttentionCore | None = None
+        self.lanes = LaneServer(config.attention.max_lanes, _STALL_S)
 
     @property
     def core(self) -> AttentionCore:
@@ -49,12 +56,28 @@ class AttentionWorker:
         attention = self._config.attention
         self._core = AttentionCore(attention, attention.arena, geometry, self._worker, self._epoch)
         kv_pb2_grpc.add_KvServiceServicer_to_server(KvService(self._core.store), self._server)
+        offers = LaneOffers(self._listen(), rows_most(self._config, geometry))
+        service = LaneService(self._core.store, self._core.session, self.lanes, offers)
+        attention_pb2_grpc.add_AttentionServiceServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._server.start()
         for name in ("", *_SERVICES):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def _listen(self) -> dict[attention_pb2.LaneTransport.ValueType, str]:
+        """Listen for each transport of the configuration; their addresses."""
+        addresses = {}
+        for name in self._config.lanes.transports:
+            address = ""  # a gRPC lane comes to the server itself
+            if name == "local":
+                address = self.lanes.listen_unix()
+            elif name == "tcp":
+                host = self._config.attention.host
+                address = f"{host}:{self.lanes.listen_tcp(host)}"
+            addresses[TRANSPORTS[name]] = address
+        return addresses
 
     def load(self) -> inference_pb2.Load:
         """What heartbeats report; audited as it is read."""
@@ -70,6 +93,7 @@ class AttentionWorker:
 
     def stop(self) -> None:
         """End lanes and calls. Idempotent."""
+        self.lanes.close()
         self._server.stop(grace=0.5).wait(timeout=5.0)
         if self._core is not None:
             self._core.close()

@@ -1,0 +1,440 @@
+"""Lanes over real connections: unix socket, TCP and gRPC to a real attention worker, and to lying peers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from cluster.clock import ManualClock, monotonic
+from cluster.errors import Fenced, InvalidRequest, LaneBroken, NeedFull, ResourceExhausted, Unavailable
+from cluster.types import KvGeometry, ShardId
+from tests.attention_worker import (
+    GEOMETRY,
+    DenseSide,
+    SmallSequence,
+    assert_attended,
+    channel_to,
+    config,
+    open_lane,
+    serving,
+)
+from workers.attention.worker import AttentionWorker
+from workers.lanes.codec import FrameCodec
+from workers.lanes.framed import FramedLane
+from workers.lanes.frames import TICKET_BYTES, Bytes
+from workers.lanes.messages import Lane, LayerMessage, PartialReply
+from workers.lanes.serve import LaneEnd, serve_link
+from workers.lanes.sockets import SocketLink, connect_tcp, connect_unix
+from workers.lanes.tickets import TicketBook
+
+torch.set_num_threads(1)
+
+TRANSPORTS = ("inproc", "local", "tcp", "grpc")
+REMOTE = TRANSPORTS[1:]
+
+
+@pytest.fixture
+def worker() -> Iterator[AttentionWorker]:
+    """A worker of its own for each test."""
+    with serving() as started:
+        yield started
+
+
+@pytest.fixture
+def channel(worker: AttentionWorker) -> Iterator[grpc.Channel]:
+    """A gRPC channel to the worker."""
+    with channel_to(worker) as opened:
+        yield opened
+
+
+def lane_over(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> Lane:
+    """A lane to the worker."""
+    return worker.core.peer().open_lane() if transport == "inproc" else open_lane(worker, channel, transport)
+
+
+def reserve(worker: AttentionWorker, sequence: SmallSequence) -> ShardId:
+    """Room for a whole sequence."""
+    return worker.core.store.reserve(sequence.key, sequence.generation, 0, sequence.length).shard.shard
+
+
+def query_message(
+    step: int = 1, rows: int = 1, micro_batch: int = 0, deadline_ms: int = 10_000
+) -> LayerMessage:
+    """A query without a plan, for handlers that need none."""
+    query = torch.ones(rows, GEOMETRY.query_heads, GEOMETRY.head_size)
+    return LayerMessage(step, micro_batch, 0, deadline_ms, query=query)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_steps_over_every_transport(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> None:
+    """Prefill in chunks, then decoding, of two sequences: every reply is exact on every transport."""
+    dense = DenseSide(lane_over(worker, channel, transport))
+    one, two = SmallSequence(1), SmallSequence(2)
+    first, second = reserve(worker, one), reserve(worker, two)
+    start = 0
+    for count in (7, 5, 1, 1, 1):
+        parts = [(one, one.row(first, start, count)), (two, two.row(second, start, count))]
+        replies = dense.step(parts)
+        if start:
+            assert_attended(replies, parts)
+        else:
+            assert all(bool(reply.lse.isneginf().all()) for reply in replies)
+        start += count
+    dense.lane.close()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_micro_batches_interleave(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> None:
+    """Two micro-batches in flight at once get their own replies, whichever is asked for first."""
+    dense = DenseSide(lane_over(worker, channel, transport))
+    sequences = [SmallSequence(1), SmallSequence(2)]
+    shards = [reserve(worker, sequence) for sequence in sequences]
+    pairs = list(zip(sequences, shards, strict=True))
+    for micro_batch, (sequence, shard) in enumerate(pairs):
+        dense.step([(sequence, sequence.row(shard, 0, 9))], micro_batch)
+    dense.step_number += 1
+    parts = [[(sequence, sequence.row(shard, 9, 1))] for sequence, shard in pairs]
+    replies: list[list[PartialReply]] = [[], []]
+    for layer in range(GEOMETRY.layers + 1):
+        for micro_batch in (0, 1):
+            dense.lane.send(dense.message(parts[micro_batch], layer, micro_batch))
+        if layer < GEOMETRY.layers:
+            for micro_batch in (1, 0):
+                replies[micro_batch].append(dense.receive(layer, micro_batch))
+    for micro_batch in (0, 1):
+        assert_attended(replies[micro_batch], parts[micro_batch])
+    dense.lane.close()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_need_full(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> None:
+    """A difference against a base the worker lacks is answered NeedFull; the plan whole then serves."""
+    sequence = SmallSequence(1)
+    shard = reserve(worker, sequence)
+    dense = DenseSide(lane_over(worker, channel, transport))
+    dense.step([(sequence, sequence.row(shard, 0, 9))])
+    dense.lane.close()
+    dense.lane = lane_over(worker, channel, transport)
+    parts = [(sequence, sequence.row(shard, 9, 1))]
+    with pytest.raises(NeedFull):
+        dense.step(parts)
+    dense.encoder.forget(0)
+    assert_attended(dense.step(parts), parts)
+    dense.lane.close()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_step_nobody_asked_for_anymore_leaves_no_trace(
+    worker: AttentionWorker, channel: grpc.Channel, transport: str
+) -> None:
+    """After a step given up in the middle, the next step's replies are its own."""
+    sequence = SmallSequence(1)
+    shard = reserve(worker, sequence)
+    dense = DenseSide(lane_over(worker, channel, transport))
+    dense.step([(sequence, sequence.row(shard, 0, 9))])
+    parts = [(sequence, sequence.row(shard, 9, 1))]
+    dense.step_number += 1
+    dense.lane.send(dense.message(parts, 0))  # its reply is never received
+    assert_attended(dense.step(parts), parts)
+    dense.lane.close()
+
+
+@pytest.mark.parametrize("transport", REMOTE)
+def test_a_stopped_worker_breaks_its_lanes_at_once(transport: str) -> None:
+    """The dense side learns of the worker's end long before its deadline."""
+    with serving() as worker, channel_to(worker) as channel:
+        lane = open_lane(worker, channel, transport)
+        stopper = threading.Thread(target=worker.stop)
+        stopper.start()
+        began_s = time.monotonic()
+        with pytest.raises(LaneBroken):
+            lane.receive(1, 0, 0, began_s + 60)
+        assert time.monotonic() - began_s < 20
+        stopper.join()
+        with pytest.raises(LaneBroken, match="closed"):
+            lane.send(query_message())
+
+
+@pytest.mark.parametrize("transport", REMOTE)
+def test_noise_ends_its_own_lane_only(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> None:
+    """Bytes that are no frame close the lane they came on; another lane and the store go on."""
+    sequence = SmallSequence(1)
+    shard = reserve(worker, sequence)
+    good = DenseSide(open_lane(worker, channel, transport))
+    good.step([(sequence, sequence.row(shard, 0, 9))])
+    bad = open_lane(worker, channel, transport)
+    bad.link.write([torch.full((200,), 7, dtype=torch.uint8).numpy()], time.monotonic() + 10, lambda: None)
+    with pytest.raises(LaneBroken):
+        bad.receive(1, 0, 0, time.monotonic() + 20)
+    parts = [(sequence, sequence.row(shard, 9, 1))]
+    assert_attended(good.step(parts), parts)
+    good.lane.close()
+
+
+def test_a_foreign_incarnation_ends_the_lane(worker: AttentionWorker, channel: grpc.Channel) -> None:
+    """Frames of another lane's incarnation are not served."""
+    lane = open_lane(worker, channel)
+    stranger = FramedLane(lane.link, FrameCodec(GEOMETRY, 1, 64))
+    stranger.send(query_message())
+    with pytest.raises(LaneBroken):
+        stranger.receive(1, 0, 0, time.monotonic() + 20)
+
+
+def test_tcp_bytes_are_those_the_kernel_counts(worker: AttentionWorker, channel: grpc.Channel) -> None:
+    """The lane's own count of received bytes equals TCP_INFO's."""
+    lane = open_lane(worker, channel, "tcp")
+    sequence = SmallSequence(1)
+    shard = reserve(worker, sequence)
+    DenseSide(lane).step([(sequence, sequence.row(shard, 0, 9))])
+    assert isinstance(lane.link, SocketLink)
+    with socket.socket(fileno=os.dup(lane.link.fileno())) as kernel:
+        assert kernel.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        information = kernel.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    (received,) = struct.unpack_from("<Q", information, 128)  # tcpi_bytes_received
+    assert received == lane.bytes_received
+    lane.close()
+
+
+def test_the_worker_counts_bytes_of_lanes_that_ended(worker: AttentionWorker, channel: grpc.Channel) -> None:
+    """What the dense side sent and received is what the worker carried, over all transports."""
+    sequence = SmallSequence(1)
+    shard = reserve(worker, sequence)
+    sent = received = 0
+    for generation, transport in enumerate(REMOTE):
+        lane = open_lane(worker, channel, transport)
+        DenseSide(lane).step([(sequence, sequence.row(shard, 0, 2 + generation))])
+        lane.close()
+        sent += lane.bytes_sent + (TICKET_BYTES if transport == "grpc" else 0)
+        received += lane.bytes_received
+    wait_until(lambda: worker.lanes.lanes_open == 0)
+    carried_sent, carried_received = worker.lanes.bytes_carried()
+    # The gRPC lane shows its ticket in metadata, and its goodbye may be overtaken by the call's end.
+    assert received == carried_sent
+    assert 0 <= sent - carried_received <= 2 * TICKET_BYTES + 128
+
+
+def test_a_lane_falls_back_to_the_next_transport(worker: AttentionWorker, channel: grpc.Channel) -> None:
+    """Where the agreed unix socket cannot be reached, the next transport is used."""
+    for path in socket_files(worker):
+        path.unlink()
+    lane = open_lane(worker, channel, "local", "tcp")
+    assert isinstance(lane.link, SocketLink)
+    lane.close()
+    with pytest.raises(Unavailable, match="no lane"):
+        open_lane(worker, channel, "local")
+
+
+def socket_files(worker: AttentionWorker) -> list[Path]:
+    """The unix sockets a worker listens on."""
+    folder = worker.lanes.folder
+    assert folder is not None
+    assert folder.stat().st_mode & 0o777 == 0o700
+    return list(folder.iterdir())
+
+
+def test_lanes_are_bounded() -> None:
+    """Beyond attention.max_lanes a lane is refused by name; a closed one makes room."""
+    with serving(config(max_lanes=1)) as worker, channel_to(worker) as channel:
+        lane = open_lane(worker, channel)
+        wait_until(lambda: worker.lanes.lanes_open == 1)
+        with pytest.raises(ResourceExhausted, match="max_lanes"):
+            open_lane(worker, channel)
+        lane.close()
+        wait_until(lambda: worker.lanes.lanes_open == 0)
+        open_lane(worker, channel).close()
+
+
+def test_a_transport_not_served_is_refused(worker: AttentionWorker) -> None:
+    """A worker that serves only gRPC lanes says so to a caller that wants only others."""
+    settings = config()
+    only_grpc = settings.model_copy(
+        update={"lanes": settings.lanes.model_copy(update={"transports": ("grpc",)})}
+    )
+    with serving(only_grpc) as other, channel_to(other) as channel:
+        with pytest.raises(InvalidRequest, match=r"lanes\.transports"):
+            open_lane(other, channel, "local", "tcp")
+        open_lane(other, channel, "local", "grpc").close()
+
+
+@pytest.mark.parametrize("transport", ["local", "tcp"])
+def test_a_connection_without_a_ticket_is_closed(
+    worker: AttentionWorker, channel: grpc.Channel, transport: str
+) -> None:
+    """A stranger, and whoever shows a ticket a second time, is cut off."""
+    if transport == "local":
+        address = str(socket_files(worker)[0])
+        links = [connect_unix(address)]
+    else:
+        lane = open_lane(worker, channel, "tcp")
+        assert isinstance(lane.link, SocketLink)
+        with socket.socket(fileno=os.dup(lane.link.fileno())) as connected:
+            host, port = connected.getpeername()
+        links = [connect_tcp(host, port)]
+        lane.close()
+    for link in links:
+        link.write([torch.zeros(TICKET_BYTES, dtype=torch.uint8).numpy()], time.monotonic() + 5, lambda: None)
+        with pytest.raises(LaneBroken):
+            link.read_into(memoryview(bytearray(8)), time.monotonic() + 20)
+        link.close()
+
+
+def test_tickets_are_good_once_and_not_for_long() -> None:
+    """A ticket is redeemed once, within its time, and only so many wait."""
+    clock = ManualClock()
+    book = TicketBook(2, clock)
+    end = LaneEnd(1, FrameCodec(GEOMETRY, 1, 8), _Echo())
+    first, second = book.issue(end), book.issue(end)
+    with pytest.raises(ResourceExhausted):
+        book.issue(end)
+    assert book.redeem(first) is end
+    with pytest.raises(LaneBroken):
+        book.redeem(first)
+    clock.advance(60)
+    with pytest.raises(LaneBroken):
+        book.redeem(second)
+    assert book.redeem(book.issue(end)) is end
+
+
+class _Echo:
+    """Answers a query with itself."""
+
+    def handle(self, message: LayerMessage) -> PartialReply | None:
+        """The query as output."""
+        if message.query is None:
+            return None
+        lse = torch.zeros(message.query.shape[:2])
+        return PartialReply(message.step, message.micro_batch, message.layer, message.query, lse, 0.0)
+
+
+class _Failing:
+    """Has a bug."""
+
+    def handle(self, message: LayerMessage) -> PartialReply | None:
+        """Fail as no handler should."""
+        raise ZeroDivisionError("a bug")
+
+
+def _serve_and_close(end: LaneEnd, link: SocketLink) -> None:
+    serve_link(end, link, threading.Event(), 20.0)
+    link.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[SocketLink, SocketLink]]:
+    """Two ends of a connection with small kernel buffers."""
+    left, right = socket.socketpair()
+    for end in (left, right):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    links = SocketLink(left), SocketLink(right)
+    yield links
+    for link in links:
+        link.close()
+
+
+WIDE = KvGeometry(1, 16, 16, 64, "float32", 16, "wide")
+
+
+def test_two_sides_that_write_at_once_do_not_lock_each_other(pair: tuple[SocketLink, SocketLink]) -> None:
+    """A message and a reply, each far beyond the kernel's buffers, pass each other."""
+    codec = FrameCodec(WIDE, 7, 1024)
+    server = threading.Thread(target=_serve_and_close, args=(LaneEnd(7, codec, _Echo()), pair[1]))
+    server.start()
+    lane = FramedLane(pair[0], codec)
+    query = torch.randn(512, 16, 64)
+    deadline_s = time.monotonic() + 30
+    for micro_batch in (0, 1):
+        lane.send(LayerMessage(1, micro_batch, 0, 30_000, query=query + micro_batch))
+    for micro_batch in (0, 1):
+        reply = lane.receive(1, micro_batch, 0, deadline_s)
+        assert torch.equal(reply.out, query + micro_batch)
+    lane.close()
+    server.join(20)
+    assert not server.is_alive()
+
+
+def test_a_handlers_bug_answers_the_message_and_not_the_lane(pair: tuple[SocketLink, SocketLink]) -> None:
+    """An unexpected exception becomes an INTERNAL fault; the lane goes on."""
+    codec = FrameCodec(GEOMETRY, 7, 64)
+    server = threading.Thread(target=_serve_and_close, args=(LaneEnd(7, codec, _Failing()), pair[1]))
+    server.start()
+    lane = FramedLane(pair[0], codec)
+    for step in (1, 2):
+        lane.send(query_message(step))
+        with pytest.raises(Exception, match="ZeroDivisionError"):
+            lane.receive(step, 0, 0, time.monotonic() + 10)
+    lane.close()
+    server.join(10)
+
+
+def test_silence_breaks_the_lane_at_its_deadline(pair: tuple[SocketLink, SocketLink]) -> None:
+    """No reply within the deadline closes the lane; it does not come back."""
+    lane = FramedLane(pair[0], FrameCodec(GEOMETRY, 7, 64))
+    lane.send(query_message())
+    with pytest.raises(LaneBroken, match="within its deadline"):
+        lane.receive(1, 0, 0, time.monotonic() + 0.05)
+    with pytest.raises(LaneBroken, match="closed"):
+        lane.receive(1, 0, 0, time.monotonic() + 10)
+
+
+def test_a_peer_that_takes_nothing_breaks_the_lane(pair: tuple[SocketLink, SocketLink]) -> None:
+    """A message that cannot leave within its deadline raises instead of blocking."""
+    lane = FramedLane(pair[0], FrameCodec(WIDE, 7, 1024))
+    with pytest.raises(LaneBroken, match="takes no bytes"):
+        lane.send(LayerMessage(1, 0, 0, 50, query=torch.zeros(1024, 16, 64)))
+
+
+def _damaged(buffers: list[Bytes], flip: int) -> list[Bytes]:
+    whole = bytearray(b"".join(buffer.tobytes() for buffer in buffers))
+    whole[flip] ^= 0xFF
+    return [torch.frombuffer(whole, dtype=torch.uint8).numpy()]
+
+
+@pytest.mark.parametrize("flip", [0, 20, 66, 68, 150, -1])
+def test_a_damaged_reply_is_never_read(pair: tuple[SocketLink, SocketLink], flip: int) -> None:
+    """A reply with one wrong byte breaks the lane at once."""
+    codec = FrameCodec(GEOMETRY, 7, 64)
+    lane = FramedLane(pair[0], codec)
+    lane.send(query_message())
+    reply = PartialReply(1, 0, 0, torch.ones(1, 4, 16), torch.ones(1, 4), 0.0)
+    pair[1].write(_damaged(codec.pack_reply(reply), flip), time.monotonic() + 5, lambda: None)
+    with pytest.raises(LaneBroken):
+        lane.receive(1, 0, 0, time.monotonic() + 10)
+
+
+def test_a_reply_to_another_lane_is_fenced(pair: tuple[SocketLink, SocketLink]) -> None:
+    """A whole and valid frame of a foreign incarnation is refused as such."""
+    lane = FramedLane(pair[0], FrameCodec(GEOMETRY, 7, 64))
+    foreign = FrameCodec(GEOMETRY, 8, 64)
+    reply = PartialReply(1, 0, 0, torch.ones(1, 4, 16), torch.ones(1, 4), 0.0)
+    pair[1].write(foreign.pack_reply(reply), time.monotonic() + 5, lambda: None)
+    with pytest.raises(Fenced):
+        lane.receive(1, 0, 0, time.monotonic() + 10)
+    with pytest.raises(LaneBroken, match="closed"):
+        lane.send(query_message())
+
+
+def test_a_frame_that_stops_in_the_middle_ends_the_lane(pair: tuple[SocketLink, SocketLink]) -> None:
+    """The attention side gives a half frame its time and no more."""
+    codec = FrameCodec(GEOMETRY, 7, 64)
+    pair[0].write([codec.pack_message(query_message())[0]], time.monotonic() + 5, lambda: None)
+    with pytest.raises(LaneBroken, match="stopped arriving"):
+        serve_link(LaneEnd(7, codec, _Echo()), pair[1], threading.Event(), stall_s=0.05)
+
+
+def wait_until(condition: object, timeout_s: float = 20.0) -> None:
+    """Wait for a condition, looking often, with a deadline."""
+    assert callable(condition)
+    deadline_s = monotonic() + timeout_s
+    while not condition():
+        assert monotonic() < deadline_s, "the condition did not come true"
+        threading.Event().wait(0.005)

@@ -1,0 +1,34 @@
+"""What a transport must do to carry lanes: move bytes in order, by a deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from workers.lanes.frames import Bytes
+
+
+class ByteLink(Protocol):
+    """A connected, ordered byte stream, used by one thread; `close` may come from another.
+
+    Both methods raise LaneBroken when the other side is gone.
+    """
+
+    bytes_sent: int
+    bytes_received: int
+
+    def write(self, buffers: Sequence[Bytes], deadline_s: float, on_readable: Callable[[], None]) -> None:
+        """Send all buffers by the monotonic time `deadline_s`, or raise LaneBroken.
+
+        While the other side takes nothing, `on_readable` is called whenever bytes wait to be read: two
+        sides that only write would wait for each other for ever.
+        """
+        ...
+
+    def read_into(self, target: memoryview, deadline_s: float) -> int:
+        """Receive at least one byte into `target`; returns how many, 0 once `deadline_s` has passed."""
+        ...
+
+    def close(self) -> None:
+        """End the stream; a thread waiting in it wakes with LaneBroken. Idempotent."""
+        ...
