@@ -6,8 +6,6 @@ rule the account, the holdings with their leases, and every number a later step 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from hypothesis import settings
@@ -15,16 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.clock import ManualClock
-from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
+from cluster.errors import Fenced
 from cluster.types import Epoch, KvGeometry, ShardId, WorkerId
 from tests.attention_builders import LEASE_MS, generation, key
+from tests.store_model import BLOCK_TOKENS, BLOCKS, LAYERS, LEASE_S, Part, Step, StoreModel
 from workers.attention.arena import Arena
 from workers.attention.prepared_step import PreparedStep
 from workers.attention.store import BlockAccount, Store
 from workers.lanes.messages import PlanRow
 
-BLOCKS, BLOCK_TOKENS, LAYERS = 9, 3, 2
-LEASE_S = LEASE_MS / 1000
 GEOMETRY = KvGeometry(LAYERS, 1, 1, 1, "float32", BLOCK_TOKENS, "digest")
 
 NAMES = st.sampled_from("ab")
@@ -35,53 +32,6 @@ PICK = st.integers(0, 1000)
 VARIANTS = st.sampled_from([0, 0, 0, 1])
 
 
-def blocks_for(tokens: int) -> int:
-    """Blocks that hold so many tokens."""
-    return -(-tokens // BLOCK_TOKENS)
-
-
-@dataclass
-class Chunk:
-    """What a step writes at one shard."""
-
-    start: int
-    tokens: list[int]
-    step: Step
-
-
-@dataclass
-class Part:
-    """A shard: its range, its certain tokens, and each position's numbers by layer as last written."""
-
-    name: str
-    first: int
-    end: int
-    tokens: list[int] = field(default_factory=list)
-    pending: Chunk | None = None
-    numbers: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    @property
-    def committed(self) -> int:
-        """One past the last certain position."""
-        return self.first + len(self.tokens)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks reserved."""
-        return blocks_for(self.end - self.first)
-
-
-@dataclass
-class Step:
-    """A prepared step, the shards it named under which life, and how many layers it wrote."""
-
-    lives: dict[int, int]
-    chunks: dict[int, Chunk] = field(default_factory=dict)
-    prepared: PreparedStep | None = None
-    layers: int = 0
-    superseded: bool = False
-
-
 class StoreMachine(RuleBasedStateMachine):
     """Two sequences, any number of lives each, nine blocks."""
 
@@ -90,66 +40,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.clock = ManualClock()
         self.store = Store(WorkerId("attention-0"), Epoch(7), GEOMETRY, BLOCKS, LEASE_MS, self.clock)
         self.arena = Arena(GEOMETRY, BLOCKS, torch.device("cpu"))
-        self.dead: dict[str, int] = {}
-        self.life: dict[str, int] = {}
-        self.lease: dict[str, float] = {}
-        self.parts: dict[int, Part] = {}
+        self.model = StoreModel(self.clock)
         self.known: list[tuple[int, int]] = []
         """Every (shard id, life) ever granted, so that stale speakers are heard too."""
         self.steps: list[Step] = []
-        self.draining = False
         self.number = 0.0
-
-    # What the model knows
-
-    def free(self) -> int:
-        """Blocks nobody has."""
-        return BLOCKS - sum(part.blocks for part in self.parts.values())
-
-    def of(self, name: str) -> dict[int, Part]:
-        """A sequence's shards."""
-        return {shard: part for shard, part in self.parts.items() if part.name == name}
-
-    def alive(self, name: str) -> int:
-        """The life that may speak."""
-        return self.life.get(name, self.dead.get(name, 0) + 1)
-
-    def renew_lease(self, name: str) -> None:
-        """Its owner spoke."""
-        self.lease[name] = self.clock() + LEASE_S
-
-    def drop(self, name: str) -> None:
-        """All of a sequence is gone."""
-        for shard in self.of(name):
-            del self.parts[shard]
-        self.life.pop(name, None)
-        self.lease.pop(name, None)
-
-    def fence(self, name: str, life: int) -> None:
-        """This life and all before it are over."""
-        self.dead[name] = max(life, self.dead.get(name, -1))
-
-    def is_fenced(self, name: str, life: int) -> bool:
-        """Whether this life may neither begin nor take over."""
-        return life < self.life.get(name, 0) or life <= self.dead.get(name, -1)
-
-    def reserve_error(self, name: str, life: int, first: int, end: int) -> type[AnabranchError] | None:
-        """How a reservation fails."""
-        own = self.of(name)
-        if self.is_fenced(name, life):
-            return Fenced
-        if self.life.get(name) != life:
-            room = self.free() + sum(part.blocks for part in own.values())
-            return Unavailable if self.draining else self.shortage(blocks_for(end - first), room)
-        if any(part.first < end and first < part.end for part in own.values()):
-            return InvalidRequest
-        grown = [part for part in own.values() if part.end == first]
-        more = blocks_for(end - grown[0].first) - grown[0].blocks if grown else blocks_for(end - first)
-        return self.shortage(more, self.free())
-
-    def shortage(self, blocks: int, room: int) -> type[AnabranchError] | None:
-        """Whether so many blocks are too many."""
-        return ResourceExhausted if blocks > room else None
 
     # Rules
 
@@ -162,44 +57,44 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(name=NAMES, off=OFFS, pick=PICK, length=st.integers(1, 12), beside=st.booleans())
     def reserve(self, name: str, off: int, pick: int, length: int, beside: bool) -> None:
         """Room at a shard's end or anywhere."""
-        life = self.alive(name) + off
-        ends = [part.end for part in self.of(name).values()]
+        life = self.model.alive(name) + off
+        ends = [part.end for part in self.model.of(name).values()]
         first = ends[pick % len(ends)] if ends and beside else pick % 12
         end = first + length
-        error = self.reserve_error(name, life, first, end)
+        error = self.model.reserve_error(name, life, first, end)
         if error is not None:
             with pytest.raises(error):
                 self.store.reserve(key(name), generation(life), first, end)
             return
         granted = self.store.reserve(key(name), generation(life), first, end)
-        if self.life.get(name) != life:
-            self.drop(name)
-        grown = [shard for shard, part in self.of(name).items() if part.end == first]
+        if self.model.life.get(name) != life:
+            self.model.drop(name)
+        grown = [shard for shard, part in self.model.of(name).items() if part.end == first]
         if grown:
             assert granted.shard.shard == grown[0]
-            self.parts[grown[0]].end = end
+            self.model.parts[grown[0]].end = end
         else:
             assert granted.shard.shard not in [shard for shard, _ in self.known]
-            self.parts[granted.shard.shard] = Part(name, first, end)
+            self.model.parts[granted.shard.shard] = Part(name, first, end)
         self.known.append((granted.shard.shard, life))
-        self.life[name] = life
-        self.renew_lease(name)
-        assert (granted.blocks_available, granted.lease_ms) == (self.free(), LEASE_MS)
+        self.model.life[name] = life
+        self.model.renew_lease(name)
+        assert (granted.blocks_available, granted.lease_ms) == (self.model.free(), LEASE_MS)
 
     @rule(name=NAMES, off=OFFS, rarely=PICK)
     def release(self, name: str, off: int, rarely: int) -> None:
         """All blocks come back, unless a lower life speaks."""
-        life = self.alive(name) + off
+        life = self.model.alive(name) + off
         if off >= 0 and rarely % 8:
             return
-        if life < self.life.get(name, self.dead.get(name, -1)):
+        if life < self.model.life.get(name, self.model.dead.get(name, -1)):
             with pytest.raises(Fenced):
                 self.store.release(key(name), generation(life))
             return
-        blocks = sum(part.blocks for part in self.of(name).values())
+        blocks = sum(part.blocks for part in self.model.of(name).values())
         assert self.store.release(key(name), generation(life)) == blocks
-        self.fence(name, life)
-        self.drop(name)
+        self.model.fence(name, life)
+        self.model.drop(name)
 
     @rule(
         name=NAMES,
@@ -209,40 +104,24 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def adopt(self, name: str, off: int, length: int, differs_at: int) -> None:
         """What the tokens confirm stays, up to the first that differs."""
-        life = self.alive(name) + off
+        life = self.model.alive(name) + off
         tokens = [position + 100 * (position >= differs_at) for position in range(length)]
-        if self.is_fenced(name, life):
+        if self.model.is_fenced(name, life):
             with pytest.raises(Fenced):
                 self.store.adopt(key(name), generation(life), tokens)
             return
         self.store.adopt(key(name), generation(life), tokens)
-        self.fence(name, life - 1)
-        if self.life.get(name, life) < life:
-            self.truncate(name, tokens)
-            self.life[name] = life
-        if self.of(name):
-            self.renew_lease(name)
-            self.known += [(shard, life) for shard in self.of(name)]
+        self.model.fence(name, life - 1)
+        if self.model.life.get(name, life) < life:
+            self.model.truncate(name, tokens)
+            self.model.life[name] = life
+        if self.model.of(name):
+            self.model.renew_lease(name)
+            self.known += [(shard, life) for shard in self.model.of(name)]
         else:
-            self.drop(name)
+            self.model.drop(name)
 
-    def truncate(self, name: str, tokens: list[int]) -> None:
-        """min(committed, common prefix) of each shard; nothing after a token that differs."""
-        parts = sorted(self.of(name).items(), key=lambda item: item[1].first)
-        held = {part.first + i: token for _, part in parts for i, token in enumerate(part.tokens)}
-        wrong = [
-            position
-            for position, token in held.items()
-            if position < len(tokens) and tokens[position] != token
-        ]
-        end = min([len(tokens), *wrong])
-        for shard, part in parts:
-            part.pending = None
-            part.tokens = part.tokens[: max(0, end - part.first)]
-            if not part.tokens:
-                del self.parts[shard]
-
-    @precondition(lambda self: self.parts)
+    @precondition(lambda self: self.model.parts)
     @rule(
         picks=st.lists(PICK, min_size=1, max_size=3),
         off=OFFS,
@@ -254,14 +133,15 @@ class StoreMachine(RuleBasedStateMachine):
         self, picks: list[int], off: int, aheads: tuple[int, int, int], variant: int, layers: int
     ) -> None:
         """Rows at what is committed, pending or off it; sometimes by a stale speaker; some layers at once."""
-        known = list(self.known) if off else [(shard, self.life[p.name]) for shard, p in self.parts.items()]
+        held = [(shard, self.model.life[part.name]) for shard, part in self.model.parts.items()]
+        known = self.known if off else held
         named = dict(known[pick % len(known)] for pick in picks)
         named[next(iter(named))] += off
         rows = [
             self.row(shard, life, ahead, variant)
             for (shard, life), ahead in zip(named.items(), aheads, strict=False)
         ]
-        faults = [int(row.shard) for row in rows if not self.accept(row)]
+        faults = [int(row.shard) for row in rows if not self.model.accept(row)]
         if faults:
             with pytest.raises(Fenced) as caught, self.store.turns:
                 PreparedStep(self.store, self.arena, rows)
@@ -271,29 +151,29 @@ class StoreMachine(RuleBasedStateMachine):
         with self.store.turns:
             step.prepared = PreparedStep(self.store, self.arena, rows)
         for row in rows:
-            self.announce(step, row)
+            self.model.announce(step, row)
         self.check_numbers(step.prepared, rows)
         self.steps.append(step)
         for _ in range(layers):
             self.append_layer(0, 0)
 
-    @precondition(lambda self: self.parts)
+    @precondition(lambda self: self.model.parts)
     @rule(pick=st.integers(0, 3), layers=st.sampled_from([LAYERS, LAYERS, LAYERS, 1]))
     def decode(self, pick: int, layers: int) -> None:
         """A step as it should be, most of the time with all its layers."""
         self.begin_step([pick], 0, (1, 1, 1), 0, layers)
 
-    @precondition(lambda self: self.parts)
+    @precondition(lambda self: self.model.parts)
     @rule(pick=st.integers(0, 3), again=st.booleans())
     def decode_twice(self, pick: int, again: bool) -> None:
         """Two steps, so that something is certain; the second may not be the last."""
         self.decode(pick, LAYERS)
-        if self.parts:
+        if self.model.parts:
             self.decode(pick, LAYERS if again else 1)
 
     def row(self, shard: int, life: int, ahead: int, variant: int) -> PlanRow:
         """A row at the committed length, one past the pending chunk, or a position off."""
-        part = self.parts.get(shard, Part("gone", 0, 9))
+        part = self.model.parts.get(shard, Part("gone", 0, 9))
         pending = part.pending
         after = pending.start + len(pending.tokens) if pending else part.committed
         right = after if pending and pending.step.layers == LAYERS else part.committed
@@ -304,37 +184,13 @@ class StoreMachine(RuleBasedStateMachine):
         tokens = tuple(p + 100 * variant for p in range(start, start + count)) if ahead % 7 else ()
         return PlanRow(ShardId(shard), generation(life), start, count, part.first, end, tokens)
 
-    def accept(self, row: PlanRow) -> bool:
-        """Whether a row is served; commits what its start makes certain."""
-        part = self.parts.get(row.shard)
-        if part is None or self.life[part.name] != row.generation:
-            return False
-        self.renew_lease(part.name)
-        pending = part.pending
-        if pending is not None and row.start > pending.start:
-            if pending.step.layers < LAYERS:
-                return False
-            part.tokens += pending.tokens[: row.start - pending.start]
-            part.pending = None
-        if row.visible_first < row.visible_end and row.visible_end > part.committed:
-            return False
-        return not row.token_ids or (row.start == part.committed and row.start + row.count <= part.end)
-
-    def announce(self, step: Step, row: PlanRow) -> None:
-        """The row's chunk takes the place of one that is pending."""
-        if row.token_ids:
-            part = self.parts[row.shard]
-            if part.pending is not None:
-                part.pending.step.superseded = True
-            part.pending = step.chunks[row.shard] = Chunk(row.start, list(row.token_ids), step)
-
     def check_numbers(self, prepared: PreparedStep, rows: list[PlanRow]) -> None:
         """The slots a step would read hold, in every layer, what was last written at their positions."""
         spans = iter(prepared.spans)
         for row in rows:
             if row.visible_first == row.visible_end:
                 continue
-            span, part = next(spans), self.parts[row.shard]
+            span, part = next(spans), self.model.parts[row.shard]
             assert span.first_position + span.visible_start == row.visible_first
             assert span.visible_end - span.visible_start == row.visible_end - row.visible_first
             for layer in range(LAYERS):
@@ -353,7 +209,7 @@ class StoreMachine(RuleBasedStateMachine):
         keys = torch.arange(self.number, self.number + rows).reshape(rows, 1, 1)
         self.number += rows
         held = all(
-            shard in self.parts and self.life[self.parts[shard].name] == life
+            shard in self.model.parts and self.model.life[self.model.parts[shard].name] == life
             for shard, life in step.lives.items()
         )
         if not held or skip or step.superseded or step.layers == LAYERS:
@@ -365,16 +221,16 @@ class StoreMachine(RuleBasedStateMachine):
         numbers = iter(keys.flatten().tolist())
         for shard, chunk in step.chunks.items():
             for position in range(chunk.start, chunk.start + len(chunk.tokens)):
-                self.parts[shard].numbers[step.layers, position] = next(numbers)
+                self.model.parts[shard].numbers[step.layers, position] = next(numbers)
         step.layers += 1
 
     @rule(names=st.lists(NAMES, unique=True))
     def renew(self, names: list[str]) -> None:
         """Leases of what is held begin anew; what is not held is named."""
-        assert self.store.renew(map(key, names)) == tuple(key(n) for n in names if n not in self.life)
+        assert self.store.renew(map(key, names)) == tuple(key(n) for n in names if n not in self.model.life)
         for name in names:
-            if name in self.life:
-                self.renew_lease(name)
+            if name in self.model.life:
+                self.model.renew_lease(name)
 
     @rule(
         seconds=st.sampled_from(
@@ -384,48 +240,37 @@ class StoreMachine(RuleBasedStateMachine):
     def expire(self, seconds: float) -> None:
         """Time passes; whoever was silent for a lease is freed and fenced."""
         self.clock.advance(seconds)
-        over = {name for name, end_s in self.lease.items() if end_s <= self.clock()}
+        over = {name for name, end_s in self.model.lease.items() if end_s <= self.clock()}
         assert set(self.store.expire()) == {key(name) for name in over}
         for name in over:
-            self.fence(name, self.life[name])
-            self.drop(name)
+            self.model.fence(name, self.model.life[name])
+            self.model.drop(name)
 
     @rule(draining=st.sampled_from([False, False, False, True]))
     def drain(self, draining: bool) -> None:
         """The worker begins to drain, or its drain is called off."""
-        self.draining = self.store.draining = draining
+        self.model.draining = self.store.draining = draining
 
     # What always holds
 
     @invariant()
     def the_account_is_the_models(self) -> None:
         """Every block is in one state, and it is the state the model computes."""
-        reserved = opened = sealed = 0
-        for part in self.parts.values():
-            written = part.committed
-            if part.pending is not None:
-                written = max(written, part.pending.start + len(part.pending.tokens))
-            full, touched = len(part.tokens) // BLOCK_TOKENS, blocks_for(written - part.first)
-            sealed, opened, reserved = (
-                sealed + full,
-                opened + touched - full,
-                reserved + part.blocks - touched,
-            )
-        assert self.store.audit() == BlockAccount(BLOCKS, self.free(), reserved, opened, sealed, 0)
-        assert self.store.empty.is_set() == (not self.life)
+        assert self.store.audit() == self.model.account()
+        assert self.store.empty.is_set() == (not self.model.life)
 
     @invariant()
     def the_holdings_are_the_models(self) -> None:
         """Shards, their certain lengths, lives and leases agree."""
         found = {name.request_id: (shards, left_s) for name, shards, left_s in self.store.holdings()}
-        assert found.keys() == self.life.keys()
+        assert found.keys() == self.model.life.keys()
         for name, (shards, left_s) in found.items():
-            parts = sorted(self.of(name).items(), key=lambda item: item[1].first)
-            assert left_s == pytest.approx(max(0.0, self.lease[name] - self.clock()))
+            parts = sorted(self.model.of(name).items(), key=lambda item: item[1].first)
+            assert left_s == pytest.approx(max(0.0, self.model.lease[name] - self.clock()))
             assert [
                 (h.shard.shard, h.shard.first, h.shard.end, h.committed_tokens, h.blocks, h.generation)
                 for h in shards
-            ] == [(i, p.first, p.end, len(p.tokens), p.blocks, self.life[name]) for i, p in parts]
+            ] == [(i, p.first, p.end, len(p.tokens), p.blocks, self.model.life[name]) for i, p in parts]
 
     def teardown(self) -> None:
         """When everything is released every block is free."""
