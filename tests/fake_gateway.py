@@ -62,7 +62,14 @@ class Script:
     """Responses after which every stream ends as if all was well."""
 
     hold_after: int | None = None
-    """Responses after which a stream waits until it is released or cut off."""
+    """Responses after which a stream waits until it is cut off."""
+
+
+@dataclass
+class _Live:
+    """A stream being served."""
+
+    ended: bool = False
 
 
 class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
@@ -72,10 +79,11 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         self.script = script or Script()
         self.requests: list[api.GenerateRequest] = []
         self.held = threading.Event()
-        self.released = threading.Event()
         self.hung_up = threading.Event()
         self._security = security or SecurityConfig()
-        self._live: dict[str, threading.Event] = {}
+        self._live: dict[str, _Live] = {}
+        self._changed = threading.Condition()
+        self._leaving = False
         self._server: grpc.Server | None = None
         self.port = 0
 
@@ -110,7 +118,9 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.released.set()
+        with self._changed:
+            self._leaving = True
+            self._changed.notify_all()
         self.kill()
 
     @rpc.stream
@@ -119,8 +129,8 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
     ) -> Iterator[api.GenerateResponse]:
         """The script, with its faults."""
         self._admit(request, context)
-        ended = self._live[request.request_id] = threading.Event()
-        context.add_callback(lambda: self._leave(request.request_id, ended))
+        live = self._live[request.request_id] = _Live()
+        context.add_callback(lambda: self._leave(request.request_id, live))
         break_after = self.script.break_after.pop(0) if self.script.break_after else None
         for count, response in enumerate(_responses(request, self.script)):
             if count == break_after:
@@ -129,7 +139,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
                 return
             if count == self.script.hold_after:
                 self.held.set()
-                self._wait(ended)
+                self._wait(live)
             yield response
         self._live.pop(request.request_id, None)
 
@@ -179,10 +189,10 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
     @rpc.unary
     def Abort(self, request: api.AbortRequest, context: grpc.ServicerContext) -> api.AbortResponse:
         """End a live request."""
-        ended = self._live.pop(request.request_id, None)
-        if ended is not None:
-            ended.set()
-        return api.AbortResponse(found=ended is not None)
+        live = self._live.pop(request.request_id, None)
+        if live is not None:
+            self._end(live)
+        return api.AbortResponse(found=live is not None)
 
     def _admit(self, request: api.GenerateRequest, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
@@ -197,22 +207,22 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         if self.script.api_key and given != f"Bearer {self.script.api_key}":
             raise errors.Unauthenticated("this API key is not known")
 
-    def _leave(self, request_id: str, ended: threading.Event) -> None:
-        if self._live.get(request_id) is ended:
+    def _leave(self, request_id: str, live: _Live) -> None:
+        if self._live.get(request_id) is live:
             del self._live[request_id]
             self.hung_up.set()
-        ended.set()
+        self._end(live)
 
-    def _wait(self, ended: threading.Event) -> None:
-        """Until the test releases the stream, or the client or an Abort ends it."""
+    def _end(self, live: _Live) -> None:
+        with self._changed:
+            live.ended = True
+            self._changed.notify_all()
 
-        def watch() -> None:
-            ended.wait(PATIENCE_S)
-            self.released.set()
-
-        threading.Thread(target=watch, daemon=True).start()
-        self.released.wait(PATIENCE_S)
-        if ended.is_set():
+    def _wait(self, live: _Live) -> None:
+        """Until the client or an Abort ends the stream, or the test is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: live.ended or self._leaving, PATIENCE_S)
+        if live.ended:
             raise errors.Cancelled("the request was aborted")
 
 
