@@ -61,6 +61,10 @@ class LaneSet:
         opened = self._open.get(worker)
         return opened is not None and opened.epoch == epoch
 
+    def epoch(self, worker: WorkerId) -> Epoch:
+        """The life an open lane leads to."""
+        return self._open[worker].epoch
+
     def in_sending_order(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
         """By name, a local one last: its lane computes while it is sent to, the others meanwhile."""
         return sorted(workers, key=lambda worker: (self._open[worker].is_local, worker))

@@ -29,6 +29,10 @@ Connect = Callable[[AttentionMember], AttentionPeer]
 """Makes the peer of a member, without waiting for it."""
 
 
+EndedLife = tuple[WorkerId, Epoch, AttentionPeer | None]
+"""A life that is over, and its connection to close."""
+
+
 @dataclass(slots=True)
 class _Known:
     member: AttentionMember
@@ -41,15 +45,17 @@ class _Known:
 class MemberTable:
     """One entry per worker slot. Thread-safe; makes no calls while locked.
 
-        named by membership --connect--> usable --broken--> named (again after a pause)
-              gone, or another epoch: the entry goes
+    named by membership --connect--> usable --broken--> named (again after a pause)
+          gone, or another epoch: the entry goes
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[WorkerId, _Known] = {}
 
-    def update(self, members: Iterable[AttentionMember]) -> list[tuple[WorkerId, Epoch, AttentionPeer | None]]:
+    def update(
+        self, members: Iterable[AttentionMember]
+    ) -> list[tuple[WorkerId, Epoch, AttentionPeer | None]]:
         """Take what membership says; returns the lives that are over, with their peers to close.
 
         Local members are not the membership's to remove: they stay until `close`.

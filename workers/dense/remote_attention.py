@@ -143,7 +143,7 @@ class StepAttention:
         if self._gathered is None:
             return self._own
         rows = self._layout.rows
-        outs, lses = self._gathered.out.split(rows), self._gathered.lse.split(rows)
+        outs, lses = torch.split(self._gathered.out, rows), torch.split(self._gathered.lse, rows)
         return merge([self._own, *(Partial(out, lse) for out, lse in zip(outs, lses, strict=True))])
 
     def _note(self, began_s: float, compute_s: float) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cluster.errors import AnabranchError, InvalidRequest
+from cluster.errors import AnabranchError
 from cluster.sampling import SamplingParameters
-from cluster.types import Generation, SequenceKey, ShardRef, WorkerId
+from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.dense.deltas import Delta, FinishReason, Subscriber, Timings
 from workers.dense.sampler import Sampled, SampleRow, TokenHistory
 
@@ -21,9 +21,8 @@ def wire_generation(generation: int, life: int) -> Generation:
 
     A resubmission (a higher gateway generation) therefore outranks every life of those before it.
     """
-    if not 0 <= life <= GENERATION_MOST:
-        raise InvalidRequest("the sequence was preempted or lost its KV 65,536 times; submit it anew")
     assert 0 < generation <= GENERATION_MOST
+    assert 0 <= life <= GENERATION_MOST
     return Generation(generation << _LIFE_BITS | life)
 
 
@@ -33,6 +32,11 @@ class Placed:
 
     shard: ShardRef
     generation: Generation
+
+    @property
+    def identity(self) -> tuple[WorkerId, Epoch, ShardId]:
+        """What stays the same while the shard grows."""
+        return self.shard.worker, self.shard.epoch, self.shard.shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,10 @@ class LiveSequence:
     history: TokenHistory | None = None
     orphaned_s: float | None = None
     """Since when its gateway's stream is gone."""
-    has_held: bool = field(default=False)
+    has_held: bool = False
     """Whether any reservation ever succeeded."""
+    void: dict[WorkerId, int] = field(default_factory=dict)
+    """Per worker: what it granted under this wire generation or a lower one was given up."""
 
     @classmethod
     def of(cls, submission: Submission, subscriber: Subscriber, now_s: float) -> LiveSequence:
@@ -138,6 +144,11 @@ class LiveSequence:
         return len(self.token_ids) >= self.max_length
 
     @property
+    def is_worn_out(self) -> bool:
+        """Whether it began anew more often than wire generations can count."""
+        return self.life > GENERATION_MOST
+
+    @property
     def generation(self) -> Generation:
         """The wire generation of what it reserves next; its present shards may be under lower ones."""
         return wire_generation(self.submission.generation, self.life)
@@ -157,22 +168,26 @@ class LiveSequence:
 
     def place(self, granted: Iterable[Placed]) -> None:
         """Room was reserved: new shards, or grown ones in place of themselves."""
-        kept = {(placed.shard.worker, placed.shard.epoch, placed.shard.shard): placed for placed in self.shards}
-        for placed in granted:
-            kept[placed.shard.worker, placed.shard.epoch, placed.shard.shard] = placed
+        kept = {placed.identity: placed for placed in self.shards}
+        kept.update((placed.identity, placed) for placed in granted)
         self.shards = tuple(sorted(kept.values(), key=_first_position))
         self.has_held = True
-        assert all(a.shard.end <= b.shard.first for a, b in zip(self.shards, self.shards[1:], strict=False)), (
-            self.shards
-        )
+        assert all(
+            a.shard.end <= b.shard.first for a, b in zip(self.shards, self.shards[1:], strict=False)
+        ), self.shards
 
     def lose_worker(self, worker: WorkerId) -> tuple[Placed, ...]:
         """Drop the shards on one worker and begin a new life there; returns them."""
         lost = tuple(placed for placed in self.shards if placed.shard.worker == worker)
         if lost:
             self.shards = tuple(placed for placed in self.shards if placed.shard.worker != worker)
+            self.void[worker] = lost[0].generation  # a worker knows one generation of a sequence
             self.life += 1
         return lost
+
+    def is_void(self, placed: Placed) -> bool:
+        """Whether a reservation belongs to a life that was given up before its answer came."""
+        return placed.generation <= self.void.get(placed.shard.worker, -1)
 
     def restart(self) -> None:
         """Preemption: everything is given back, under a higher generation."""

@@ -1,0 +1,296 @@
+"""The engine of a dense worker: plan, run, apply, on a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from cluster.clock import Clock, monotonic
+from cluster.config import Config
+from cluster.errors import Fenced, Internal, NeedFull
+from cluster.policies.placement import PlacementPolicy
+from cluster.policies.scheduler import Scheduler, SchedulerLimits, StepPlan
+from cluster.telemetry import logger
+from cluster.types import Epoch, Generation, SequenceKey, WorkerId
+from workers.dense.deltas import FinishReason, Outbox, Subscriber
+from workers.dense.inbox import Inbox
+from workers.dense.lane_set import LaneSet, StepAborted
+from workers.dense.members import AttentionMember, Connect
+from workers.dense.metrics import DenseMetrics
+from workers.dense.model import Decoder
+from workers.dense.pool import Pool
+from workers.dense.sampler import Sampled
+from workers.dense.sequence_table import SequenceTable, TableLimits
+from workers.dense.sequences import LiveSequence, Submission
+from workers.dense.shard_keeper import ShardKeeper
+from workers.dense.step_layout import Chunk
+from workers.dense.step_runner import StepOutcome, StepRunner
+from workers.dense.submissions import Door, Submissions
+from workers.kernels.signature import Kernel
+from workers.lanes.messages import Lane
+
+_log = logger("dense.engine")
+
+_OFFERS_MOST = 4096
+_CALLS_PER_STEP = 256
+_CALLS_BUDGET_S = 0.005
+_IDLE_S = 1.0
+"""Longest pause without work; what is due earlier shortens it."""
+
+
+class Engine:
+    """Everything that happens to sequences happens on this thread, between two steps.
+
+        loop: plan   do what others asked, then let the scheduler decide; shard maps leave
+              run    one forward pass; a fault of an attention worker aborts it, nothing counts
+              apply  tokens and ends leave, one message per gateway
+
+    Methods may be called from any thread; they hand over and return. It is also the pool's listener.
+    """
+
+    def __init__(
+        self, config: Config, decoder: Decoder, kernel: Kernel, connect: Connect, clock: Clock = monotonic
+    ) -> None:
+        """`connect` makes the peers of attention workers; `kernel` attends chunks over themselves."""
+        self.metrics = DenseMetrics()
+        self.failed = threading.Event()
+        self.max_sequence_length = min(
+            config.model.max_sequence_length or decoder.spec.max_sequence_length,
+            decoder.spec.max_sequence_length,
+        )
+        self._eos_token_ids = decoder.spec.eos_token_ids
+        self._inbox = Inbox(_OFFERS_MOST)
+        self._outbox = Outbox()
+        self._lanes = LaneSet(config.lanes)
+        self._runner = StepRunner(decoder, kernel, self._lanes)
+        self._scheduler = Scheduler(_scheduler_limits(config, self.max_sequence_length))
+        self.pool = Pool(_placement_policy(config), connect, self, config.attention.lease_ms)
+        limits = TableLimits(config.dense.max_finished, config.dense.orphan_grace_ms / 1000)
+        self._table = SequenceTable(limits, self._scheduler, self.pool, self._outbox, clock)
+        self._door = Door(
+            self.metrics,
+            self._table,
+            self._scheduler,
+            self.pool,
+            self._outbox,
+            clock,
+            self._inbox.post,
+            self._lanes.leads_to,
+        )
+        self._submissions = Submissions(self._door, config.dense.max_waiting)
+        self._keeper = ShardKeeper(self._door)
+        self._clock = clock
+        self._step = 0
+        self._stopping = False
+        self._told_full: set[WorkerId] = set()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self.metrics.read_gauges(
+            lambda: self.sequences_running, lambda: self.sequences_waiting, self.pool.members.used_share
+        )
+
+    @property
+    def sequences_running(self) -> int:
+        """Sequences that take steps."""
+        return self._scheduler.running
+
+    @property
+    def sequences_waiting(self) -> int:
+        """Sequences queued."""
+        return self._scheduler.waiting
+
+    def start(self) -> None:
+        """Connect to the pool and serve."""
+        self.pool.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Hand all sequences back and end. Idempotent."""
+        self._stopping = True
+        self._inbox.post(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join()
+        self.pool.close()
+        self._lanes.close()
+
+    def submit(self, submission: Submission, subscriber: Subscriber, timeout_s: float) -> None:
+        """Hand over a checked submission. Raises Unavailable while the engine does not keep up."""
+        self._inbox.offer(lambda: self._submissions.submit(submission, subscriber), timeout_s)
+
+    def abort(self, key: SequenceKey, generation: int, timeout_s: float) -> None:
+        """End a sequence and free its blocks."""
+        self._inbox.offer(lambda: self._table.abort(key, generation), timeout_s)
+
+    def acknowledge(self, key: SequenceKey, generation: int, timeout_s: float) -> None:
+        """The gateway has a finished sequence's end."""
+        self._inbox.offer(lambda: self._table.acknowledge(key, generation), timeout_s)
+
+    def disconnect(self, subscriber: Subscriber) -> None:
+        """A gateway's stream is over."""
+        self._inbox.post(lambda: self._table.disconnect(subscriber))
+
+    def refuse_new(self) -> None:
+        """Drain: submissions are answered Unavailable from now on."""
+        self._submissions.draining = True
+
+    def hand_over(self) -> None:
+        """Give all live sequences back to their gateways, for another dense worker."""
+        self._inbox.post(self._table.hand_over)
+
+    def is_idle(self) -> bool:
+        """Whether no sequence lives here."""
+        return len(self._table) == 0
+
+    def peer_ready(self, member: AttentionMember, lane: Lane) -> None:
+        """See `PoolListener`."""
+
+        def ready() -> None:
+            self._lanes.add(member.worker, member.epoch, lane, is_local=member.is_local)
+            self._keeper.ask_again()
+
+        self._inbox.post(ready)
+
+    def peer_gone(self, worker: WorkerId, epoch: Epoch) -> None:
+        """See `PoolListener`."""
+        self._inbox.post(lambda: self._drop_lane(worker, epoch))
+
+    def lease_lost(self, key: SequenceKey, worker: WorkerId, generation: Generation) -> None:
+        """See `PoolListener`."""
+        self._inbox.post(lambda: self._keeper.lease_lost(key, worker, generation))
+
+    def superseded(self, key: SequenceKey, error: Fenced) -> None:
+        """See `PoolListener`."""
+        self._inbox.post(lambda: self._keeper.superseded(key, error))
+
+    def leads_to(self, worker: WorkerId, epoch: Epoch) -> bool:
+        """Whether a lane to this life of a worker is open."""
+        return self._lanes.leads_to(worker, epoch)
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                plan = self._plan()
+                if not plan.rows:
+                    self._inbox.wait(self._pause_s())
+                    continue
+                outcome = self._run(plan)
+                if outcome is not None:
+                    self._apply(plan, outcome)
+            self._table.hand_over()
+        except Exception as error:  # noqa: BLE001  every request gets an answer, also from an engine that broke
+            _log.error("engine_failed", error=error, step=self._step)
+            self._table.fail_all(Internal(f"the dense worker's engine failed: {type(error).__name__}"))
+            self._submissions.draining = True
+            self.failed.set()
+        self._outbox.flush(self._step)
+
+    def _plan(self) -> StepPlan:
+        """What the next step does; maps and refusals leave before it."""
+        self._inbox.run(_CALLS_PER_STEP, _CALLS_BUDGET_S)
+        self._table.expire_orphans()
+        plan = self._scheduler.plan(self._clock())
+        self._step = plan.step
+        self._keeper.carry_out(plan)
+        self._outbox.flush(plan.step)
+        return plan
+
+    def _run(self, plan: StepPlan) -> StepOutcome | None:
+        """One forward pass; None when a fault ended it."""
+        try:
+            outcome = self._runner.run(plan.step, self._chunks(plan))
+        except StepAborted as aborted:
+            self._recover(aborted)
+            return None
+        self._told_full.clear()
+        return outcome
+
+    def _apply(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Take over what the step brought, and send it."""
+        self._time(outcome)
+        tokens: dict[SequenceKey, int] = {}
+        ended: list[Callable[[], None]] = []
+        for chunk, sampled in outcome.sampled:
+            end = self._take(chunk.sequence, sampled)
+            if end is None:
+                tokens[chunk.sequence.key] = 1
+            else:
+                ended.append(end)
+        self._scheduler.apply(plan, tokens)
+        for end in ended:
+            end()
+        self._outbox.flush(plan.step)
+        self.metrics.note_step(plan.tokens, len(tokens), outcome.dense_s, outcome.attention_s, outcome.lane_s)
+
+    def _chunks(self, plan: StepPlan) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        offset = 0
+        for row in plan.rows:
+            sequence = self._table.live(row.key)
+            assert sequence is not None, f"{row.key} is scheduled, so it lives"
+            if sequence.stopwatch.admitted_s is None:
+                sequence.stopwatch.admitted_s = self._clock()
+            chunks.append(Chunk(sequence, row.start, row.count, row.samples, offset))
+            offset += row.count
+        return chunks
+
+    def _take(self, sequence: LiveSequence, sampled: Sampled | Internal) -> Callable[[], None] | None:
+        """Add a token, or say how the sequence ends. An end token is not delivered."""
+        if isinstance(sampled, Internal):
+            return lambda: self._table.fail(sequence, sampled)
+        if sequence.stopwatch.first_token_s is None:
+            sequence.stopwatch.first_token_s = self._clock()
+        token_id = sampled.token_id
+        if sequence.submission.sampling.ends(token_id, self._eos_token_ids):
+            return lambda: self._table.finish(sequence, FinishReason.STOP, matched_token_id=token_id)
+        sequence.append(token_id)
+        if sequence.is_complete:
+            return lambda: self._table.finish(sequence, FinishReason.LENGTH, [sampled])
+        self._outbox.put(sequence.subscriber, sequence.delta([sampled]))
+        return None
+
+    def _time(self, outcome: StepOutcome) -> None:
+        for chunk in outcome.chunks:
+            stopwatch = chunk.sequence.stopwatch
+            stopwatch.dense_seconds += outcome.dense_s
+            stopwatch.attention_seconds += outcome.attention_s
+            stopwatch.lane_seconds += outcome.lane_s
+
+    def _recover(self, aborted: StepAborted) -> None:
+        """The step counts for nothing and is repeated without what was lost; writes overwrite (DESIGN 6b)."""
+        worker, cause = aborted.worker, aborted.cause
+        _log.warning("step_aborted", step=self._step, peer=worker, reason=cause.reason, problem=cause.message)
+        self.metrics.steps_aborted.inc()
+        self._lanes.forget(worker, micro_batch=0)
+        if isinstance(cause, NeedFull) and worker not in self._told_full:
+            self._told_full.add(worker)
+        elif not (isinstance(cause, Fenced) and self._keeper.lose_shards_of(aborted)):
+            epoch = self._lanes.epoch(worker)
+            self._drop_lane(worker, epoch)
+            self.pool.broken(worker, epoch)
+
+    def _drop_lane(self, worker: WorkerId, epoch: Epoch) -> None:
+        """A life of a worker is over or out of reach, and all shards there with it."""
+        if self._lanes.leads_to(worker, epoch):
+            self._lanes.drop(worker)
+            self._keeper.lose_worker(worker)
+
+    def _pause_s(self) -> float:
+        """Until something is due by itself."""
+        return max(0.0, min(_IDLE_S, self._scheduler.due_s() - self._clock()))
+
+
+def _scheduler_limits(config: Config, max_sequence_length: int) -> SchedulerLimits:
+    return SchedulerLimits(
+        step_tokens=config.dense.step_tokens,
+        max_batch=config.dense.max_batch,
+        max_waiting=config.dense.max_waiting,
+        reserve_ahead_tokens=config.dense.reserve_ahead_tokens,
+        max_sequence_length=max_sequence_length,
+    )
+
+
+def _placement_policy(config: Config) -> PlacementPolicy:
+    return PlacementPolicy(
+        block_tokens=config.attention.block_tokens,
+        shard_tokens=config.placement.shard_tokens,
+        max_shards=config.placement.max_shards,
+    )

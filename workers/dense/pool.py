@@ -1,0 +1,230 @@
+"""The KV pool as one dense worker uses it: rooms, connections and leases, off the engine's thread."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import monotonic
+from typing import Protocol, TypeVar
+
+from cluster.errors import AnabranchError, Fenced, Internal
+from cluster.policies.placement import PlacementPolicy, inadmissible
+from cluster.telemetry import logger
+from cluster.types import Epoch, Generation, SequenceKey, ShardRef, WorkerId
+from workers.dense.holders import Holders
+from workers.dense.members import AttentionMember, Connect, MemberTable
+from workers.dense.rooms import Adopted, Rooms, RoomWanted
+from workers.dense.sequences import Placed
+from workers.lanes.messages import Lane
+from workers.peer import AttentionPeer
+
+_log = logger("dense.pool")
+_T = TypeVar("_T")
+
+_KEY_THREADS = 4
+_CONNECT_THREADS = 4
+_RECONNECT_S = 0.5
+_RENEW_KEYS_MOST = 1024
+"""Sequences named in one call to renew."""
+
+
+class PoolListener(Protocol):
+    """What the pool tells the engine; called on the pool's threads, must not block."""
+
+    def peer_ready(self, member: AttentionMember, lane: Lane) -> None:
+        """A lane to a life of a worker is open."""
+        ...
+
+    def peer_gone(self, worker: WorkerId, epoch: Epoch) -> None:
+        """A life of a worker is over."""
+        ...
+
+    def lease_lost(self, key: SequenceKey, worker: WorkerId, generation: Generation) -> None:
+        """A worker no longer holds what it held of a sequence."""
+        ...
+
+    def superseded(self, key: SequenceKey, error: Fenced) -> None:
+        """Somebody else runs the sequence under a higher generation."""
+        ...
+
+
+class Pool:
+    """Every answer comes through a callback, on one of the pool's threads.
+
+    Calls about one sequence run in order on one thread (chosen by its key): a release comes after the
+    reservation it undoes, a reservation after the release that made place for it. Their queues are
+    bounded by what the engine asks: a few calls per live sequence.
+    """
+
+    def __init__(
+        self, policy: PlacementPolicy, connect: Connect, listener: PoolListener, lease_ms: int
+    ) -> None:
+        self.members = MemberTable()
+        self._holders = Holders()
+        self._policy = policy
+        self._rooms = Rooms(self.members, self._holders, policy)
+        self._connect = connect
+        self._listener = listener
+        self._renew_pause_s = lease_ms / 4000
+        self._by_key = [ThreadPoolExecutor(1, f"pool-{index}") for index in range(_KEY_THREADS)]
+        self._connectors = ThreadPoolExecutor(_CONNECT_THREADS, "connect")
+        self._closing = False
+        self._wake = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="pool-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect and to renew."""
+        self._keeper.start()
+
+    def close(self) -> None:
+        """Finish what was asked, then give up all connections; leases run out on their own. Idempotent."""
+        self._closing = True
+        self._wake.set()
+        if self._keeper.is_alive():
+            self._keeper.join()
+        for executor in (*self._by_key, self._connectors):
+            executor.shutdown(wait=True)
+        for peer in self.members.clear():
+            peer.close()
+
+    def update(self, members: Sequence[AttentionMember]) -> None:
+        """Membership changed: connect to new lives, give up those that are over. Does not wait for either."""
+        for worker, epoch, peer in self.members.update(members):
+            self._holders.forget_life(worker, epoch)
+            self._listener.peer_gone(worker, epoch)
+            if peer is not None:
+                self._later(self._connectors, peer.close)
+        self._wake.set()
+
+    def broken(self, worker: WorkerId, epoch: Epoch) -> None:
+        """The lane to a life of a worker broke. It is connected again if it still lives."""
+        peer = self.members.disconnect(worker, epoch)
+        if peer is not None:
+            self._later(self._connectors, peer.close)
+
+    def inadmissible(self, tokens: int) -> str | None:
+        """Why a sequence of so many tokens cannot fit the workers now known; None if it can."""
+        spaces = self.members.spaces(self._policy.block_tokens, usable=False)
+        return inadmissible(tokens, spaces, self._policy)
+
+    def has_room_for(self, tokens: int) -> bool:
+        """Whether the workers now usable could hold a sequence of so many tokens, were they empty."""
+        spaces = self.members.spaces(self._policy.block_tokens)
+        return inadmissible(tokens, spaces, self._policy) is None
+
+    def reserve(
+        self, wanted: RoomWanted, answer: Callable[[tuple[Placed, ...] | AnabranchError], None]
+    ) -> None:
+        """Reserve as much of a range as there is room for, from its start; answers the shards concerned
+        with their whole ranges, none of them when there is no room, or Fenced.
+        """
+        self._in_order(wanted.key, lambda: answer(_answered(lambda: self._rooms.reserve(wanted))))
+
+    def adopt(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        token_ids: Sequence[int],
+        shard_map: Sequence[ShardRef] | None,
+        answer: Callable[[Adopted | AnabranchError], None],
+    ) -> None:
+        """Take over what lies at the workers of a map, or without one at every worker; answers what
+        survives, or Fenced.
+        """
+        self._in_order(
+            key,
+            lambda: answer(_answered(lambda: self._rooms.adopt(key, generation, token_ids, shard_map))),
+        )
+
+    def release(self, key: SequenceKey) -> None:
+        """Give back all room of a sequence."""
+        self._in_order(key, lambda: self._rooms.release(key))
+
+    def abandon(self, key: SequenceKey) -> None:
+        """Renew it no longer and free nothing: somebody may take it over until its leases end."""
+        self._in_order(key, lambda: self._rooms.abandon(key))
+
+    def renounce(self, key: SequenceKey, worker: WorkerId) -> None:
+        """Give back what one worker holds of a sequence, after a fault there; tells the listener if the
+        sequence turns out to be another's.
+        """
+
+        def renounce() -> None:
+            try:
+                self._rooms.renounce(key, worker)
+            except Fenced as error:
+                self._listener.superseded(key, error)
+
+        self._in_order(key, renounce)
+
+    def _in_order(self, key: SequenceKey, call: Callable[[], None]) -> None:
+        self._later(self._by_key[zlib.crc32(str(key).encode()) % _KEY_THREADS], call)
+
+    def _later(self, executor: ThreadPoolExecutor, call: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001  a bug must be seen, and not end in a future nobody reads
+                _log.error("pool_call_failed", error=error)
+
+        if not self._closing:
+            executor.submit(guarded)
+
+    def _keep(self) -> None:
+        """Connect where membership names a life without a lane; renew leases before they end."""
+        renew_s = monotonic() + self._renew_pause_s
+        while not self._closing:
+            for member in self.members.due(monotonic(), _RECONNECT_S):
+                self._later(self._connectors, partial(self._open, member))
+            if monotonic() >= renew_s:
+                renew_s = monotonic() + self._renew_pause_s
+                for peer in self.members.peers():
+                    self._later(self._connectors, partial(self._renew, peer))
+            self._wake.wait(min(_RECONNECT_S, max(0.0, renew_s - monotonic())))
+            self._wake.clear()
+
+    def _open(self, member: AttentionMember) -> None:
+        peer: AttentionPeer | None = None
+        lane: Lane | None = None
+        try:
+            peer = self._connect(member)
+            lane = peer.open_lane()
+        except AnabranchError as error:
+            _log.warning("connect_failed", peer=member.worker, address=member.address, problem=error.message)
+            if peer is not None:
+                peer.close()
+        is_named = self.members.connected(member, peer if lane is not None else None)
+        if peer is None or lane is None:
+            return
+        if is_named:
+            _log.info("peer_ready", peer=member.worker, peer_epoch=f"{member.epoch:016x}")
+            self._listener.peer_ready(member, lane)
+        else:
+            lane.close()
+            peer.close()
+
+    def _renew(self, peer: AttentionPeer) -> None:
+        generations = self._holders.of_worker(peer.worker, peer.epoch)
+        keys = list(generations)
+        for start in range(0, len(keys), _RENEW_KEYS_MOST):
+            try:
+                unknown = peer.renew(keys[start : start + _RENEW_KEYS_MOST])
+            except AnabranchError as error:
+                _log.warning("renew_failed", peer=peer.worker, problem=error.message)
+                return
+            for key in unknown:
+                self._listener.lease_lost(key, peer.worker, generations[key])
+
+
+def _answered(call: Callable[[], _T]) -> _T | AnabranchError:
+    """A call's result, or the error that becomes its answer: an answer always comes."""
+    try:
+        return call()
+    except AnabranchError as error:
+        return error
+    except Exception as error:  # noqa: BLE001  whoever asked waits for an answer, whatever happened
+        _log.error("pool_call_failed", error=error)
+        return Internal(f"the KV pool's client failed: {type(error).__name__}: {error}")

@@ -1,0 +1,175 @@
+"""Room for sequences at attention workers: blocking calls, for the pool's threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import AnabranchError, Fenced, ResourceExhausted
+from cluster.policies.placement import Allotment, PlacementPolicy, place
+from cluster.policies.ranges import Range
+from cluster.telemetry import logger
+from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
+from workers.dense.holders import Held, Holders
+from workers.dense.members import MemberTable
+from workers.dense.sequences import Placed
+from workers.peer import HeldShard
+
+_log = logger("dense.rooms")
+
+
+@dataclass(frozen=True, slots=True)
+class RoomWanted:
+    """Positions first..end of a sequence that has `shards`; new shards come under `generation`."""
+
+    key: SequenceKey
+    generation: Generation
+    tenant: str
+    first: int
+    end: int
+    shards: tuple[Placed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """What survives of a sequence: shards, disjoint and ordered, and the committed range in each."""
+
+    placed: tuple[Placed, ...] = ()
+    committed: tuple[Range, ...] = ()
+
+
+class Rooms:
+    """Reserves by the placement policy, and keeps `holders` true to what the workers granted."""
+
+    def __init__(self, members: MemberTable, holders: Holders, policy: PlacementPolicy) -> None:
+        self._members = members
+        self._holders = holders
+        self._policy = policy
+
+    def reserve(self, wanted: RoomWanted) -> tuple[Placed, ...]:
+        """The shards concerned with their whole ranges: all of the range, or as much of it from its start
+        as there is room for. A worker that refuses is left out and the rest placed anew. Raises Fenced.
+        """
+        shards = {placed.identity: placed for placed in wanted.shards}
+        granted: dict[tuple[WorkerId, Epoch, ShardId], Placed] = {}
+        refusing: set[WorkerId] = set()
+        position = wanted.first
+        while position < wanted.end:
+            allotment = self._next(position, wanted.end, shards.values(), refusing)
+            if allotment is None:
+                break
+            placed = self._reserve_at(wanted, allotment)
+            if placed is None:
+                refusing.add(allotment.worker)
+                continue
+            shards[placed.identity] = granted[placed.identity] = placed
+            position = allotment.end
+        return tuple(granted.values())
+
+    def adopt(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        token_ids: Sequence[int],
+        shard_map: Sequence[ShardRef] | None,
+    ) -> Adopted:
+        """Take over what lies at the workers of a map, or without one at every worker. A worker that
+        cannot be reached counts as having nothing. Raises Fenced.
+        """
+        found: list[HeldShard] = []
+        named = None if shard_map is None else {(shard.worker, shard.epoch) for shard in shard_map}
+        for peer in self._members.peers():
+            if named is not None and (peer.worker, peer.epoch) not in named:
+                continue
+            try:
+                shards = peer.adopt(key, generation, token_ids)
+            except Fenced:
+                raise
+            except AnabranchError as error:
+                _log.warning(
+                    "adopt_failed", request_id=key.request_id, peer=peer.worker, problem=error.message
+                )
+                continue
+            if shards:
+                self._holders.put(key, Held(peer.worker, peer.epoch, generation))
+                found += shards
+        return _without_overlaps(found)
+
+    def release(self, key: SequenceKey) -> None:
+        """Give back all room of a sequence."""
+        for held in self._holders.take(key):
+            try:
+                self._release_at(key, held)
+            except AnabranchError as error:  # its lease ends by itself
+                _log.warning(
+                    "release_failed", request_id=key.request_id, peer=held.worker, problem=error.message
+                )
+
+    def abandon(self, key: SequenceKey) -> None:
+        """Keep nothing of a sequence in mind, and free nothing."""
+        self._holders.take(key)
+
+    def renounce(self, key: SequenceKey, worker: WorkerId) -> None:
+        """Give back what one worker holds of a sequence. Raises Fenced where the sequence is another's."""
+        held = self._holders.take_one(key, worker)
+        if held is None:
+            return
+        try:
+            self._release_at(key, held)
+        except Fenced:
+            raise
+        except AnabranchError as error:
+            _log.warning("release_failed", request_id=key.request_id, peer=worker, problem=error.message)
+
+    def _next(
+        self, first: int, end: int, shards: Iterable[Placed], refusing: set[WorkerId]
+    ) -> Allotment | None:
+        spaces = [s for s in self._members.spaces(self._policy.block_tokens) if s.worker not in refusing]
+        allotments = place(first, end, [placed.shard for placed in shards], spaces, self._policy)
+        return allotments[0] if allotments else None
+
+    def _reserve_at(self, wanted: RoomWanted, allotment: Allotment) -> Placed | None:
+        """None where the worker refuses or does not answer. Raises Fenced."""
+        peer = self._members.peer(allotment.worker, allotment.epoch)
+        if peer is None:
+            return None
+        held = self._holders.get(wanted.key, allotment.worker)
+        # A worker knows one generation of a sequence: its own shards grow under the one they have.
+        same_life = held is not None and held.epoch == allotment.epoch
+        generation = held.generation if held is not None and same_life else wanted.generation
+        try:
+            reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, wanted.tenant)
+        except ResourceExhausted:
+            self._members.set_free(allotment.worker, allotment.epoch, 0)
+            return None
+        except Fenced:
+            raise
+        except AnabranchError as error:
+            _log.warning(
+                "reserve_failed", request_id=wanted.key.request_id, peer=peer.worker, problem=error.message
+            )
+            return None
+        self._members.set_free(allotment.worker, allotment.epoch, reservation.blocks_available)
+        self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
+        return Placed(reservation.shard, generation)
+
+    def _release_at(self, key: SequenceKey, held: Held) -> None:
+        peer = self._members.peer(held.worker, held.epoch)
+        if peer is not None:
+            blocks = peer.release(key, held.generation)
+            self._members.add_free(held.worker, held.epoch, blocks)
+
+
+def _without_overlaps(found: Iterable[HeldShard]) -> Adopted:
+    """Where two shards cover the same positions the one with more committed is kept."""
+    chosen: list[HeldShard] = []
+    for held in sorted(found, key=lambda held: -held.committed_tokens):
+        if all(
+            held.shard.end <= other.shard.first or other.shard.end <= held.shard.first for other in chosen
+        ):
+            chosen.append(held)
+    chosen.sort(key=lambda held: held.shard.first)
+    return Adopted(
+        tuple(Placed(held.shard, held.generation) for held in chosen),
+        tuple((held.shard.first, held.shard.first + held.committed_tokens) for held in chosen),
+    )
