@@ -6,11 +6,11 @@ Knows nothing of pytest. The geometry is tiny; keys, values and queries are draw
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import grpc
 import torch
 from torch import Tensor
 
@@ -56,26 +56,36 @@ def serving(settings: Config | None = None) -> Iterator[AttentionWorker]:
         worker.stop()
 
 
-@contextlib.contextmanager
-def channel_to(worker: AttentionWorker) -> Iterator[grpc.Channel]:
-    """A gRPC channel to a worker."""
-    with rpc.channel(address_of(worker), config().security.tls) as channel:
-        yield channel
+class DenseHost:
+    """Where a dense worker would run: a gRPC channel to one attention worker, and the lanes it opened."""
+
+    def __init__(self, worker: AttentionWorker) -> None:
+        self.worker = worker
+        self.address = f"127.0.0.1:{worker.port}"
+        self.channel = rpc.channel(self.address, config().security.tls)
+        self._lanes: list[Lane] = []
+
+    def open_lane(self, *transports: str) -> FramedLane:
+        """A lane over the first of `transports` that works; a unix socket if none is named."""
+        lane = dial(self.channel, self.address, EPOCH, caller(*transports))
+        self._lanes.append(lane)
+        return lane
+
+    def close(self) -> None:
+        """Close lanes and channel. Idempotent."""
+        for lane in self._lanes:
+            lane.close()
+        self.channel.close()
 
 
-def address_of(worker: AttentionWorker) -> str:
-    """host:port of a worker's gRPC server."""
-    return f"127.0.0.1:{worker.port}"
+def host_of(worker: AttentionWorker) -> contextlib.closing[DenseHost]:
+    """A host for `with`, closed at its end."""
+    return contextlib.closing(DenseHost(worker))
 
 
 def caller(*transports: str, geometry: KvGeometry = GEOMETRY) -> Caller:
     """A dense worker that offers `transports`."""
     return Caller(WorkerId("dense-0"), Epoch(1), geometry, transports or ("local",), rows_most=64 * 64)
-
-
-def open_lane(worker: AttentionWorker, channel: grpc.Channel, *transports: str) -> FramedLane:
-    """A lane over the first of `transports` that works; a unix socket if none is named."""
-    return dial(channel, address_of(worker), EPOCH, caller(*transports))
 
 
 @dataclass
@@ -96,6 +106,10 @@ class SmallSequence:
             (GEOMETRY.layers, self.length, GEOMETRY.query_heads, GEOMETRY.head_size), generator=generator
         )
         self.token_ids = tuple(torch.randint(0, 1000, (self.length,), generator=generator).tolist())
+
+    def under(self, generation: int) -> SmallSequence:
+        """The same sequence in another life."""
+        return SmallSequence(self.seed, self.length, Generation(generation))
 
     def row(
         self,
@@ -184,3 +198,12 @@ def assert_attended(replies: Sequence[PartialReply], parts: Sequence[tuple[Small
         out, lse = torch.cat([out for out, _ in expected]), torch.cat([lse for _, lse in expected])
         torch.testing.assert_close(reply.out, out, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(reply.lse, lse, atol=1e-5, rtol=1e-5)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait until a condition comes true, looking often; fails after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline_s, "the condition did not come true"
+        pause.wait(0.005)

@@ -10,22 +10,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 
-from cluster.clock import ManualClock, monotonic
+from cluster.clock import ManualClock
 from cluster.errors import Fenced, InvalidRequest, LaneBroken, NeedFull, ResourceExhausted, Unavailable
 from cluster.types import KvGeometry, ShardId
 from tests.attention_worker import (
     GEOMETRY,
+    DenseHost,
     DenseSide,
     SmallSequence,
     assert_attended,
-    channel_to,
     config,
-    open_lane,
+    host_of,
     serving,
+    wait_until,
 )
 from workers.attention.worker import AttentionWorker
 from workers.lanes.codec import FrameCodec
@@ -50,15 +50,15 @@ def worker() -> Iterator[AttentionWorker]:
 
 
 @pytest.fixture
-def channel(worker: AttentionWorker) -> Iterator[grpc.Channel]:
-    """A gRPC channel to the worker."""
-    with channel_to(worker) as opened:
+def host(worker: AttentionWorker) -> Iterator[DenseHost]:
+    """A dense worker's side of the worker."""
+    with host_of(worker) as opened:
         yield opened
 
 
-def lane_over(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> Lane:
+def lane_over(worker: AttentionWorker, host: DenseHost, transport: str) -> Lane:
     """A lane to the worker."""
-    return worker.core.peer().open_lane() if transport == "inproc" else open_lane(worker, channel, transport)
+    return worker.core.peer().open_lane() if transport == "inproc" else host.open_lane(transport)
 
 
 def reserve(worker: AttentionWorker, sequence: SmallSequence) -> ShardId:
@@ -75,9 +75,9 @@ def query_message(
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_steps_over_every_transport(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> None:
+def test_steps_over_every_transport(worker: AttentionWorker, host: DenseHost, transport: str) -> None:
     """Prefill in chunks, then decoding, of two sequences: every reply is exact on every transport."""
-    dense = DenseSide(lane_over(worker, channel, transport))
+    dense = DenseSide(lane_over(worker, host, transport))
     one, two = SmallSequence(1), SmallSequence(2)
     first, second = reserve(worker, one), reserve(worker, two)
     start = 0
@@ -93,9 +93,9 @@ def test_steps_over_every_transport(worker: AttentionWorker, channel: grpc.Chann
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_micro_batches_interleave(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> None:
+def test_micro_batches_interleave(worker: AttentionWorker, host: DenseHost, transport: str) -> None:
     """Two micro-batches in flight at once get their own replies, whichever is asked for first."""
-    dense = DenseSide(lane_over(worker, channel, transport))
+    dense = DenseSide(lane_over(worker, host, transport))
     sequences = [SmallSequence(1), SmallSequence(2)]
     shards = [reserve(worker, sequence) for sequence in sequences]
     pairs = list(zip(sequences, shards, strict=True))
@@ -116,14 +116,14 @@ def test_micro_batches_interleave(worker: AttentionWorker, channel: grpc.Channel
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_need_full(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> None:
+def test_need_full(worker: AttentionWorker, host: DenseHost, transport: str) -> None:
     """A difference against a base the worker lacks is answered NeedFull; the plan whole then serves."""
     sequence = SmallSequence(1)
     shard = reserve(worker, sequence)
-    dense = DenseSide(lane_over(worker, channel, transport))
+    dense = DenseSide(lane_over(worker, host, transport))
     dense.step([(sequence, sequence.row(shard, 0, 9))])
     dense.lane.close()
-    dense.lane = lane_over(worker, channel, transport)
+    dense.lane = lane_over(worker, host, transport)
     parts = [(sequence, sequence.row(shard, 9, 1))]
     with pytest.raises(NeedFull):
         dense.step(parts)
@@ -134,12 +134,12 @@ def test_need_full(worker: AttentionWorker, channel: grpc.Channel, transport: st
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_step_nobody_asked_for_anymore_leaves_no_trace(
-    worker: AttentionWorker, channel: grpc.Channel, transport: str
+    worker: AttentionWorker, host: DenseHost, transport: str
 ) -> None:
     """After a step given up in the middle, the next step's replies are its own."""
     sequence = SmallSequence(1)
     shard = reserve(worker, sequence)
-    dense = DenseSide(lane_over(worker, channel, transport))
+    dense = DenseSide(lane_over(worker, host, transport))
     dense.step([(sequence, sequence.row(shard, 0, 9))])
     parts = [(sequence, sequence.row(shard, 9, 1))]
     dense.step_number += 1
@@ -151,8 +151,8 @@ def test_a_step_nobody_asked_for_anymore_leaves_no_trace(
 @pytest.mark.parametrize("transport", REMOTE)
 def test_a_stopped_worker_breaks_its_lanes_at_once(transport: str) -> None:
     """The dense side learns of the worker's end long before its deadline."""
-    with serving() as worker, channel_to(worker) as channel:
-        lane = open_lane(worker, channel, transport)
+    with serving() as worker, host_of(worker) as host:
+        lane = host.open_lane(transport)
         stopper = threading.Thread(target=worker.stop)
         stopper.start()
         began_s = time.monotonic()
@@ -165,13 +165,13 @@ def test_a_stopped_worker_breaks_its_lanes_at_once(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", REMOTE)
-def test_noise_ends_its_own_lane_only(worker: AttentionWorker, channel: grpc.Channel, transport: str) -> None:
+def test_noise_ends_its_own_lane_only(worker: AttentionWorker, host: DenseHost, transport: str) -> None:
     """Bytes that are no frame close the lane they came on; another lane and the store go on."""
     sequence = SmallSequence(1)
     shard = reserve(worker, sequence)
-    good = DenseSide(open_lane(worker, channel, transport))
+    good = DenseSide(host.open_lane(transport))
     good.step([(sequence, sequence.row(shard, 0, 9))])
-    bad = open_lane(worker, channel, transport)
+    bad = host.open_lane(transport)
     bad.link.write([torch.full((200,), 7, dtype=torch.uint8).numpy()], time.monotonic() + 10, lambda: None)
     with pytest.raises(LaneBroken):
         bad.receive(1, 0, 0, time.monotonic() + 20)
@@ -180,18 +180,18 @@ def test_noise_ends_its_own_lane_only(worker: AttentionWorker, channel: grpc.Cha
     good.lane.close()
 
 
-def test_a_foreign_incarnation_ends_the_lane(worker: AttentionWorker, channel: grpc.Channel) -> None:
+def test_a_foreign_incarnation_ends_the_lane(worker: AttentionWorker, host: DenseHost) -> None:
     """Frames of another lane's incarnation are not served."""
-    lane = open_lane(worker, channel)
+    lane = host.open_lane()
     stranger = FramedLane(lane.link, FrameCodec(GEOMETRY, 1, 64))
     stranger.send(query_message())
     with pytest.raises(LaneBroken):
         stranger.receive(1, 0, 0, time.monotonic() + 20)
 
 
-def test_tcp_bytes_are_those_the_kernel_counts(worker: AttentionWorker, channel: grpc.Channel) -> None:
+def test_tcp_bytes_are_those_the_kernel_counts(worker: AttentionWorker, host: DenseHost) -> None:
     """The lane's own count of received bytes equals TCP_INFO's."""
-    lane = open_lane(worker, channel, "tcp")
+    lane = host.open_lane("tcp")
     sequence = SmallSequence(1)
     shard = reserve(worker, sequence)
     DenseSide(lane).step([(sequence, sequence.row(shard, 0, 9))])
@@ -204,13 +204,13 @@ def test_tcp_bytes_are_those_the_kernel_counts(worker: AttentionWorker, channel:
     lane.close()
 
 
-def test_the_worker_counts_bytes_of_lanes_that_ended(worker: AttentionWorker, channel: grpc.Channel) -> None:
+def test_the_worker_counts_bytes_of_lanes_that_ended(worker: AttentionWorker, host: DenseHost) -> None:
     """What the dense side sent and received is what the worker carried, over all transports."""
     sequence = SmallSequence(1)
     shard = reserve(worker, sequence)
     sent = received = 0
     for generation, transport in enumerate(REMOTE):
-        lane = open_lane(worker, channel, transport)
+        lane = host.open_lane(transport)
         DenseSide(lane).step([(sequence, sequence.row(shard, 0, 2 + generation))])
         lane.close()
         sent += lane.bytes_sent + (TICKET_BYTES if transport == "grpc" else 0)
@@ -222,15 +222,15 @@ def test_the_worker_counts_bytes_of_lanes_that_ended(worker: AttentionWorker, ch
     assert 0 <= sent - carried_received <= 2 * TICKET_BYTES + 128
 
 
-def test_a_lane_falls_back_to_the_next_transport(worker: AttentionWorker, channel: grpc.Channel) -> None:
+def test_a_lane_falls_back_to_the_next_transport(worker: AttentionWorker, host: DenseHost) -> None:
     """Where the agreed unix socket cannot be reached, the next transport is used."""
     for path in socket_files(worker):
         path.unlink()
-    lane = open_lane(worker, channel, "local", "tcp")
+    lane = host.open_lane("local", "tcp")
     assert isinstance(lane.link, SocketLink)
     lane.close()
     with pytest.raises(Unavailable, match="no lane"):
-        open_lane(worker, channel, "local")
+        host.open_lane("local")
 
 
 def socket_files(worker: AttentionWorker) -> list[Path]:
@@ -243,14 +243,14 @@ def socket_files(worker: AttentionWorker) -> list[Path]:
 
 def test_lanes_are_bounded() -> None:
     """Beyond attention.max_lanes a lane is refused by name; a closed one makes room."""
-    with serving(config(max_lanes=1)) as worker, channel_to(worker) as channel:
-        lane = open_lane(worker, channel)
+    with serving(config(max_lanes=1)) as worker, host_of(worker) as host:
+        lane = host.open_lane()
         wait_until(lambda: worker.lanes.lanes_open == 1)
         with pytest.raises(ResourceExhausted, match="max_lanes"):
-            open_lane(worker, channel)
+            host.open_lane()
         lane.close()
         wait_until(lambda: worker.lanes.lanes_open == 0)
-        open_lane(worker, channel).close()
+        host.open_lane().close()
 
 
 def test_a_transport_not_served_is_refused(worker: AttentionWorker) -> None:
@@ -259,26 +259,26 @@ def test_a_transport_not_served_is_refused(worker: AttentionWorker) -> None:
     only_grpc = settings.model_copy(
         update={"lanes": settings.lanes.model_copy(update={"transports": ("grpc",)})}
     )
-    with serving(only_grpc) as other, channel_to(other) as channel:
+    with serving(only_grpc) as other, host_of(other) as host:
         with pytest.raises(InvalidRequest, match=r"lanes\.transports"):
-            open_lane(other, channel, "local", "tcp")
-        open_lane(other, channel, "local", "grpc").close()
+            host.open_lane("local", "tcp")
+        host.open_lane("local", "grpc").close()
 
 
 @pytest.mark.parametrize("transport", ["local", "tcp"])
 def test_a_connection_without_a_ticket_is_closed(
-    worker: AttentionWorker, channel: grpc.Channel, transport: str
+    worker: AttentionWorker, host: DenseHost, transport: str
 ) -> None:
     """A stranger, and whoever shows a ticket a second time, is cut off."""
     if transport == "local":
         address = str(socket_files(worker)[0])
         links = [connect_unix(address)]
     else:
-        lane = open_lane(worker, channel, "tcp")
+        lane = host.open_lane("tcp")
         assert isinstance(lane.link, SocketLink)
         with socket.socket(fileno=os.dup(lane.link.fileno())) as connected:
-            host, port = connected.getpeername()
-        links = [connect_tcp(host, port)]
+            address, port = connected.getpeername()
+        links = [connect_tcp(address, port)]
         lane.close()
     for link in links:
         link.write([torch.zeros(TICKET_BYTES, dtype=torch.uint8).numpy()], time.monotonic() + 5, lambda: None)
@@ -429,12 +429,3 @@ def test_a_frame_that_stops_in_the_middle_ends_the_lane(pair: tuple[SocketLink, 
     pair[0].write([codec.pack_message(query_message())[0]], time.monotonic() + 5, lambda: None)
     with pytest.raises(LaneBroken, match="stopped arriving"):
         serve_link(LaneEnd(7, codec, _Echo()), pair[1], threading.Event(), stall_s=0.05)
-
-
-def wait_until(condition: object, timeout_s: float = 20.0) -> None:
-    """Wait for a condition, looking often, with a deadline."""
-    assert callable(condition)
-    deadline_s = monotonic() + timeout_s
-    while not condition():
-        assert monotonic() < deadline_s, "the condition did not come true"
-        threading.Event().wait(0.005)
