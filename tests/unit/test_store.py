@@ -30,7 +30,9 @@ def test_a_reservation_extends_the_shard_that_ends_there() -> None:
     """Room from a shard's end on grows that shard; room elsewhere is another shard."""
     store = build_store()
     first = store.reserve(key(), generation(1), 0, 6)
-    grown = store.reserve(key(), generation(1), 6, 13)
+    within = store.reserve(key(), generation(1), 6, 8)
+    assert (within.shard.shard, within.shard.end, within.blocks_available) == (first.shard.shard, 8, 14)
+    grown = store.reserve(key(), generation(1), 8, 13)
     assert (grown.shard.shard, grown.shard.first, grown.shard.end) == (first.shard.shard, 0, 13)
     assert grown.blocks_available == free(store) == 12
     beyond = store.reserve(key(), generation(1), 20, 21)
@@ -132,6 +134,15 @@ def test_adopt_fences_lower_generations() -> None:
         with pytest.raises(Fenced):
             store.adopt(key("a"), generation(life), range(5))
     memory.run(chunk(shard, 5, 1, life=4))
+
+
+def test_a_higher_generation_takes_over_before_it_steps() -> None:
+    """A plan under a generation that never reserved or adopted here is fenced, however new."""
+    memory = build_memory()
+    shard = memory.reserve("a", 0, 16)
+    with pytest.raises(Fenced, match="generation 2 spoke, 1 holds it"):
+        memory.begin(chunk(shard, 0, 1, life=2))
+    memory.run(chunk(shard, 0, 1))
 
 
 def test_adopt_of_an_unknown_sequence_fences_too() -> None:

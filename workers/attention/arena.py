@@ -85,7 +85,8 @@ class BlockAllocator:
     def are_all_used(self, blocks: Sequence[int]) -> bool:
         """Whether `blocks` are exactly those handed out, each named once."""
         used = np.flatnonzero(~self._is_free)
-        return self.free == len(self._is_free) - len(used) and used.tolist() == sorted(blocks)
+        counted = self.free == len(self._is_free) - len(used)
+        return counted and np.array_equal(used, np.sort(np.asarray(blocks, dtype=np.int64)))
 
     def _following(self, count: int, after: int) -> list[int]:
         end = after + 1
