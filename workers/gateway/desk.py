@@ -34,12 +34,13 @@ class Desk:
         callers: CallerDirectory,
         router: Router,
         metrics: GatewayMetrics,
+        work: TextWork,
     ) -> None:
         self.model = model
         self.draining = False
         self._limits = limits
         self._callers = callers
-        self._work = TextWork()
+        self._work = work
         self._admission = Admission(model, limits, self._work)
         self._surroundings = Surroundings(router, metrics, limits.stream_buffer_events, self._forget)
         self._live: dict[str, LiveRequest] = {}
@@ -59,7 +60,7 @@ class Desk:
     async def open(
         self, request: inference_pb2.GenerateRequest, caller: Caller, time_left_s: float | None
     ) -> LiveRequest:
-        """Admit a request and submit it; the caller consumes `events` and then calls `close`.
+        """Admit a request and submit it; the caller consumes its events and then calls `close`.
 
         Raises InvalidRequest, NotFound, AlreadyExists, PermissionDenied, ResourceExhausted, Unavailable.
         """
@@ -95,10 +96,6 @@ class Desk:
             _log.warning("drain_grace_over", streams=self.streams_open)
         for live in tuple(self._live.values()):
             live.give_up()
-
-    def close(self) -> None:
-        """End the threads."""
-        self._work.close()
 
     def _require_room(self, caller: Caller) -> None:
         if self.draining:

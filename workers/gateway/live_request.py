@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from anabranch.v1 import dense_pb2, inference_pb2, types_pb2
@@ -91,10 +91,9 @@ class LiveRequest:
         if running:
             self._shared.router.submit(running, preferred)
 
-    async def events(self) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """The stream for the client. Raises the error that ended it."""
-        while (event := await self._buffer.get()) is not None:
-            yield event
+    async def next_event(self) -> inference_pb2.GenerateResponse | None:
+        """The stream for the client, one event at a time; None at the end. Raises what ended it."""
+        return await self._buffer.get()
 
     def abort(self) -> None:
         """End every open choice with FINISH_REASON_ABORT."""

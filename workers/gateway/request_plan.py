@@ -11,7 +11,7 @@ from anabranch.v1 import types_pb2
 from cluster.sampling import SamplingParameters
 from cluster.types import Generation, SequenceKey
 
-ATTEMPT_BITS = 10
+ATTEMPT_BITS = 8
 """Low bits of a submission's generation: this gateway's own resubmissions."""
 
 STREAM_GENERATION_MAX = 2 ** (16 - ATTEMPT_BITS) - 1

@@ -1,0 +1,271 @@
+"""Dense workers die, drain, refuse and misbehave: no token wrong, missing or repeated."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from anabranch.v1 import dense_pb2, inference_pb2, types_pb2
+from cluster import errors
+from tests.fake_dense import LETTER_IDS, FakeDense
+from tests.gateways import TOKENIZER, asynchronous, completion, eventually, expected_letters, fleet, generate
+from workers.gateway.gateway import Gateway
+
+
+@asynchronous
+async def test_a_stream_survives_its_dense_worker(tmp_path: Path) -> None:
+    """A worker dies mid-stream: another gets prompt, tokens so far, seed and map, and continues."""
+    first, second = FakeDense("dense-0", pause_at=7), FakeDense("dense-1")
+    async with fleet(tmp_path, [first, second]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion(n=2)))
+        await eventually(lambda: len(first.submissions) == 2, "both choices are on the first worker")
+        await cluster.lose_dense(first)
+        heard = await stream
+    for choice in range(2):
+        assert heard.tokens(choice) == expected_letters(choice=choice)
+        heard.finished(choice)
+    for resubmission in second.submissions:
+        choice, known = resubmission.sequence.choice, list(resubmission.output_token_ids)
+        assert known == expected_letters(choice=choice)[: len(known)]
+        assert resubmission.generation > first.submissions[0].generation
+        assert resubmission.sampling.seed == heard.started.seed
+        assert resubmission.deadline_ms <= first.submissions[0].deadline_ms
+
+
+@asynchronous
+async def test_the_last_shard_map_travels_with_a_resubmission(tmp_path: Path) -> None:
+    """Where the KV lies is told to the next worker, and to the client."""
+    first, second = FakeDense("dense-0", pause_at=7), FakeDense("dense-1")
+    async with fleet(tmp_path, [first]) as cluster:
+        call = cluster.stub().Generate(completion(), timeout=20)
+        seen: list[int] = []
+        maps = []
+        async for event in call:
+            seen.extend(event.delta.token_ids)
+            maps += [event.delta.shard_map] if event.delta.HasField("shard_map") else []
+            if len(seen) == 7:
+                break
+        await cluster.add_dense(second)
+        await cluster.lose_dense(first)
+        await eventually(lambda: len(second.submissions) == 1, "resubmitted")
+        call.cancel()
+    assert len(maps) == 1
+    assert second.submissions[0].shard_map == maps[0]
+    assert list(second.submissions[0].output_token_ids) == seen == expected_letters()[:7]
+
+
+@asynchronous
+async def test_a_stream_waits_for_a_worker_to_return(tmp_path: Path) -> None:
+    """With no other worker left a started stream waits; a new life of the slot continues it."""
+    first = FakeDense("dense-0", pause_at=7)
+    async with fleet(tmp_path, [first], gateway={"no_worker_wait_ms": 50}) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: bool(first.submissions), "submitted")
+        await first.die()
+        await eventually(lambda: not cluster.gateways[0].ready, "the break is noticed")
+        cluster.dense.remove(first)
+        await cluster.add_dense(FakeDense("dense-0"))
+        heard = await stream
+    assert heard.tokens() == expected_letters()
+
+
+@asynchronous
+async def test_a_draining_worker_hands_its_sequences_over(tmp_path: Path) -> None:
+    """HANDOFF moves sequences elsewhere, and nothing new goes to the worker that said it."""
+    first, second = FakeDense("dense-0", pause_at=7), FakeDense("dense-1")
+    async with fleet(tmp_path, [first]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: bool(first.submissions), "submitted")
+        await cluster.add_dense(second)
+        await first.hand_over()
+        assert (await stream).tokens() == expected_letters()
+        assert (await generate(cluster.stub(), completion())).tokens() == expected_letters()
+        assert first.acknowledged == []  # an acknowledgement would free what the next worker adopts
+    assert len(first.submissions) == 1
+
+
+@asynchronous
+async def test_an_unavailable_worker_is_left_for_another(tmp_path: Path) -> None:
+    """UNAVAILABLE from one worker is retried on the other, unseen by the client."""
+    refusing = FakeDense("dense-0", refusal=errors.Unavailable("draining"))
+    async with fleet(tmp_path, [refusing, FakeDense("dense-1")]) as cluster:
+        assert (await generate(cluster.stub(), completion())).tokens() == expected_letters()
+    assert len(refusing.submissions) == 1
+
+
+@asynchronous
+async def test_a_full_worker_is_left_for_another_and_then_said(tmp_path: Path) -> None:
+    """RESOURCE_EXHAUSTED of every worker reaches the client, with the worker's own words."""
+    full = errors.ResourceExhausted("queue full")
+    workers = [FakeDense("dense-0", refusal=full), FakeDense("dense-1", refusal=full)]
+    async with fleet(tmp_path, workers) as cluster:
+        with pytest.raises(errors.ResourceExhausted, match="queue full"):
+            await generate(cluster.stub(), completion())
+        workers[1].refusal = None
+        assert (await generate(cluster.stub(), completion())).tokens() == expected_letters()
+
+
+@asynchronous
+async def test_other_failures_end_the_request_everywhere(tmp_path: Path) -> None:
+    """A failure that retrying does not cure ends the request, its other choices too."""
+    worker = FakeDense("dense-0", pause_at=3)
+    async with fleet(tmp_path, [worker]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion(n=2)))
+        await eventually(lambda: len(worker.submissions) == 2, "submitted")
+        failed = worker.submissions[0]
+        error = errors.InvalidRequest("this cannot be")
+        failure = types_pb2.Failure(code=3, reason=error.reason, message=error.message)
+        await worker.send(
+            dense_pb2.SequenceDelta(sequence=failed.sequence, generation=failed.generation, failure=failure)
+        )
+        with pytest.raises(errors.InvalidRequest, match="this cannot be"):
+            await stream
+        await eventually(lambda: len(worker.aborts) == 1, "the other choice is aborted")
+    assert worker.aborts[0].sequence.choice == 1
+
+
+@asynchronous
+async def test_without_any_worker_a_new_request_fails_soon(tmp_path: Path) -> None:
+    """UNAVAILABLE after the configured wait; a worker that comes within it serves."""
+    async with fleet(tmp_path, gateway={"no_worker_wait_ms": 100}) as cluster:
+        with pytest.raises(errors.Unavailable, match="no dense worker"):
+            await generate(cluster.stub(), completion())
+    async with fleet(tmp_path) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: cluster.gateways[0].desk.streams_open == 1, "the request waits")
+        await cluster.add_dense(FakeDense("dense-0"))
+        assert (await stream).tokens() == expected_letters()
+
+
+@asynchronous
+async def test_repeated_and_stale_deltas_are_dropped(tmp_path: Path) -> None:
+    """Of a delta only what is next counts; one of another generation counts not at all."""
+    worker = FakeDense("dense-0", pause_at=5)
+    async with fleet(tmp_path, [worker]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion(max_tokens=20)))
+        await eventually(lambda: bool(worker.submissions), "submitted")
+        running = worker.submissions[0]
+        wrong = [LETTER_IDS[0]] * 3
+        stale = dense_pb2.SequenceDelta(
+            sequence=running.sequence, generation=running.generation - 1, first_index=5, token_ids=wrong
+        )
+        await worker.send(stale)
+        repeated = dense_pb2.SequenceDelta(
+            sequence=running.sequence, generation=running.generation, first_index=0, token_ids=wrong[:1]
+        )
+        await eventually(lambda: _delivered(cluster.gateways[0]) >= 1, "a token came")
+        await worker.send(repeated)
+        worker.pause_at = None
+        heard = await stream
+    assert heard.tokens() == expected_letters()
+
+
+@asynchronous
+async def test_lost_tokens_are_asked_for_again(tmp_path: Path) -> None:
+    """A delta that starts after the next index shows a loss: the sequence is resubmitted from there."""
+    worker = FakeDense("dense-0", pause_at=5)
+    async with fleet(tmp_path, [worker]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion(max_tokens=20)))
+        await eventually(lambda: bool(worker.submissions), "submitted")
+        running = worker.submissions[0]
+        gap = dense_pb2.SequenceDelta(
+            sequence=running.sequence,
+            generation=running.generation,
+            first_index=19,
+            token_ids=[LETTER_IDS[0]],
+            finish_reason=types_pb2.FINISH_REASON_LENGTH,
+        )
+        await worker.send(gap)
+        worker.pause_at = None
+        heard = await stream
+    assert heard.tokens() == expected_letters()
+    assert len(worker.submissions) == 2
+
+
+@asynchronous
+async def test_new_requests_go_to_the_least_loaded_worker(tmp_path: Path) -> None:
+    """Requests spread evenly over workers."""
+    workers = [FakeDense("dense-0", pause_at=1), FakeDense("dense-1", pause_at=1)]
+    async with fleet(tmp_path, workers) as cluster:
+        stub = cluster.stub()
+        calls = [stub.Generate(completion(), timeout=20) for _ in range(4)]
+        await eventually(lambda: sum(len(worker.submissions) for worker in workers) == 4, "submitted")
+        assert [len(worker.submissions) for worker in workers] == [2, 2]
+        for call in calls:
+            call.cancel()
+
+
+@asynchronous
+async def test_a_member_that_vanishes_keeps_a_working_stream_for_a_while(tmp_path: Path) -> None:
+    """A controller that starts again knows nobody for a moment: no stream is cut for that."""
+    worker = FakeDense("dense-0", pause_at=3)
+    async with fleet(tmp_path, [worker]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: bool(worker.submissions), "submitted")
+        cluster.dense.remove(worker)
+        cluster.tell()
+        cluster.dense.append(worker)
+        cluster.tell()
+        worker.pause_at = None
+        assert (await stream).tokens() == expected_letters()
+    assert len(worker.submissions) == 1
+
+
+@asynchronous
+async def test_a_stream_resumes_through_a_second_gateway(tmp_path: Path) -> None:
+    """What the client holds of a broken stream is continued elsewhere: each index once, text seamless."""
+    worker = FakeDense("dense-0", pause_at=7)
+    async with fleet(tmp_path, [worker], gateways=2) as cluster:
+        first = cluster.stub().Generate(completion(request_id="moving"), timeout=20)
+        tokens: list[int] = []
+        text, seed = "", 0
+        async for event in first:
+            seed = event.started.seed or seed
+            tokens.extend(event.delta.token_ids)
+            text += event.delta.text
+            if len(tokens) == 7:
+                break
+        worker.pause_at = None
+        resumed = completion(
+            request_id="moving",
+            resume=inference_pb2.Resume(
+                generation=2, received=[inference_pb2.TokenPrompt(token_ids=tokens)], seed=seed
+            ),
+        )
+        rest = await generate(cluster.stub(cluster.gateways[1]), resumed)
+        first.cancel()
+    for event in rest.events:
+        if event.HasField("delta"):
+            assert event.delta.first_index == len(tokens)
+            tokens.extend(event.delta.token_ids)
+            text += event.delta.text
+    assert tokens == expected_letters()
+    assert text == TOKENIZER.decode(expected_letters())
+    assert rest.started.generation == 2
+    assert worker.submissions[1].generation > worker.submissions[0].generation
+
+
+@asynchronous
+async def test_a_higher_generation_takes_a_live_request_over(tmp_path: Path) -> None:
+    """At the same gateway the old stream ends as fenced; without resume the id is taken."""
+    worker = FakeDense("dense-0", pause_at=7)
+    async with fleet(tmp_path, [worker]) as cluster:
+        stub = cluster.stub()
+        old = asyncio.create_task(generate(stub, completion(request_id="one")))
+        await eventually(lambda: bool(worker.submissions), "submitted")
+        with pytest.raises(errors.AlreadyExists):
+            await generate(stub, completion(request_id="one"))
+        worker.pause_at = None
+        received = inference_pb2.TokenPrompt(token_ids=expected_letters()[:2])
+        resume = inference_pb2.Resume(generation=2, received=[received], seed=3)
+        new = await generate(stub, completion(request_id="one", resume=resume))
+        with pytest.raises(errors.Fenced):
+            await old
+    delta = next(event.delta for event in new.events if event.delta.token_ids)
+    assert delta.first_index == 2
+    assert new.finished().usage.completion_tokens == 20
+
+
+def _delivered(gateway: Gateway) -> float:
+    name = "vllm:generation_tokens_total"
+    return gateway.metrics.registry.get_sample_value(name, {"model_name": "tiny"}) or 0.0
