@@ -280,4 +280,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestStore.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
