@@ -42,8 +42,9 @@ class Scheduler:
     * Waiting sequences ask for room in rank order; behind a refused one nobody later asks, and while a
       running one is refused no waiting one does. So whoever is first gets what becomes free.
     * A running sequence that was refused *and* stands at the end of its room takes the room of the last
-      in rank, itself included. A waiting one takes it only from lower priorities, or from waiting ones
-      behind it. Hence the first in rank always progresses, and nobody waits in a circle.
+      in rank behind it, or gives its own to those before it. A waiting one takes room from lower
+      priorities, or from waiting ones behind it. Hence the first in rank is never preempted and always
+      progresses, and nobody waits in a circle.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -205,48 +206,44 @@ class Scheduler:
 
     def _relieve(self, now_s: float) -> tuple[tuple[SequenceKey, ...], tuple[SequenceKey, ...]]:
         """(preempted, exhausted), one at most: the first in rank that cannot go on and can be helped."""
-        running = [s for s in self._running if s.refused and s.starved]
-        for stuck in sorted([*running, *(s for s in self._waiting if s.refused)], key=_rank):
-            runs = stuck in running
+        starved = [s for s in self._running if s.refused and s.starved]
+        for stuck in sorted([*starved, *(s for s in self._waiting if s.refused)], key=_rank):
+            runs = stuck in starved
             if stuck.asked is not None:
                 if runs:
                     break
                 continue
-            if not self._has_rivals(stuck):
-                if self._is_hopeless(stuck, now_s):
-                    self.finish(stuck.key)
-                    return (), (stuck.key,)
-                continue
-            stuck.alone_since_s = None
+            if self._is_hopeless(stuck, now_s):
+                self.finish(stuck.key)
+                return (), (stuck.key,)
             victim = self._victim(stuck, runs) if now_s >= stuck.victim_s else None
             if victim is not None:
                 self._preempt(victim, stuck, now_s)
                 return (victim.key,), ()
         return (), ()
 
-    def _has_rivals(self, stuck: SequenceState) -> bool:
-        """Others have room, are about to, or come first."""
-        return any(
-            other is not stuck and (other.room or other.asked or other.rank < stuck.rank)
-            for other in chain(self._running, self._waiting)
-        )
-
-    def _is_hopeless(self, alone: SequenceState, now_s: float) -> bool:
-        """Nobody here can give way, and that for long: the pool is too small."""
-        if any(s.room for s in self._held):
+    def _is_hopeless(self, stuck: SequenceState, now_s: float) -> bool:
+        """It comes first, nobody else has room to give, and that for long: the pool is too small."""
+        others_hold = any(s.room for s in self._sequences.values() if s is not stuck)
+        if others_hold or not self._is_first(stuck):
+            stuck.alone_since_s = None
             return False
-        if alone.alone_since_s is None:
-            alone.alone_since_s = now_s
-        return now_s - alone.alone_since_s >= self.limits.room_patience_s
+        if stuck.alone_since_s is None:
+            stuck.alone_since_s = now_s
+        return now_s - stuck.alone_since_s >= self.limits.room_patience_s
+
+    def _is_first(self, sequence: SequenceState) -> bool:
+        """Nobody who runs or waits comes before it."""
+        return all(sequence.rank <= members[0].rank for members in (self._running, self._waiting) if members)
 
     def _victim(self, stuck: SequenceState, runs: bool) -> SequenceState | None:
         """Who gives way: the last in rank that has room; see the class for what a waiting one may take."""
         waiting = (s for s in self._waiting if s.room and s.rank > stuck.rank)
-        if runs:
-            running = (s for s in self._running if s.room and s.rank > stuck.rank)
-            return max(chain(running, waiting), key=_rank, default=stuck)
-        running = (s for s in self._running if s.room and s.priority > stuck.priority)
-        return max(chain(running, waiting), key=_rank, default=None)
+        if not runs:
+            lower = (s for s in self._running if s.room and s.priority > stuck.priority)
+            return max(chain(lower, waiting), key=_rank, default=None)
+        running = (s for s in self._running if s.room and s.rank > stuck.rank)
+        return max(chain(running, waiting), key=_rank, default=None if self._is_first(stuck) else stuck)
 
     def _preempt(self, victim: SequenceState, winner: SequenceState, now_s: float) -> None:
         self._leave(victim)

@@ -127,13 +127,6 @@ class SequenceState:
         Room at the tail is wanted up to `goal_tokens` beyond, so that not every token asks again.
         """
         enough = min(self.length + enough_tokens, self.max_length)
-        if (
-            self.room
-            and self.room[0][0] <= self.computed
-            and len(self.room) == 1
-            and enough <= self.room[0][1]
-        ):
-            return None
         gap = first_gap(self.room, self.computed, enough)
         if gap is None or gap[1] < enough:
             return gap

@@ -32,6 +32,7 @@ class Truth:
     length: int
     max_length: int
     deadline_s: float
+    rank: tuple[int, int]
     generation: int = 0
     present: set[int] = field(default_factory=set)
     shards: list[tuple[int, int]] = field(default_factory=list)
@@ -86,7 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert full
         else:
             assert not full
-            self.truth[key] = Truth(length, length + more, deadline_s)
+            self.truth[key] = Truth(length, length + more, deadline_s, (priority, self.submitted))
 
     @rule(data=st.data(), length=st.integers(4, 30), more=st.integers(1, 8))
     def adopt(self, data: st.DataObject, length: int, more: int) -> None:
@@ -101,7 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.submit(
             key, length, 1, FOREVER_S, self.now_s, max_length=length + more, room=shards, computed=committed
         )
-        truth = Truth(length, length + more, FOREVER_S, shards=shards)
+        truth = Truth(length, length + more, FOREVER_S, (1, self.submitted), shards=shards)
         truth.present = {p for a, b in committed for p in range(a, b) if p < length - 1}
         self.truth[key] = truth
 
@@ -229,6 +230,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len({row.key for row in plan.rows}) == len(plan.rows)
         assert set(plan.expired) == {k for k, t in self.truth.items() if t.deadline_s <= self.now_s}
         gone = {*plan.expired, *plan.exhausted, *plan.preempted, *self.held}
+        live = {*self.truth} - self.held - {*plan.expired}
+        first = min(live, key=lambda key: self.truth[key].rank, default=None)
+        assert first not in plan.preempted, "the first in rank gives way to nobody"
+        assert plan.exhausted in ((), (first,)), "whoever is not first may still get room"
         for row in plan.rows:
             assert row.key not in gone
             truth = self.truth[row.key]
@@ -265,7 +270,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for key in sorted(self.held):
-            self.resume_all(key)
+            self.scheduler.resume(key)
+        self.held.clear()
         for request in list(self.asked.values()):
             self.answer(request, 1, False, False)
         for _ in range(4000):
@@ -278,11 +284,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.now_s += 0.02
         raise AssertionError(f"still alive: {self.truth}")
 
-    def resume_all(self, key: SequenceKey) -> None:
-        """Bring one held sequence back."""
-        self.held.remove(key)
-        self.scheduler.resume(key)
-
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
