@@ -7,8 +7,10 @@ import sys
 import typer
 
 from anabranch.cli import model
+from anabranch.cli.chat import chat_command
 from anabranch.cli.demo import demo
 from anabranch.cli.down import down
+from anabranch.cli.generate import generate_command
 from anabranch.cli.status import status
 from anabranch.cli.up import up
 from cluster.errors import AnabranchError, ConfigError, InvalidRequest, ModelError
@@ -25,6 +27,8 @@ app.command()(demo)
 app.command()(up)
 app.command()(status)
 app.command()(down)
+app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.add_typer(model.app, name="model")
 
 _USER_ERRORS = (ConfigError, InvalidRequest, ModelError)
