@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
+from anabranch import wire
 from anabranch.v1 import dense_pb2, types_pb2
 from cluster.errors import AnabranchError
 from cluster.types import Generation
@@ -115,7 +116,7 @@ class Choice:
 
     def _submission(self) -> dense_pb2.Submission:
         return dense_pb2.Submission(
-            sequence=self.key_message(),
+            sequence=wire.sequence_message(self.key),
             generation=self.generation,
             prompt_token_ids=self.plan.prompt_token_ids,
             output_token_ids=self.tokens,
@@ -149,13 +150,9 @@ class Choice:
             matched_stop=piece.matched_stop,
         )
 
-    def key_message(self) -> types_pb2.SequenceKey:
-        """The key as messages carry it."""
-        return types_pb2.SequenceKey(request_id=self.key.request_id, choice=self.key.choice)
-
     def abort_message(self) -> dense_pb2.ServeRequest:
         """Asks a dense worker to end it and free its blocks."""
-        abort = dense_pb2.AbortSequence(sequence=self.key_message(), generation=self.generation)
+        abort = dense_pb2.AbortSequence(sequence=wire.sequence_message(self.key), generation=self.generation)
         return dense_pb2.ServeRequest(abort=abort)
 
 

@@ -13,6 +13,7 @@ from cluster import rpc
 from cluster.config import Config
 from cluster.telemetry import logger
 from workers.gateway.callers import CallerDirectory
+from workers.gateway.decoding import DecodingInterceptor
 from workers.gateway.dense_link import GatewayIdentity
 from workers.gateway.desk import Desk
 from workers.gateway.http_api import HttpApi
@@ -109,6 +110,7 @@ class Gateway:
     def _build_server(self) -> grpc.aio.Server:
         limits = self._config.gateway
         server = grpc.aio.server(
+            interceptors=(DecodingInterceptor(_SERVICE),),
             options=rpc.server_options(limits.max_request_bytes),
             maximum_concurrent_rpcs=2 * limits.max_streams + _UNARY_CALLS_MAX,
         )

@@ -14,7 +14,7 @@ from cluster.types import Generation, SequenceKey
 ATTEMPT_BITS = 8
 """Low bits of a submission's generation: this gateway's own resubmissions."""
 
-STREAM_GENERATION_MAX = 2 ** (16 - ATTEMPT_BITS) - 1
+STREAM_GENERATION_MAX = (1 << (16 - ATTEMPT_BITS)) - 1
 """Highest generation a client may resume with: dense workers keep 16 bits for gateways."""
 
 
@@ -63,10 +63,12 @@ class RequestPlan:
         """The generation of this gateway's submission number `attempt`, from 0.
 
         A client that resumes elsewhere knows only its streams, not what a gateway resubmitted on its
-        own. With the stream in the high bits the client's next one is higher than all of these.
+        own. With the stream in the high bits the client's next one is higher than all of these. The very
+        first is 1: a dense worker then knows that nothing of the sequence lies anywhere.
         """
-        assert 0 <= attempt < 2**ATTEMPT_BITS
-        return Generation(self.generation << ATTEMPT_BITS | attempt)
+        assert 1 <= self.generation <= STREAM_GENERATION_MAX
+        assert 0 <= attempt < 1 << ATTEMPT_BITS
+        return Generation(((self.generation - 1) << ATTEMPT_BITS | attempt) + 1)
 
 
 def cluster_request_id(tenant: str, request_id: str) -> str:

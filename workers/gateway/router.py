@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
+from anabranch import wire
 from anabranch.v1 import control_pb2, dense_pb2, types_pb2
 from cluster import rpc
 from cluster.config import Config
@@ -122,7 +123,7 @@ class Router:
 
     def _on_step(self, link: DenseLink, step: dense_pb2.StepDeltas) -> None:
         for delta in step.deltas:
-            choice = self._choices.get(SequenceKey(delta.sequence.request_id, delta.sequence.choice))
+            choice = self._choices.get(wire.sequence_key(delta.sequence))
             if choice is not None and choice.link is link and choice.generation == delta.generation:
                 self._on_delta(choice, link, delta)
             elif _is_final(delta):

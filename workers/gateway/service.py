@@ -12,6 +12,7 @@ from cluster import rpc
 from cluster.errors import AnabranchError, Internal
 from cluster.telemetry import logger
 from workers.gateway.callers import Caller
+from workers.gateway.decoding import require_decoded
 from workers.gateway.desk import Desk
 from workers.gateway.topology import Topology
 
@@ -21,8 +22,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    """See inference.proto. Messages that protobuf refuses, text that is not UTF-8 among them, never get
-    here: gRPC answers INTERNAL for them, and RESOURCE_EXHAUSTED for those over `max_request_bytes`.
+    """See inference.proto. Messages over `max_request_bytes` never get here: gRPC answers them with
+    RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, desk: Desk, topology: Topology) -> None:
@@ -34,7 +35,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """See inference.proto."""
-        caller = self._caller(context)
+        caller = self._caller(request, context)
         live = await self._desk.open(request, caller, context.time_remaining())
         # The call may end while this generator is suspended in a `yield`: nobody would resume it.
         # (The cast: the stubs want a class of their own where gRPC takes any callable.)
@@ -55,7 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.TokenizeRequest, context: _Context
     ) -> inference_pb2.TokenizeResponse:
         """See inference.proto."""
-        self._caller(context)
+        self._caller(request, context)
         tokens = await self._desk.tokenize(request)
         return inference_pb2.TokenizeResponse(
             token_ids=tokens, max_sequence_length=self._desk.model.max_sequence_length
@@ -63,10 +64,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     @rpc.aio_unary
     async def ListModels(
-        self, _request: inference_pb2.ListModelsRequest, context: _Context
+        self, request: inference_pb2.ListModelsRequest, context: _Context
     ) -> inference_pb2.ListModelsResponse:
         """See inference.proto."""
-        self._caller(context)
+        self._caller(request, context)
         served = self._desk.model
         model = inference_pb2.Model(
             name=served.name,
@@ -83,19 +84,21 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.GetTopologyResponse:
         """See inference.proto."""
         request_id = request.request_id if request.HasField("request_id") else None
-        return await self._topology.describe(request_id, self._caller(context))
+        return await self._topology.describe(request_id, self._caller(request, context))
 
     @rpc.aio_unary
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: _Context
     ) -> inference_pb2.AbortResponse:
         """See inference.proto."""
-        live = self._desk.find(request.request_id, self._caller(context))
+        live = self._desk.find(request.request_id, self._caller(request, context))
         if live is not None:
             live.abort()
         return inference_pb2.AbortResponse(found=live is not None)
 
-    def _caller(self, context: _Context) -> Caller:
+    def _caller(self, request: object, context: _Context) -> Caller:
+        """What every call begins with. Raises InvalidRequest, Unauthenticated."""
+        require_decoded(request)
         metadata = dict(context.invocation_metadata() or ())
         authorization = metadata.get("authorization")
         return self._desk.authenticate(str(authorization) if authorization is not None else None)

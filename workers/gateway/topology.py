@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import grpc
 
+from anabranch import wire
 from anabranch.v1 import control_pb2, inference_pb2, kv_pb2, kv_pb2_grpc
 from cluster import rpc
 from cluster.config import TlsConfig
@@ -59,12 +60,12 @@ class Topology:
         stub = kv_pb2_grpc.KvServiceStub(self._channel(member.address))
         try:
             answer = await stub.Locate(
-                kv_pb2.LocateRequest(sequence=choice.key_message()), timeout=_LOCATE_TIMEOUT_S
+                kv_pb2.LocateRequest(sequence=wire.sequence_message(choice.key)), timeout=_LOCATE_TIMEOUT_S
             )
         except grpc.RpcError as error:
             _log.warning("locate_failed", member=member.worker_id, problem=rpc.from_rpc(error).message)
             return []
-        key = choice.key_message()
+        key = wire.sequence_message(choice.key)
         key.request_id = request_id  # the name the client knows, without its tenant
         return [
             inference_pb2.ShardUsage(
