@@ -34,6 +34,7 @@ _log = logger("dense.engine")
 _OFFERS_MOST = 4096
 _CALLS_PER_STEP = 256
 _CALLS_BUDGET_S = 0.005
+_LAST_CALLS_BUDGET_S = 1.0
 _IDLE_S = 1.0
 """Longest pause without work; what is due earlier shortens it."""
 
@@ -175,6 +176,7 @@ class Engine:
                 outcome = self._run(plan)
                 if outcome is not None:
                     self._apply(plan, outcome)
+            self._inbox.run(_OFFERS_MOST, _LAST_CALLS_BUDGET_S)
             self._table.hand_over()
         except Exception as error:  # noqa: BLE001  every request gets an answer, also from an engine that broke
             _log.error("engine_failed", error=error, step=self._step)

@@ -33,7 +33,7 @@ class SequenceTable:
         live --its last token--> finished --acknowledged--> gone, blocks freed
           |  --failure, abort--> gone, blocks freed
           |  --handed over, fenced--> gone, blocks left to their next owner or their leases
-          +--its gateway's stream breaks--> orphaned, stepping no more --after a grace period--> gone, likewise
+          +--its gateway's stream breaks--> orphaned: no steps --after a grace period--> gone, likewise
 
     Finished sequences whose gateway is gone are orphans too.
     """

@@ -12,7 +12,7 @@ from workers.dense.deltas import Delta, FinishReason, Subscriber, Timings
 from workers.dense.sampler import Sampled, SampleRow, TokenHistory
 
 _LIFE_BITS = 16
-GENERATION_MOST = 2**_LIFE_BITS - 1
+GENERATION_MOST = (1 << _LIFE_BITS) - 1
 """Highest generation a gateway may give: 65,535 resubmissions of one request."""
 
 
@@ -57,8 +57,10 @@ class Submission:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether shards of it may lie somewhere."""
-        return self.generation > 1 or bool(self.output) or bool(self.shard_map)
+        """Whether KV of it may lie somewhere. A map goes out before the first append, so who has neither
+        heard a map nor received a token resubmits from nothing.
+        """
+        return bool(self.output) or bool(self.shard_map)
 
 
 @dataclass(slots=True)
@@ -108,7 +110,7 @@ class LiveSequence:
     """Since when its gateway's stream is gone."""
     has_held: bool = False
     """Whether any reservation ever succeeded."""
-    void: dict[WorkerId, int] = field(default_factory=dict)
+    void: dict[WorkerId, Generation] = field(default_factory=dict)
     """Per worker: what it granted under this wire generation or a lower one was given up."""
 
     @classmethod
@@ -141,7 +143,7 @@ class LiveSequence:
     @property
     def is_complete(self) -> bool:
         """Whether it has all the tokens it may have."""
-        return len(self.token_ids) >= self.max_length
+        return self.output_count >= self.submission.max_tokens
 
     @property
     def is_worn_out(self) -> bool:
@@ -187,7 +189,8 @@ class LiveSequence:
 
     def is_void(self, placed: Placed) -> bool:
         """Whether a reservation belongs to a life that was given up before its answer came."""
-        return placed.generation <= self.void.get(placed.shard.worker, -1)
+        void = self.void.get(placed.shard.worker)
+        return void is not None and placed.generation <= void
 
     def restart(self) -> None:
         """Preemption: everything is given back, under a higher generation."""

@@ -50,8 +50,8 @@ class ShardKeeper:
             table.fail(
                 sequence,
                 ResourceExhausted(
-                    f"no attention worker has room for token {len(sequence.token_ids)} of the sequence, and nothing "
-                    "else here could give way: retry later"
+                    f"no attention worker has room for token {len(sequence.token_ids)} of the sequence, and "
+                    "nothing else here could give way: retry later"
                 ),
             )
         for request in plan.room:
@@ -71,17 +71,22 @@ class ShardKeeper:
             self._lose(sequence, worker)
 
     def lose_shards_of(self, aborted: StepAborted) -> bool:
-        """A worker answered that a shard is not as the plan says: its sequence gives up all it has there.
+        """A worker says that shards are not as the plan has them: their sequences give up all they have there.
 
         False when the fault names no shard of a live sequence.
         """
-        named = aborted.cause.metadata.get("shard", "")
-        for sequence in self._door.table.holding_at(aborted.worker):
-            for placed in sequence.shards:
-                if placed.shard.worker == aborted.worker and str(placed.shard.shard) == named:
-                    self._lose(sequence, aborted.worker)
-                    return True
-        return False
+        named = aborted.cause.metadata.get("shards", "").split(",")
+        at_fault = [
+            sequence
+            for sequence in self._door.table.holding_at(aborted.worker)
+            if any(
+                placed.shard.worker == aborted.worker and str(placed.shard.shard) in named
+                for placed in sequence.shards
+            )
+        ]
+        for sequence in at_fault:
+            self._lose(sequence, aborted.worker)
+        return bool(at_fault)
 
     def lease_lost(self, key: SequenceKey, worker: WorkerId, generation: Generation) -> None:
         """A worker no longer holds what it held of a sequence under this generation."""

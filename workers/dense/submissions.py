@@ -77,7 +77,10 @@ class Submissions:
         _log.info("refused", request_id=key.request_id, choice=key.choice, problem=error.message)
 
     def _admissible(self, submission: Submission) -> LiveSequence | None:
-        """The sequence whose place this takes, if any. Raises AlreadyExists, Unavailable, ResourceExhausted."""
+        """The sequence whose place this takes, if any.
+
+        Raises AlreadyExists, Unavailable, ResourceExhausted.
+        """
         before = self._door.table.known(submission.key)
         if before is not None and submission.generation <= before.submission.generation:
             raise AlreadyExists(
@@ -108,9 +111,9 @@ class Submissions:
             self._door.outbox.put(before.subscriber, before.delta(failure=error))
         count = len(sequence.token_ids)
         is_prefix = before.token_ids[:count] == sequence.token_ids
-        if is_prefix and before.submission.prompt == sequence.submission.prompt:
-            if sequence.submission.sampling.logprobs is None:
-                self._deliver_again(before.token_ids[count : sequence.max_length], sequence)
+        same_prompt = before.submission.prompt == sequence.submission.prompt
+        if is_prefix and same_prompt and sequence.submission.sampling.logprobs is None:
+            self._deliver_again(before.token_ids[count : sequence.max_length], sequence)
 
     def _deliver_again(self, token_ids: list[int], sequence: LiveSequence) -> None:
         for token_id in token_ids:
@@ -120,7 +123,7 @@ class Submissions:
             self._door.outbox.put(sequence.subscriber, sequence.delta(tokens))
 
     def _adopt(self, sequence: LiveSequence, before: LiveSequence | None) -> None:
-        """Ask the pool for what survives. The last known token is computed in any case: its logits are due."""
+        """Ask the pool for what survives. The last known token is computed in any case, for its logits."""
         known_map = before.shard_map() if before is not None else sequence.submission.shard_map
         self._adopting.add(sequence.key)
         self._door.pool.adopt(

@@ -1,0 +1,113 @@
+"""`python -m workers.dense`: one dense worker of a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+
+import torch
+
+from anabranch.v1 import control_pb2, inference_pb2
+from anabranch.wire import geometry_value
+from cluster.errors import VersionMismatch
+from cluster.types import WorkerId
+from workers import role
+from workers.attention.core import AttentionCore
+from workers.dense.members import AttentionMember
+from workers.dense.model import Decoder
+from workers.dense.worker import DenseWorker
+from workers.membership import MembershipClient
+from workers.role import RoleContext
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROGRESS_S = 2.0
+
+
+def serve(context: RoleContext) -> int:
+    """Load the model, join, serve until told to stop, hand over what runs."""
+    config = context.config
+    torch.set_num_threads(config.dense.threads)
+    decoder = _load(context)
+    with contextlib.ExitStack() as stack:
+        local = _local_core(context, decoder)
+        if local is not None:
+            stack.enter_context(local)
+        worker = _worker(context, decoder, local)
+        stack.callback(worker.stop)
+        return _join_and_serve(context, worker, stack)
+
+
+def _join_and_serve(context: RoleContext, worker: DenseWorker, stack: contextlib.ExitStack) -> int:
+    def on_change(membership: control_pb2.Membership) -> None:
+        worker.set_members(membership.members)
+
+    address = context.reachable(context.config.dense.host, worker.port)
+    worker.start()
+    membership = MembershipClient(
+        context, inference_pb2.ROLE_DENSE, address, worker.load, on_change, context.stop.set
+    )
+    stack.callback(membership.close)
+    theirs = geometry_value(membership.start().geometry)
+    if theirs != worker.geometry:
+        raise VersionMismatch(f"the controller serves {theirs}, this worker's model gives {worker.geometry}")
+    context.serve_metrics(worker.engine.metrics.registry, context.config.dense.host)
+    membership.set_state(inference_pb2.MEMBER_STATE_READY)
+    context.log.info("serving", address=address)
+    _stop_when_broken(context, worker)
+    context.stop.wait()
+    membership.set_state(inference_pb2.MEMBER_STATE_DRAINING)
+    worker.drain()
+    return role.EXIT_FAILED if worker.engine.failed.is_set() else role.EXIT_OK
+
+
+def _load(context: RoleContext) -> Decoder:
+    """The model, with a log line every few seconds."""
+    spoken_s = time.monotonic()
+
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal spoken_s
+        if time.monotonic() - spoken_s >= _PROGRESS_S or done_bytes == total_bytes:
+            spoken_s = time.monotonic()
+            context.log.info("loading_weights", done_bytes=done_bytes, total_bytes=total_bytes)
+
+    config = context.config
+    device = torch.device(config.dense.device)
+    return Decoder.from_folder(config.model.path, _DTYPES[config.model.dtype], device, progress)
+
+
+def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
+    """The KV cache in this process, where the configuration gives it one (monolithic mode)."""
+    config = context.config
+    if config.dense.local_arena == 0:
+        return None
+    geometry = decoder.spec.geometry(config.model.dtype, config.attention.block_tokens)
+    settings = config.attention.model_copy(update={"device": config.dense.device})
+    name = WorkerId(f"{context.worker_id}-local")
+    return AttentionCore(settings, config.dense.local_arena, geometry, name, context.epoch)
+
+
+def _worker(context: RoleContext, decoder: Decoder, local: AttentionCore | None) -> DenseWorker:
+    if local is None:
+        return DenseWorker(context.config, decoder, context.worker_id, context.epoch)
+    store, blocks = local.store, local.arena.blocks
+
+    def member() -> AttentionMember:
+        return AttentionMember(store.worker, store.epoch, "", blocks, store.audit().free, is_local=True)
+
+    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, (member, local.peer()))
+
+
+def _stop_when_broken(context: RoleContext, worker: DenseWorker) -> None:
+    """A worker whose engine failed ends, and is started again."""
+
+    def watch() -> None:
+        worker.engine.failed.wait()
+        context.stop.set()
+
+    threading.Thread(target=watch, name="engine-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(role.run("dense", serve))

@@ -1,0 +1,103 @@
+"""An attention worker in another process, as `workers.peer` asks for it: gRPC and a lane."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import grpc
+
+from anabranch import wire
+from anabranch.v1 import kv_pb2, kv_pb2_grpc, types_pb2
+from cluster import rpc
+from cluster.config import TlsConfig
+from cluster.types import Generation, SequenceKey
+from workers.dense.members import AttentionMember
+from workers.lanes.dial import Caller, dial
+from workers.lanes.messages import Lane
+from workers.peer import HeldShard, Reservation
+
+_TIMEOUT_S = 3.0
+"""Of every call: the store answers from memory, so a longer silence means that it does not live."""
+
+_T = TypeVar("_T")
+
+
+class RemotePeer:
+    """`AttentionPeer` over `KvService` and `OpenLane`; the channel connects when first used."""
+
+    def __init__(self, member: AttentionMember, caller: Caller, tls: TlsConfig) -> None:
+        self.worker = member.worker
+        self.epoch = member.epoch
+        self._address = member.address
+        self._caller = caller
+        self._channel = rpc.channel(member.address, tls)
+        self._stub = kv_pb2_grpc.KvServiceStub(self._channel)
+        self._believed = types_pb2.Believed(epoch=member.epoch)
+
+    def reserve(
+        self, key: SequenceKey, generation: Generation, first: int, end: int, tenant: str
+    ) -> Reservation:
+        """See `AttentionPeer.reserve`."""
+        request = kv_pb2.ReserveRequest(
+            believed=self._believed,
+            sequence=wire.sequence_message(key),
+            generation=generation,
+            first_position=first,
+            end_position=end,
+            tenant=tenant,
+        )
+        response = _call(lambda: self._stub.Reserve(request, timeout=_TIMEOUT_S))
+        return Reservation(wire.shard_ref(response.shard), response.lease_ms, response.blocks_available)
+
+    def release(self, key: SequenceKey, generation: Generation) -> int:
+        """See `AttentionPeer.release`."""
+        request = kv_pb2.ReleaseRequest(
+            believed=self._believed, sequence=wire.sequence_message(key), generation=generation
+        )
+        return _call(lambda: self._stub.Release(request, timeout=_TIMEOUT_S)).blocks_released
+
+    def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
+        """See `AttentionPeer.renew`."""
+        request = kv_pb2.RenewRequest(believed=self._believed, sequences=map(wire.sequence_message, keys))
+        response = _call(lambda: self._stub.Renew(request, timeout=_TIMEOUT_S))
+        return tuple(map(wire.sequence_key, response.unknown))
+
+    def adopt(
+        self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
+    ) -> tuple[HeldShard, ...]:
+        """See `AttentionPeer.adopt`."""
+        request = kv_pb2.AdoptRequest(
+            believed=self._believed,
+            sequence=wire.sequence_message(key),
+            generation=generation,
+            token_ids=token_ids,
+        )
+        return _held(_call(lambda: self._stub.Adopt(request, timeout=_TIMEOUT_S)).shards)
+
+    def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
+        """See `AttentionPeer.locate`."""
+        request = kv_pb2.LocateRequest(sequence=wire.sequence_message(key))
+        return _held(_call(lambda: self._stub.Locate(request, timeout=_TIMEOUT_S)).shards)
+
+    def open_lane(self) -> Lane:
+        """See `AttentionPeer.open_lane`."""
+        return dial(self._channel, self._address, self.epoch, self._caller)
+
+    def close(self) -> None:
+        """Close the channel, and with it a lane that runs over it. Idempotent."""
+        self._channel.close()
+
+
+def _call(call: Callable[[], _T]) -> _T:
+    try:
+        return call()
+    except grpc.RpcError as error:
+        raise rpc.from_rpc(error) from error
+
+
+def _held(shards: Iterable[kv_pb2.HeldShard]) -> tuple[HeldShard, ...]:
+    return tuple(
+        HeldShard(wire.shard_ref(held.shard), held.committed_tokens, held.blocks, Generation(held.generation))
+        for held in shards
+    )
