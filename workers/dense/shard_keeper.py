@@ -71,7 +71,7 @@ class ShardKeeper:
             self._lose(sequence, worker)
 
     def lose_shards_of(self, aborted: StepAborted) -> bool:
-        """A worker says that shards are not as the plan has them: their sequences give up all they have there.
+        """Shards are not as the plan says, a worker answered: their sequences give up all they have there.
 
         False when the fault names no shard of a live sequence.
         """
