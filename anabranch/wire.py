@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from anabranch.v1 import types_pb2
 from cluster.errors import VersionMismatch
+from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
 
 _DATA_TYPES = {
@@ -83,4 +84,13 @@ def geometry_value(message: types_pb2.KvGeometry) -> KvGeometry:
         dtype=_DTYPES[message.data_type],
         block_tokens=message.block_tokens,
         digest=message.digest,
+    )
+
+
+def sampling_value(message: types_pb2.SamplingParameters) -> SamplingParameters:
+    """Sampling parameters as a value, unchecked; an absent field takes its one default."""
+    present = {field.name: value for field, value in message.ListFields()}
+    given = {name: value for name, value in present.items() if name not in ("logit_bias", "stop_token_ids")}
+    return SamplingParameters(
+        **given, logit_bias=dict(message.logit_bias), stop_token_ids=tuple(message.stop_token_ids)
     )

@@ -26,7 +26,8 @@ from anabranch.client import Client
 from anabranch.events import Finished, Started, TokenDelta
 from cluster import config as configuration
 from cluster.errors import AnabranchError, Internal, Unavailable
-from controller.controller import ClusterReady, Controller, Event, SlotChanged
+from controller.controller import Controller
+from controller.events import ClusterReady, Event, SlotChanged
 from controller.state import ClusterRecord
 
 SHORT_QUESTION = "What is the capital of France?"
