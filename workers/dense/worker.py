@@ -1,18 +1,16 @@
-"""A dense worker with its server: the engine, `DenseService`, health, reflection and load."""
+"""A dense worker with its server: the engine, the gateways' service, and a local shard if there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2
+from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
 from cluster import rpc
 from cluster.config import Config
 from cluster.types import Epoch, KvGeometry, WorkerId
-from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
@@ -23,97 +21,108 @@ from workers.lanes.agreement import rows_most
 from workers.lanes.dial import Caller
 from workers.peer import AttentionPeer
 
-_UNARY_THREADS = 4
-_GATEWAYS_MOST = 64
-"""Streams at once; each occupies a thread."""
+_THREADS = 72
+"""Each gateway's stream occupies one."""
 
 _SERVICE = dense_pb2.DESCRIPTOR.services_by_name["DenseService"].full_name
+_STOP_GRACE_S = 2.0
 
 
 class DenseWorker:
-    """Binds first, serves once the model is loaded and the pool is known, drains at the end.
+    """Composes one dense worker; `local` tells of a member in this process as it is now, and is its peer.
 
-        bound --start(decoder)--> serving --drain--> draining --stop--> stopped
-
-    `local` is an attention worker in this process, as member and peer.
+    bound --start--> serving --drain--> handed over --stop--> stopped
     """
 
     def __init__(
         self,
         config: Config,
+        decoder: Decoder,
         worker: WorkerId,
         epoch: Epoch,
-        local: tuple[AttentionMember, AttentionPeer] | None = None,
+        local: tuple[Callable[[], AttentionMember], AttentionPeer] | None = None,
     ) -> None:
         """Bind the configured host. Raises ConfigError or Unavailable (`cluster.rpc.bind`)."""
         self._config = config
-        self._worker = worker
-        self._epoch = epoch
         self._local = local
-        self._server = rpc.server(_UNARY_THREADS + _GATEWAYS_MOST)
+        spec = decoder.spec
+        self.geometry: KvGeometry = spec.geometry(config.model.dtype, config.attention.block_tokens)
+        self._caller = Caller(
+            worker, epoch, self.geometry, config.lanes.transports, rows_most(config, self.geometry)
+        )
+        self.engine = Engine(config, decoder, select("auto", config.dense.device), self._connect)
+        self._service = DenseService(
+            self.engine,
+            Identity(
+                types_pb2.Responder(worker_id=worker, epoch=epoch),
+                spec.digest,
+                spec.vocabulary_size,
+                config.gateway.default_deadline_ms,
+            ),
+        )
+        self._server = rpc.server(_THREADS)
         self.port = rpc.bind(self._server, config.dense.host, 0, config.security)
         self._health = health.HealthServicer()
-        self._engine: Engine | None = None
 
-    @property
-    def engine(self) -> Engine:
-        """The engine, once started."""
-        assert self._engine is not None, "start comes first"
-        return self._engine
-
-    def start(self, decoder: Decoder) -> None:
-        """Serve a model."""
-        config, spec = self._config, decoder.spec
-        geometry = spec.geometry(config.model.dtype, config.attention.block_tokens)
-        kernel = select(config.attention.kernel, config.dense.device)
-        engine = Engine(config, decoder, kernel, partial(self._connect, geometry))
-        self._engine = engine
-        limits = AdmissionLimits(spec.vocabulary_size, engine.max_sequence_length)
-        identity = Identity(self._worker, self._epoch, spec.digest)
-        service = DenseService(engine, identity, limits, config.gateway.default_deadline_ms)
-        dense_pb2_grpc.add_DenseServiceServicer_to_server(service, self._server)
+    def start(self) -> None:
+        """Serve gateways; attention workers come with `set_members`."""
+        dense_pb2_grpc.add_DenseServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        engine.start()
-        self.update(())
+        reflection.enable_server_reflection(
+            (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        self.set_members(())
+        self.engine.start()
         self._server.start()
         for name in ("", _SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    def update(self, members: Sequence[AttentionMember]) -> None:
-        """Membership changed."""
-        local = (self._local[0],) if self._local is not None else ()
-        self.engine.pool.update((*members, *local))
+    def set_members(self, members: Iterable[inference_pb2.Member]) -> None:
+        """Take the membership: attention workers that left starting are connected to."""
+        known = [
+            _attention_member(member)
+            for member in members
+            if member.role == inference_pb2.ROLE_ATTENTION
+            and member.state != inference_pb2.MEMBER_STATE_STARTING
+        ]
+        if self._local is not None:
+            known.append(self._local[0]())
+        self.engine.pool.update(known)
 
     def load(self) -> inference_pb2.Load:
         """What heartbeats report."""
-        if self._engine is None:
-            return inference_pb2.Load()
         return inference_pb2.Load(
-            sequences_running=self._engine.sequences_running,
-            sequences_waiting=self._engine.sequences_waiting,
+            sequences_running=self.engine.sequences_running, sequences_waiting=self.engine.sequences_waiting
         )
 
     def drain(self) -> None:
-        """Take no new sequences; those that live go on."""
+        """Take nothing new and hand every sequence back, for another dense worker to take over: its KV
+        lies elsewhere and stays.
+        """
         self._health.set(_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         self.engine.refuse_new()
+        self.engine.stop()
+        self._service.end_streams()
 
     def stop(self) -> None:
-        """Hand what lives back to the gateways and end. Idempotent."""
-        if self._engine is not None:
-            self._engine.stop()
-        self._server.stop(grace=1.0).wait(timeout=5.0)
+        """End the engine and the streams. Idempotent."""
+        self.engine.stop()
+        self._server.stop(grace=_STOP_GRACE_S).wait(timeout=2 * _STOP_GRACE_S)
 
-    def _connect(self, geometry: KvGeometry, member: AttentionMember) -> AttentionPeer:
-        if self._local is not None and member.is_local:
+    def _connect(self, member: AttentionMember) -> AttentionPeer:
+        if member.is_local:
+            assert self._local is not None
             return self._local[1]
-        caller = Caller(
-            self._worker,
-            self._epoch,
-            geometry,
-            self._config.lanes.transports,
-            rows_most(self._config, geometry),
-        )
-        return RemotePeer(member, caller, self._config.security.tls)
+        return RemotePeer(member, self._caller, self._config.security.tls)
+
+
+def _attention_member(member: inference_pb2.Member) -> AttentionMember:
+    blocks = member.load.blocks
+    return AttentionMember(
+        WorkerId(member.worker_id),
+        Epoch(member.epoch),
+        member.address,
+        blocks.capacity,
+        blocks.free + blocks.sealed_cached,
+        is_admitting=member.state == inference_pb2.MEMBER_STATE_READY,
+    )
