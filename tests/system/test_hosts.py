@@ -39,7 +39,7 @@ def test_attention_on_another_host_gives_the_same_tokens(
 ) -> None:
     """Over a lane between two hosts every token is the reference's, and the far host holds the cache."""
     near, far = hosts
-    model = tiny_model(folder / "model", "llama")
+    model = tiny_model(folder / "model", "llama", tokenizer=True)
     command = [sys.executable, "-m", "tests.system.two_hosts", str(model), str(folder), transport]
     command += [near.address, far.namespace, far.address]
     driver = near.start(
