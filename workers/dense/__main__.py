@@ -23,6 +23,8 @@ from workers.role import RoleContext
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROGRESS_S = 2.0
+_CONNECT_S = 3.0
+"""Longest wait for lanes to the attention workers there are; others may join or leave at any time."""
 
 
 def serve(context: RoleContext) -> int:
@@ -52,6 +54,8 @@ def _join_and_serve(context: RoleContext, worker: DenseWorker, stack: contextlib
     theirs = geometry_value(membership.start().geometry)
     if theirs != worker.geometry:
         raise VersionMismatch(f"the controller serves {theirs}, this worker's model gives {worker.geometry}")
+    worker.set_members(membership.membership().members)
+    worker.wait_connected(_CONNECT_S)
     context.serve_metrics(worker.engine.metrics.registry, context.config.dense.host)
     membership.set_state(inference_pb2.MEMBER_STATE_READY)
     context.log.info("serving", address=address)

@@ -10,10 +10,11 @@ from workers.dense.sequences import GENERATION_MOST, Submission
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """max_sequence_length: of prompt and output together."""
+    """max_sequence_length: of prompt and output together. deadline_most_ms: of a request."""
 
     vocabulary_size: int
     max_sequence_length: int
+    deadline_most_ms: int
 
 
 def check(submission: Submission, limits: AdmissionLimits) -> None:

@@ -116,11 +116,10 @@ class MemberTable:
         with self._lock:
             return [known.peer for _, known in sorted(self._known.items()) if known.peer is not None]
 
-    def is_local(self, worker: WorkerId) -> bool:
-        """Whether a worker lies in this process."""
+    def all_usable(self) -> bool:
+        """Whether every known worker has a usable peer."""
         with self._lock:
-            known = self._known.get(worker)
-            return known is not None and known.member.is_local
+            return all(known.peer is not None for known in self._known.values())
 
     def set_free(self, worker: WorkerId, epoch: Epoch, blocks: int) -> None:
         """What a reservation said, newer than the last heartbeat."""

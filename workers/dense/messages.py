@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from anabranch.v1 import dense_pb2, types_pb2
 from anabranch.wire import sampling_value, sequence_key, sequence_message, shard_map, shard_map_message
 from cluster import rpc
 from cluster.errors import AnabranchError, InvalidRequest
 from workers.dense.deltas import Delta, FinishReason, Timings
-from workers.dense.sequences import GENERATION_MOST, Submission
+from workers.dense.sequences import Submission
 
 _FINISH_REASONS = {
     FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
@@ -17,24 +17,13 @@ _FINISH_REASONS = {
 }
 
 
-def submission_value(
-    message: dense_pb2.Submission, now_s: float, longest_ms: int, vocabulary_size: int
-) -> Submission:
-    """A checked submission; `longest_ms` is its deadline where it brings none, or a later one.
-
-    Raises InvalidRequest naming the field: gateways check too, but this process answers for itself.
+def submission_value(message: dense_pb2.Submission, now_s: float, longest_ms: int) -> Submission:
+    """A submission, to be checked by `admission.check`; `longest_ms` is its deadline where it brings none, or
+    a later one. Raises InvalidRequest where a gateway left open what it has to resolve.
     """
     sampling = sampling_value(message.sampling)
-    sampling.validate(vocabulary_size)
     if sampling.seed is None or sampling.max_tokens is None:
         raise InvalidRequest("a submission needs a resolved seed and max_tokens")
-    if not message.prompt_token_ids:
-        raise InvalidRequest("a submission needs a prompt")
-    if not 0 < message.generation <= GENERATION_MOST:
-        raise InvalidRequest(f"generation {message.generation} is not in 1..{GENERATION_MOST}")
-    highest = max(*message.prompt_token_ids, *message.output_token_ids, 0)
-    if highest >= vocabulary_size:
-        raise InvalidRequest(f"token id {highest} is outside the vocabulary of {vocabulary_size}")
     asked_ms = message.deadline_ms if message.HasField("deadline_ms") else longest_ms
     return Submission(
         key=sequence_key(message.sequence),
@@ -55,6 +44,11 @@ def refusal(message: dense_pb2.Submission, error: AnabranchError) -> Delta:
     """The answer to a submission that never became a sequence."""
     key = sequence_key(message.sequence)
     return Delta(key, message.generation, len(message.output_token_ids), failure=error)
+
+
+def step_message(step: int, deltas: Sequence[Delta]) -> dense_pb2.ServeResponse:
+    """What a step brought for one gateway."""
+    return dense_pb2.ServeResponse(step=dense_pb2.StepDeltas(step=step, deltas=map(delta_message, deltas)))
 
 
 def delta_message(delta: Delta) -> dense_pb2.SequenceDelta:

@@ -71,6 +71,7 @@ class Pool:
         self._renew_pause_s = lease_ms / 4000
         self._by_key = [ThreadPoolExecutor(1, f"pool-{index}") for index in range(_KEY_THREADS)]
         self._connectors = ThreadPoolExecutor(_CONNECT_THREADS, "connect")
+        self._connected = threading.Condition()
         self._closing = False
         self._wake = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="pool-keeper", daemon=True)
@@ -98,6 +99,11 @@ class Pool:
             if peer is not None:
                 self._later(self._connectors, peer.close)
         self._wake.set()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Until every worker named by membership is usable; False after `timeout_s`."""
+        with self._connected:
+            return self._connected.wait_for(self.members.all_usable, timeout_s)
 
     def broken(self, worker: WorkerId, epoch: Epoch) -> None:
         """The lane to a life of a worker broke. It is connected again if it still lives."""
@@ -202,6 +208,8 @@ class Pool:
         if is_named:
             _log.info("peer_ready", peer=member.worker, peer_epoch=f"{member.epoch:016x}")
             self._listener.peer_ready(member, lane)
+            with self._connected:
+                self._connected.notify_all()
         else:
             lane.close()
             peer.close()

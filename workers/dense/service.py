@@ -16,9 +16,10 @@ from cluster.clock import Clock, monotonic
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, VersionMismatch
 from cluster.telemetry import logger
 from cluster.types import WIRE_VERSION
+from workers.dense.admission import AdmissionLimits, check
 from workers.dense.deltas import Delta
 from workers.dense.engine import Engine
-from workers.dense.messages import delta_message, refusal, submission_value
+from workers.dense.messages import refusal, step_message, submission_value
 
 _log = logger("dense.service")
 
@@ -27,9 +28,6 @@ _OUTBOX_STEPS = 1024
 
 _HAND_OVER_S = 5.0
 
-_END = dense_pb2.ServeResponse()
-"""Told by identity: nothing follows."""
-
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -37,8 +35,6 @@ class Identity:
 
     responder: types_pb2.Responder
     model_digest: str
-    vocabulary_size: int
-    deadline_most_ms: int
 
 
 class GatewayStream:
@@ -51,16 +47,15 @@ class GatewayStream:
 
     def __init__(self, gateway: str) -> None:
         self.gateway = gateway
-        self._steps: queue.Queue[dense_pb2.ServeResponse] = queue.Queue(_OUTBOX_STEPS)
+        self._steps: queue.Queue[tuple[int, Sequence[Delta]] | None] = queue.Queue(_OUTBOX_STEPS)
         self._closed = threading.Event()
 
     def deliver(self, step: int, deltas: Sequence[Delta]) -> None:
         """See `Subscriber`. A gateway that does not read is cut off, never waited for."""
         if self._closed.is_set():
             return
-        message = dense_pb2.StepDeltas(step=step, deltas=map(delta_message, deltas))
         try:
-            self._steps.put_nowait(dense_pb2.ServeResponse(step=message))
+            self._steps.put_nowait((step, deltas))
         except queue.Full:
             _log.warning("gateway_too_slow", gateway=self.gateway, step=step)
             self.close()
@@ -73,25 +68,30 @@ class GatewayStream:
     def end(self) -> None:
         """End the stream once the gateway has what waits for it."""
         try:
-            self._steps.put_nowait(_END)
+            self._steps.put_nowait(None)
         except queue.Full:
             self._closed.set()  # the stream's thread is busy sending, and looks at this next
 
     def messages(self) -> Iterator[dense_pb2.ServeResponse]:
-        """What the gateway is to get, until the stream is over."""
+        """What the gateway is to get, until the stream is over: by `end`, or by the call's own end, which
+        keep-alive notices at the latest.
+        """
         while not self._closed.is_set():
-            message = self._steps.get()
-            if message is _END:
+            item = self._steps.get()
+            if item is None:
                 return
-            yield message
+            yield step_message(*item)
 
 
 class DenseService(dense_pb2_grpc.DenseServiceServicer):
     """Brings gateways' messages to the engine and the engine's deltas to gateways."""
 
-    def __init__(self, engine: Engine, identity: Identity, clock: Clock = monotonic) -> None:
+    def __init__(
+        self, engine: Engine, identity: Identity, limits: AdmissionLimits, clock: Clock = monotonic
+    ) -> None:
         self._engine = engine
         self._identity = identity
+        self._limits = limits
         self._clock = clock
         self._streams: set[GatewayStream] = set()
 
@@ -170,9 +170,8 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
 
     def _submit(self, message: dense_pb2.Submission, stream: GatewayStream) -> None:
         try:
-            submission = submission_value(
-                message, self._clock(), self._identity.deadline_most_ms, self._identity.vocabulary_size
-            )
+            submission = submission_value(message, self._clock(), self._limits.deadline_most_ms)
+            check(submission, self._limits)
             self._engine.submit(submission, stream, _HAND_OVER_S)
         except AnabranchError as error:
             stream.deliver(0, [refusal(message, error)])

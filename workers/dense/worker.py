@@ -11,6 +11,7 @@ from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
 from cluster import rpc
 from cluster.config import Config
 from cluster.types import Epoch, KvGeometry, WorkerId
+from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
@@ -53,11 +54,9 @@ class DenseWorker:
         self.engine = Engine(config, decoder, select("auto", config.dense.device), self._connect)
         self._service = DenseService(
             self.engine,
-            Identity(
-                types_pb2.Responder(worker_id=worker, epoch=epoch),
-                spec.digest,
-                spec.vocabulary_size,
-                config.gateway.default_deadline_ms,
+            Identity(types_pb2.Responder(worker_id=worker, epoch=epoch), spec.digest),
+            AdmissionLimits(
+                spec.vocabulary_size, self.engine.max_sequence_length, config.gateway.default_deadline_ms
             ),
         )
         self._server = rpc.server(_THREADS)
@@ -88,6 +87,13 @@ class DenseWorker:
         if self._local is not None:
             known.append(self._local[0]())
         self.engine.pool.update(known)
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Until there is a lane to every attention worker known; False when that took too long.
+
+        A worker that takes sequences over before would find nothing of theirs, and compute them again.
+        """
+        return self.engine.pool.wait_connected(timeout_s)
 
     def load(self) -> inference_pb2.Load:
         """What heartbeats report."""
