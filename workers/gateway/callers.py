@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from cluster.errors import ConfigError, PermissionDenied, Unauthenticated
 from cluster.telemetry import logger
@@ -110,13 +111,26 @@ _KeysFile = TypeAdapter(dict[str, KeyEntry])
 def _read(path: Path) -> Mapping[bytes, Caller]:
     try:
         entries = _KeysFile.validate_python(yaml.safe_load(path.read_text()) or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"security.api_keys_file: {path} cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 0
+        raise _wrong(path, f"line {line}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise _wrong(path, f"not YAML ({type(error).__name__})") from None
     except ValidationError as error:
-        # Locations contain keys, which do not belong in logs.
-        problems = "; ".join(sorted({f"{item['loc'][-1]}: {item['msg']}" for item in error.errors()}))
-        raise ConfigError(f"security.api_keys_file: {path}: {problems}") from None
+        raise _wrong(path, "; ".join(sorted({_explain(item) for item in error.errors()}))) from None
     return {_fingerprint(key): _caller(entry) for key, entry in entries.items()}
+
+
+def _wrong(path: Path, problem: str) -> ConfigError:
+    """What is wrong, without the file's text: that holds keys, which do not belong in logs."""
+    return ConfigError(f"security.api_keys_file: {path}: {problem}")
+
+
+def _explain(item: ErrorDetails) -> str:
+    field = ".".join(str(part) for part in item["loc"][1:])  # the first part is the key
+    return f"{field}: {item['msg']}" if field else str(item["msg"])
 
 
 def _fingerprint(key: str) -> bytes:
