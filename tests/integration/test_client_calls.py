@@ -3,15 +3,18 @@
 import asyncio
 import contextlib
 import threading
+import tomllib
 
 import pytest
 
+import anabranch
 from anabranch import AsyncClient, Client
 from anabranch.answers import Health
 from anabranch.events import TokenDelta
 from cluster import errors
 from tests.client_reading import when_held
 from tests.fake_gateway import FakeGateway, Script
+from tests.tidy.source import ROOT
 
 
 def test_cancel_ends_the_request_at_the_gateway() -> None:
@@ -233,3 +236,9 @@ def test_all_options_reach_the_gateway() -> None:
     assert (sampling.seed, list(sampling.stop_token_ids)) == (2**64 - 1, [9])
     assert {field.name for field, _ in bare.sampling.ListFields()} == {"seed", "max_tokens"}
     assert bare.chat.messages[0].content == "x"
+
+
+def test_the_version_is_the_packages() -> None:
+    """`anabranch.__version__` and pyproject.toml say the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == anabranch.__version__
