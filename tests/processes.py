@@ -116,10 +116,10 @@ class ProcessCluster:
         process.wait(_STOP_S)
 
     def audits(self) -> Mapping[str, kv_pb2.AuditResponse]:
-        """The account of every attention worker, from the workers themselves."""
+        """The account of every attention worker that runs, from the workers themselves."""
         accounts = {}
         for member in self.members():
-            if member.role == inference_pb2.ROLE_ATTENTION:
+            if member.role == inference_pb2.ROLE_ATTENTION and member.worker_id in self.processes:
                 with rpc.channel(member.address, self.config.security.tls) as channel:
                     stub = kv_pb2_grpc.KvServiceStub(channel)
                     accounts[member.worker_id] = stub.Audit(kv_pb2.AuditRequest(), timeout=10)
