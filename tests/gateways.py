@@ -113,8 +113,8 @@ class Fleet:
         """Start a gateway that knows everyone, and wait until it serves if there is a dense worker."""
         identity = GatewayIdentity(WorkerId(f"gateway-{len(self.gateways)}"), draw_epoch())
         gateway = Gateway(self.config, identity, self.model)
-        await gateway.start()
         self.gateways.append(gateway)
+        await gateway.start()
         self.tell()
         if self.dense:
             await eventually(lambda: gateway.ready, "a link to a dense worker")
