@@ -159,7 +159,9 @@ def take(memory: Memory, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["release", "adopt", "reserve"])
 def test_a_shard_taken_in_the_middle_is_noticed(how: str) -> None:
-    """Between two layers a shard is released or taken over: neither attention nor append goes on."""
+    """Between two layers a shard is released or taken over: attention fails closed, and nothing more is
+    written there; the other sequence of the step keeps all its layers.
+    """
     memory = build_memory()
     mine, other = memory.reserve("a", 0, 12), memory.reserve("b", 0, 12)
     fill(memory, mine, [5])
@@ -171,8 +173,11 @@ def test_a_shard_taken_in_the_middle_is_noticed(how: str) -> None:
     with memory.store.turns, pytest.raises(Fenced, match="released or taken over") as caught:
         step.attend(1, torch.randn(2, 4, 8), step.spans, KERNELS[1], None)
     assert caught.value.metadata["shards"] == str(mine.shard)
-    with pytest.raises(Fenced, match="released or taken over"):
-        memory.append(step, rows, layer=1)
+    before = memory.arena.layer(1).key[:3].clone()  # the three blocks that were sequence a's
+    memory.append(step, rows, layer=1)
+    torch.testing.assert_close(memory.arena.layer(1).key[:3], before, rtol=0, atol=0, equal_nan=True)
+    memory.begin(chunk(other, 6, 1))
+    assert memory.committed("b") == [(0, 6)]
 
 
 def test_changes_elsewhere_do_not_end_a_step() -> None:

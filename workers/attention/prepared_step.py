@@ -42,39 +42,57 @@ class PreparedStep:
         self._arena = arena
         self._arrival = LayerArrival(arena.geometry.layers)
         self._resolved = _resolve_all(store, rows)
+        self._appended = [len(row.token_ids) for row in rows]
+        self._lost: list[Shard] = []
         self._changes = store.changes
         self.spans = _spans(rows, self._resolved)
         self.rows = sum(row.count for row in rows)
         self._slots = self._announce(rows)
+        self._kept: Tensor | None = None
+        """Which of the appended rows still have their shard, bool; None: all."""
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Write one layer of the step's chunks: [appended rows, kv_heads, head_size] each. Raises Fenced."""
-        self._check_held()
+        """Write one layer of the step's chunks: [appended rows, kv_heads, head_size] each. Raises Fenced.
+
+        Rows whose shard was released or taken over meanwhile are left out: a request that is aborted
+        behind its step must not cost the others theirs.
+        """
         expected = (len(self._slots), self._arena.geometry.kv_heads, self._arena.geometry.head_size)
         if tuple(key.shape) != expected or tuple(value.shape) != expected:
             raise InvalidRequest(
                 f"keys {tuple(key.shape)}, values {tuple(value.shape)} where {expected} are due"
             )
         self._arrival.check(layer)
-        self._arena.append(layer, self._slots, key, value)
+        self._leave_out_lost()
+        if self._kept is None:
+            self._arena.append(layer, self._slots, key, value)
+        else:
+            self._arena.append(layer, self._slots[self._kept], key[self._kept], value[self._kept])
         self._arrival.mark(layer)  # not before: a layer that failed half-way has not arrived
 
     def attend(
         self, layer: int, query: Tensor, spans: Sequence[Span], kernel: Kernel, window: int | None
     ) -> Partial:
         """Attend `query` (all rows of the step) over `spans`, some or all of the step's. Raises Fenced."""
-        self._check_held()
+        if self._leave_out_lost():
+            lost = [shard.fenced("was released or taken over during a step") for shard in self._lost]
+            raise _joined(lost)
         scale = self._arena.geometry.head_size**-0.5
         result = kernel.attend(query, spans, self._arena.layer(layer), scale, window)
         return Partial(result.out, result.lse)
 
-    def _check_held(self) -> None:
-        if self._changes == self._store.changes:
-            return
-        lost = [held.shard for held in self._resolved if not self._store.is_held(held.shard, held.generation)]
-        if lost:
-            raise _joined([shard.fenced("was released or taken over during a step") for shard in lost])
-        self._changes = self._store.changes
+    def _leave_out_lost(self) -> bool:
+        """Look for lost shards if any shard of the store changed hands; whether this step lost one."""
+        if self._changes != self._store.changes:
+            self._changes = self._store.changes
+            held = [self._store.is_held(row.shard, row.generation) for row in self._resolved]
+            self._lost = [row.shard for row, is_held in zip(self._resolved, held, strict=True) if not is_held]
+            if self._lost:
+                kept = [
+                    is_held for is_held, count in zip(held, self._appended, strict=True) for _ in range(count)
+                ]
+                self._kept = torch.tensor(kept, dtype=torch.bool, device=self._arena.device)
+        return bool(self._lost)
 
     def _announce(self, rows: Sequence[PlanRow]) -> Tensor:
         """Begin the appends of tail rows; flat slots of their positions, int64 [appended rows]."""
