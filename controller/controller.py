@@ -16,7 +16,7 @@ from cluster.config import Config, is_loopback
 from cluster.errors import AnabranchError, ConfigError
 from cluster.model_spec import ModelSpec
 from cluster.types import draw_epoch
-from controller import roles
+from controller import ports, roles
 from controller.events import ClusterReady, Observer, Opened, SlotChanged, Stopping
 from controller.fleet import RayFleet
 from controller.membership import MembershipTable, Terms
@@ -95,6 +95,8 @@ class Controller:
 
     @contextmanager
     def _fleet(self) -> Iterator[RayFleet]:
+        if self._config.ray.address is None:
+            ports.require_free(self._config)
         cpus = self._config.ray.local_cpus or roles.cpus(self._config)
         fleet = RayFleet(self._config.ray, cpus, self._order, self._calls.put)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -35,12 +36,17 @@ _USER_ERRORS = (ConfigError, InvalidRequest, ModelError)
 
 
 def main() -> None:
-    """Run one command. Exit status: 0; 2 if the user can correct it; else 1."""
+    """Run one command and leave with its exit status."""
+    sys.exit(reporting(app))
+
+
+def reporting(command: Callable[[], int | None]) -> int:
+    """Run a command; an error of the tree becomes one line, and 2 if the user can correct it, else 1."""
     try:
-        app()
+        return command() or 0
     except AnabranchError as error:
         sys.stderr.write(f"anabranch: {error.message}\n")
-        sys.exit(2 if isinstance(error, _USER_ERRORS) else 1)
+        return 2 if isinstance(error, _USER_ERRORS) else 1
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         try:
             parsed[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {setting}: the value is not YAML: {error}") from error
+            problem = getattr(error, "problem", None) or "it cannot be parsed"
+            raise ConfigError(f"--set {setting}: the value is not YAML: {problem}") from error
     return parsed
 
 

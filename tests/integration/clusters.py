@@ -45,6 +45,8 @@ def configured(folder: Path, **settings: Any) -> Config:
         tiny_model(model, "llama")
     quick = {
         "model.path": str(model),
+        "gateway.port": 0,
+        "gateway.http_port": 0,
         "state_dir": str(folder / "state"),
         "controller.port": 0,
         "controller.heartbeat_ms": 200,

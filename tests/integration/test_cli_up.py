@@ -1,0 +1,280 @@
+"""`anabranch up`, `status` and `down` as a user sees them: processes, a terminal, keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from anabranch.cli import up
+from anabranch.cli.live import fleet_table, size
+from anabranch.v1 import control_pb2
+from cluster.errors import ConfigError, NotFound
+from controller.state import ClusterRecord, StateFolder, process_start
+from tests.integration.clusters import DEADLINE_S, alive, descendants
+
+_READY = re.compile(r"serving model: gRPC at 127\.0\.0\.1:\d+")
+
+
+class Screen:
+    """Collects what a program writes, and lets tests wait for it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._text = ""
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                piece = os.read(self._descriptor, 65536)
+            except OSError:  # a terminal whose program has ended
+                piece = b""
+            with self._changed:
+                self._text += piece.decode(errors="replace")
+                self._changed.notify_all()
+            if not piece:
+                return
+
+    @property
+    def text(self) -> str:
+        """Everything written so far."""
+        with self._changed:
+            return self._text
+
+    def await_text(self, pattern: re.Pattern[str]) -> None:
+        """Wait until the pattern was written."""
+        with self._changed:
+            found = self._changed.wait_for(lambda: pattern.search(self._text), DEADLINE_S)
+            assert found, self._text
+
+    def await_end(self) -> None:
+        """Wait until nothing more can come."""
+        self._reader.join(DEADLINE_S)
+
+
+@contextmanager
+def up_in_terminal(folder: Path, *settings: str) -> Iterator[tuple[subprocess.Popen[bytes], int, Screen]]:
+    """`anabranch up` in a terminal of its own: process, keyboard, screen."""
+    keyboard, terminal = pty.openpty()
+    with up_program(folder, settings, terminal) as process:
+        os.close(terminal)
+        screen = Screen(keyboard)
+        yield process, keyboard, screen
+        process.kill()
+        screen.await_end()
+        os.close(keyboard)
+
+
+@contextmanager
+def up_program(folder: Path, settings: tuple[str, ...], output: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`anabranch up` with processes that only join."""
+    command = [sys.executable, "-m", "tests.integration.up_program", str(folder), *settings]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+    with subprocess.Popen(
+        command, stdin=output, stdout=output, stderr=output, start_new_session=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def up_in_pipe(folder: Path, *settings: str) -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
+    """`anabranch up` whose output is no terminal."""
+    reading, writing = os.pipe()
+    with up_program(folder, settings, writing) as process:
+        os.close(writing)
+        screen = Screen(reading)
+        yield process, screen
+        process.kill()
+        screen.await_end()
+    os.close(reading)
+
+
+def anabranch(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the command line."""
+    command = [sys.executable, "-m", "anabranch.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+
+
+def state_file(folder: Path) -> str:
+    """A configuration that names only the state folder, for status and down."""
+    file = folder / "state.yaml"
+    file.write_text(f"state_dir: {folder / 'state'}\n")
+    return str(file)
+
+
+def test_ctrl_c_drains_and_leaves_nothing(tmp_path: Path) -> None:
+    """The terminal shows every slot; Ctrl-C stops all processes in order and the status is 0."""
+    with up_in_terminal(tmp_path) as (process, keyboard, screen):
+        screen.await_text(_READY)
+        screen.await_text(re.compile(r"attention-1.*ready"))
+        processes = descendants(process.pid)
+        os.write(keyboard, b"\x03")
+        assert process.wait(DEADLINE_S) == 0
+    assert alive(processes) == []
+    assert "Traceback" not in screen.text
+
+
+def test_status_and_down_find_the_cluster(tmp_path: Path) -> None:
+    """`status` shows slots and members, `--json` too; a second `up` is refused; `down` returns when
+    nothing runs any more.
+    """
+    config = state_file(tmp_path)
+    with up_in_pipe(tmp_path) as (process, screen):
+        screen.await_text(_READY)
+        assert "dense-0" in anabranch("status", "--config", config).stdout
+        fleet = json.loads(anabranch("status", "--json", "--config", config).stdout)
+        assert {slot["worker_id"] for slot in fleet["slots"]} == {
+            member["worker_id"] for member in fleet["membership"]["members"]
+        }
+        with up_in_pipe(tmp_path) as (second, refusal):
+            assert second.wait(DEADLINE_S) == 1
+            refusal.await_end()
+            assert re.search(
+                r"^anabranch: a cluster runs already.*anabranch down", refusal.text, re.MULTILINE
+            )
+        processes = {process.pid: str(process_start(process.pid))} | descendants(process.pid)
+        down = anabranch("down", "--config", config)
+        assert (down.returncode, alive(processes)) == (0, [])
+        assert process.wait(DEADLINE_S) == 0
+    gone = anabranch("status", "--config", config)
+    assert gone.returncode == 1
+    assert "anabranch up" in gone.stderr
+
+
+def test_a_crash_of_the_controller_takes_the_processes_along(tmp_path: Path) -> None:
+    """Killed without a chance to drain, `up` leaves no role process behind, and its record counts as
+    dead. (Two agents of Ray's need a minute to notice.)
+    """
+    with up_in_pipe(tmp_path) as (process, screen):
+        screen.await_text(_READY)
+        processes = {
+            number: started
+            for number, started in descendants(process.pid).items()
+            if "role_program" in Path(f"/proc/{number}/cmdline").read_text()
+        }
+        assert len(processes) == 4
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(DEADLINE_S)
+        await_end(processes)
+    with pytest.raises(NotFound, match="is dead"):
+        StateFolder(tmp_path / "state").read()
+
+
+def await_end(processes: dict[int, str]) -> None:
+    """Wait until the kernel says that all of them have ended."""
+    for number in alive(processes):
+        try:
+            descriptor = os.pidfd_open(number)
+        except ProcessLookupError:
+            continue
+        with os.fdopen(descriptor):
+            poll = select.poll()
+            poll.register(descriptor)
+            assert poll.poll(DEADLINE_S * 1000), f"process {number} still runs"
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    """A port in use ends the start at once with one line and status 1."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with up_in_pipe(tmp_path, f"gateway.port={port}") as (process, screen):
+            assert process.wait(DEADLINE_S) == 1
+            screen.await_end()
+    assert re.search(rf"^anabranch: .*{port}.*in use", screen.text, re.MULTILINE)
+    assert "Traceback" not in screen.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--set", "dense.thraeds=2"], "dense.threads"),
+        (["--set", "dense.threads"], "key=value"),
+        (["--set", "dense.threads=[1"], "YAML"),
+        (["--arena", "lots"], "512MiB"),
+        (["--dtype", "int3"], "float32"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_a_wrong_flag_is_one_clear_line(words: list[str], said: str) -> None:
+    """What the user can correct ends with status 2 and one line that says how."""
+    result = anabranch("up", *words)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_record_of_another_process_is_stale(tmp_path: Path) -> None:
+    """A process number that was given to somebody else since does not make a dead cluster alive."""
+    state = StateFolder(tmp_path)
+    with state.claim():
+        record = ClusterRecord(os.getpid(), process_start(os.getpid()), "127.0.0.1:1", "model")
+        state.write(record)
+        assert state.read() == record
+        state.write(ClusterRecord(os.getpid(), process_start(os.getpid()) + 1, "127.0.0.1:1", "model"))
+        with pytest.raises(NotFound, match="dead"):
+            state.read()
+
+
+def test_monolithic_mode_gets_an_arena(tmp_path: Path) -> None:
+    """--attention 0 puts the cache, with the size asked for, into the dense worker."""
+    assert up.compose(None, {"attention.replicas": 0}, None).dense.local_arena == 2**30
+    assert up.compose(None, {"attention.replicas": 0}, "64MiB").dense.local_arena == 64 * 2**20
+    file = tmp_path / "cluster.yaml"
+    file.write_text("dense: {local_arena: 5MiB}\n")
+    assert up.compose(file, {"attention.replicas": 0}, None).dense.local_arena == 5 * 2**20
+    split = up.compose(None, {"attention.replicas": 3}, "64MiB")
+    assert (split.attention.arena, split.dense.local_arena) == (64 * 2**20, 0)
+
+
+def test_the_ports_of_several_gateways_do_not_meet() -> None:
+    """Gateway i adds i to both ports: with several of them HTTP starts beyond the last gRPC port."""
+    gateway = up.compose(None, {"gateway.replicas": 3, "gateway.port": 9000}, None).gateway
+    grpc_ports = {gateway.port + i for i in range(3)}
+    assert gateway.http_port is not None
+    assert not grpc_ports & {gateway.http_port + i for i in range(3)}
+    assert up.compose(None, {}, None).gateway.http_port == 8651
+    chosen = {"gateway.replicas": 2, "gateway.http_port": 9100}
+    assert up.compose(None, chosen, None).gateway.http_port == 9100
+
+
+def test_settings_are_yaml() -> None:
+    """Values keep their types; a key is needed."""
+    assert up.parse_settings(["dense.threads=2", "model.name=null", "model.dtype=bfloat16"]) == {
+        "dense.threads": 2,
+        "model.name": None,
+        "model.dtype": "bfloat16",
+    }
+    with pytest.raises(ConfigError, match="key=value"):
+        up.parse_settings(["=2"])
+
+
+def test_sizes_are_for_people() -> None:
+    """Powers of 1024, one decimal from MiB on."""
+    assert [size(0), size(2048), size(3 * 2**20 // 2), size(2**31)] == ["0 B", "2 KiB", "1.5 MiB", "2.0 GiB"]
+
+
+def test_the_table_shows_slots_without_a_process() -> None:
+    """A slot that waits is a row with its problem, not a gap."""
+    slot = control_pb2.Slot(worker_id="dense-0", problem="needs GPU: 1", starts=2)
+    table = fleet_table(control_pb2.GetFleetResponse(slots=[slot]))
+    assert [str(next(iter(column.cells))) for column in table.columns][:2] == ["dense-0", "needs GPU: 1"]
