@@ -21,25 +21,29 @@ def serve(context: RoleContext) -> None:
 
 
 async def _serve(context: RoleContext) -> None:
-    loop = asyncio.get_running_loop()
-    stopping = _stop_event(context.stop, loop)
     model = await asyncio.to_thread(ServedModel.load, context.config)
     identity = GatewayIdentity(context.worker_id, context.epoch)
     gateway = Gateway(context.config, identity, model, context.index)
-    await gateway.start()
+    try:
+        await gateway.start()
+        await _join_and_serve(context, gateway)
+    finally:
+        await gateway.stop()
+
+
+async def _join_and_serve(context: RoleContext, gateway: Gateway) -> None:
+    loop = asyncio.get_running_loop()
+    stopping = _stop_event(context.stop, loop)
 
     def on_change(membership: control_pb2.Membership) -> None:
         loop.call_soon_threadsafe(gateway.set_membership, membership)
 
+    host = context.config.gateway.host
+    address = context.reachable(host, gateway.port)
     client = MembershipClient(
-        context,
-        inference_pb2.ROLE_GATEWAY,
-        context.reachable(context.config.gateway.host, gateway.port),
-        gateway.load,
-        on_change,
-        on_fenced=context.stop.set,
+        context, inference_pb2.ROLE_GATEWAY, address, gateway.load, on_change, on_fenced=context.stop.set
     )
-    context.serve_metrics(gateway.metrics.registry, context.config.gateway.host)
+    context.serve_metrics(gateway.metrics.registry, host)
     try:
         await asyncio.to_thread(client.start)
         client.set_state(inference_pb2.MEMBER_STATE_READY)
@@ -47,7 +51,6 @@ async def _serve(context: RoleContext) -> None:
         client.set_state(inference_pb2.MEMBER_STATE_DRAINING)
         await gateway.drain(context.config.controller.drain_grace_s)
     finally:
-        await gateway.stop()
         await asyncio.to_thread(client.close)
 
 

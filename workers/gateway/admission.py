@@ -10,10 +10,10 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
+from anabranch import wire
 from anabranch.v1 import inference_pb2, types_pb2
 from cluster.config import GatewayConfig
 from cluster.errors import AlreadyExists, InvalidRequest
-from cluster.sampling import SamplingParameters
 from workers.gateway.callers import Caller
 from workers.gateway.request_plan import STREAM_GENERATION_MAX, RequestPlan
 from workers.gateway.served_model import ServedModel
@@ -23,7 +23,6 @@ STOP_STRINGS_MAX = 16
 STOP_STRING_CHARACTERS_MAX = 256
 CHAT_ROLES = ("system", "user", "assistant")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_REPEATED_SAMPLING = ("logit_bias", "stop_token_ids")
 
 
 class Admission:
@@ -40,7 +39,7 @@ class Admission:
         choices = self._read_choices(request)
         _check_stop(request.stop)
         _check_request_id(request)
-        sampling = read_sampling(request.sampling)
+        sampling = wire.sampling_value(request.sampling)
         sampling.validate(self._model.spec.vocabulary_size)
         generation, received, shard_maps = self._read_resume(request, choices)
         prompt = await self._read_prompt(request)
@@ -157,15 +156,6 @@ class Admission:
         highest = max(token_ids, default=0)
         if highest >= size:
             raise InvalidRequest(f"{name}: token id {highest} is outside the vocabulary of {size}")
-
-
-def read_sampling(message: types_pb2.SamplingParameters) -> SamplingParameters:
-    """Sampling parameters as the proto has them; an absent field takes its one default."""
-    present = {field.name: value for field, value in message.ListFields()}
-    given = {name: value for name, value in present.items() if name not in _REPEATED_SAMPLING}
-    return SamplingParameters(
-        **given, logit_bias=dict(message.logit_bias), stop_token_ids=tuple(message.stop_token_ids)
-    )
 
 
 def _check_stop(stop: Sequence[str]) -> None:

@@ -23,7 +23,9 @@ _LOCATE_TIMEOUT_S = 2.0
 
 
 class Topology:
-    """Answers GetTopology. An attention worker that does not answer in time is left out and logged."""
+    """Answers GetTopology. An attention worker that does not answer in time is left out and logged; a
+    dense worker's own arena answers nobody, so monolithic mode shows no shards.
+    """
 
     def __init__(self, desk: Desk, membership: Callable[[], control_pb2.Membership], tls: TlsConfig) -> None:
         self._desk = desk
@@ -44,7 +46,7 @@ class Topology:
             self._locate(member, choice, request_id)
             for choice in live.choices
             for member in members
-            if _may_hold(member, choice)
+            if member.role == inference_pb2.ROLE_ATTENTION
         ]
         shards = [shard for answer in await asyncio.gather(*questions) for shard in answer]
         shards.sort(key=lambda usage: (usage.sequence.choice, usage.shard.first_position))
@@ -86,13 +88,3 @@ class Topology:
     async def _forget_strangers(self, addresses: set[str]) -> None:
         for address in self._channels.keys() - addresses:
             await self._channels.pop(address).close()
-
-
-def _may_hold(member: inference_pb2.Member, choice: Choice) -> bool:
-    """Attention workers do; a dense worker only where the map names it (its local arena)."""
-    if member.role == inference_pb2.ROLE_ATTENTION:
-        return True
-    named = choice.shard_map.shards if choice.shard_map is not None else ()
-    return member.role == inference_pb2.ROLE_DENSE and any(
-        shard.worker_id == member.worker_id for shard in named
-    )
