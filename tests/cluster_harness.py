@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from cluster.config import Config
+from cluster.config import Config, TlsConfig
 from cluster.errors import AnabranchError
 from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, KvGeometry, SequenceKey, ShardRef, WorkerId, draw_epoch
@@ -36,6 +36,8 @@ from workers.dense.sequences import Submission
 from workers.kernels.select import select
 from workers.lanes.agreement import rows_most
 from workers.lanes.dial import Caller
+from workers.lanes.framed import FramedLane
+from workers.lanes.messages import Lane
 from workers.peer import AttentionPeer
 
 WAIT_S = 30.0
@@ -199,6 +201,22 @@ def request(
     )
 
 
+class _RecordingPeer(RemotePeer):
+    """A peer whose lanes a test can look at, and break."""
+
+    def __init__(
+        self, member: AttentionMember, caller: Caller, tls: TlsConfig, lanes: list[FramedLane]
+    ) -> None:
+        super().__init__(member, caller, tls)
+        self._lanes = lanes
+
+    def open_lane(self) -> Lane:
+        lane = super().open_lane()
+        assert isinstance(lane, FramedLane)
+        self._lanes.append(lane)
+        return lane
+
+
 class DenseCluster:
     """Attention workers, a dense engine and one listener; starts on `with`, audits at the end."""
 
@@ -209,6 +227,7 @@ class DenseCluster:
         self.listener = Listener()
         self.workers: dict[WorkerId, AttentionWorker] = {}
         self.epochs: dict[WorkerId, Epoch] = {}
+        self.lanes: list[FramedLane] = []
         self.local: AttentionCore | None = None
         if shape.local_blocks:
             worker = WorkerId("dense-0-local")
@@ -295,7 +314,7 @@ class DenseCluster:
             self.config.lanes.transports,
             rows_most(self.config, self.geometry),
         )
-        return RemotePeer(member, caller, self.config.security.tls)
+        return _RecordingPeer(member, caller, self.config.security.tls, self.lanes)
 
     def submit(self, submission: Submission, engine: Engine | None = None) -> Submission:
         """Hand a submission to the engine (or another one)."""
@@ -321,6 +340,13 @@ class DenseCluster:
         """Every account adds up and nothing is held."""
         held = {worker: (free, most) for worker, (free, most) in self.free_blocks().items() if free != most}
         assert held == {}, f"blocks (free, all) still held: {held}"
+
+
+def counted(engine: Engine, name: str) -> float:
+    """The present value of one of an engine's counters."""
+    value = engine.metrics.registry.get_sample_value(f"{name}_total")
+    assert value is not None, name
+    return value
 
 
 def wait_until(condition: Callable[[], bool], within_s: float = WAIT_S) -> None:

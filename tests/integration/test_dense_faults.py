@@ -1,0 +1,205 @@
+"""Attention workers, lanes and dense workers die mid-stream: no token wrong, repeated or missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import Fenced
+from cluster.types import WorkerId
+from tests.cluster_harness import DenseCluster, Listener, Output, Shape, counted, request, wait_until
+from tests.models import random_prompt, tiny_model
+from workers.dense.deltas import FinishReason
+from workers.dense.sequences import Submission
+
+PROMPT = random_prompt(70, 1)
+COUNT = 150
+
+RECOMPUTED = "anabranch_dense_tokens_lost"
+COMPUTED = "vllm:iteration_tokens"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny model."""
+    return tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[int]:
+    """The tokens of an undisturbed run."""
+    with DenseCluster(folder, Shape(local_blocks=64)) as cluster:
+        (output,) = cluster.generate([request(PROMPT, COUNT)])
+    return output.token_ids
+
+
+def started(cluster: DenseCluster) -> Submission:
+    """A sequence that has a few tokens."""
+    submission = cluster.submit(request(PROMPT, COUNT))
+    cluster.listener.wait(submission, some)
+    return submission
+
+
+def some(output: Output) -> bool:
+    """A few tokens came."""
+    return len(output.token_ids) >= 20
+
+
+@pytest.mark.parametrize("transport", ["local", "tcp", "grpc"])
+@pytest.mark.parametrize("place", [0, -1], ids=["first shard", "tail"])
+def test_a_killed_attention_worker_changes_no_token(
+    transport: str, place: int, folder: Path, expected: list[int]
+) -> None:
+    """One of three workers dies, with the head or the tail of a sequence: what it held is computed again onto
+    the others, the other shards stay, and the stream goes on with the same tokens.
+    """
+    with DenseCluster(folder, Shape(attention_workers=3, transports=(transport,))) as cluster:
+        submission = started(cluster)
+        victim = cluster.listener.output(submission).maps[-1][place].worker
+        cluster.kill_worker(victim)
+        cluster.tell()
+        output = cluster.listener.wait(submission)
+        assert output.failure is None
+        assert output.token_ids == expected
+        assert victim not in {shard.worker for shard in output.maps[-1]}
+        lost = counted(cluster.engine, RECOMPUTED)
+        assert 0 < lost < len(PROMPT) + COUNT
+
+
+def test_a_killed_worker_is_noticed_without_membership(folder: Path, expected: list[int]) -> None:
+    """The lane tells of a death before membership does."""
+    with DenseCluster(folder, Shape(attention_workers=2)) as cluster:
+        submission = started(cluster)
+        cluster.kill_worker(cluster.listener.output(submission).maps[-1][0].worker)
+        assert cluster.listener.wait(submission).token_ids == expected
+        cluster.tell()
+
+
+def test_the_only_worker_dies_and_its_successor_takes_over(folder: Path, expected: list[int]) -> None:
+    """With no attention worker left a stream pauses; it goes on when another life of the worker joins."""
+    with DenseCluster(folder, Shape(attention_workers=1)) as cluster:
+        submission = started(cluster)
+        worker = WorkerId("attention-0")
+        cluster.kill_worker(worker)
+        cluster.tell()
+        wait_until(lambda: counted(cluster.engine, RECOMPUTED) > 0)
+        cluster.start_worker(worker)
+        cluster.tell()
+        assert cluster.listener.wait(submission).token_ids == expected
+
+
+def test_a_broken_lane_is_opened_again(folder: Path, expected: list[int]) -> None:
+    """A connection breaks though its worker lives: it is opened again, under another generation the lost
+    positions are computed again there, and the stream goes on.
+    """
+    with DenseCluster(folder, Shape(attention_workers=1, transports=("tcp",))) as cluster:
+        submission = started(cluster)
+        cluster.lanes[-1].link.close()
+        assert cluster.listener.wait(submission).token_ids == expected
+        assert len(cluster.lanes) == 2
+
+
+def test_a_shard_taken_away_is_computed_again(folder: Path, expected: list[int]) -> None:
+    """A worker that no longer has a shard says so, and nobody reads what took its place."""
+    with DenseCluster(folder, Shape(attention_workers=2)) as cluster:
+        submission = started(cluster)
+        tail = cluster.listener.output(submission).maps[-1][-1]
+        store = cluster.workers[tail.worker].core.store
+        (held, *_) = store.locate(submission.key)
+        store.release(submission.key, held.generation)
+        assert cluster.listener.wait(submission).token_ids == expected
+        assert counted(cluster.engine, RECOMPUTED) > 0
+
+
+def test_other_sequences_lose_nothing_when_one_shard_is_gone(folder: Path) -> None:
+    """A fault about one sequence's shard repeats the step for the others: their shards stay."""
+    prompts = [random_prompt(40, n) for n in range(4)]
+    with DenseCluster(folder, Shape(attention_workers=1)) as cluster:
+        expected = [output.token_ids for output in cluster.generate(request(p, 60) for p in prompts)]
+        submissions = [cluster.submit(request(prompt, 60)) for prompt in prompts]
+        for submission in submissions:
+            cluster.listener.wait(submission, some)
+        store = cluster.workers[WorkerId("attention-0")].core.store
+        (held, *_) = store.locate(submissions[2].key)
+        store.release(submissions[2].key, held.generation)
+        outputs = [cluster.listener.wait(submission) for submission in submissions]
+        assert [output.token_ids for output in outputs] == expected
+        assert counted(cluster.engine, RECOMPUTED) <= 40 + 60
+
+
+def test_another_dense_worker_takes_over_without_recomputing(folder: Path, expected: list[int]) -> None:
+    """The dense worker dies; another one adopts the living shards: not one prompt token is computed again."""
+    with DenseCluster(folder, Shape(attention_workers=3)) as cluster:
+        submission = started(cluster)
+        cluster.engine.stop()
+        output = cluster.listener.output(submission)
+        seen = list(output.token_ids)
+        cluster.engine = cluster.new_engine()
+        cluster.attach(cluster.engine)
+        resumed = request(
+            PROMPT, COUNT, key=submission.key, generation=2, output=seen, shard_map=output.maps[-1]
+        )
+        assert cluster.listener.wait(cluster.submit(resumed)).token_ids == expected
+        assert counted(cluster.engine, COMPUTED) <= COUNT - len(seen) + 2
+        assert counted(cluster.engine, "anabranch_dense_tokens_adopted") >= len(PROMPT)
+
+
+def test_a_take_over_without_a_map_finds_the_shards(folder: Path, expected: list[int]) -> None:
+    """Without a map every attention worker is asked."""
+    with DenseCluster(folder, Shape(attention_workers=3)) as cluster:
+        submission = started(cluster)
+        cluster.engine.stop()
+        seen = list(cluster.listener.output(submission).token_ids)
+        cluster.engine = cluster.new_engine()
+        cluster.attach(cluster.engine)
+        resumed = request(PROMPT, COUNT, key=submission.key, generation=2, output=seen)
+        assert cluster.listener.wait(cluster.submit(resumed)).token_ids == expected
+        assert counted(cluster.engine, COMPUTED) <= COUNT - len(seen) + 2
+
+
+def test_a_dense_worker_that_was_replaced_is_fenced(folder: Path, expected: list[int]) -> None:
+    """Two dense workers believe that they own a sequence: the older generation cannot take another step,
+    and its gateway is told; the newer one's tokens are right.
+    """
+    with DenseCluster(folder, Shape(attention_workers=2)) as cluster:
+        submission = started(cluster)
+        output = cluster.listener.output(submission)
+        resumed = request(
+            PROMPT,
+            COUNT,
+            key=submission.key,
+            generation=2,
+            output=list(output.token_ids),
+            shard_map=output.maps[-1],
+        )
+        other, listener = cluster.new_engine(), Listener()
+        cluster.attach(other)
+        try:
+            listener.expect(resumed, other)
+            other.submit(resumed, listener, 1.0)
+            new = listener.wait(resumed)
+            old = cluster.listener.wait(submission)
+            assert new.finish is FinishReason.LENGTH
+            assert new.token_ids == expected
+            assert isinstance(old.failure, Fenced)
+            assert old.token_ids == expected[: len(old.token_ids)]
+            cluster.wait_all_free()
+        finally:
+            other.stop()
+
+
+def test_two_dense_workers_share_attention_workers(folder: Path, expected: list[int]) -> None:
+    """Two dense workers over three attention workers serve at once, each with the right tokens."""
+    with DenseCluster(folder, Shape(attention_workers=3)) as cluster:
+        other = cluster.new_engine()
+        cluster.attach(other)
+        try:
+            submissions = [
+                cluster.submit(request(PROMPT, COUNT), engine) for engine in (cluster.engine, other) * 2
+            ]
+            for submission in submissions:
+                assert cluster.listener.wait(submission).token_ids == expected
+            cluster.wait_all_free()
+        finally:
+            other.stop()
