@@ -271,12 +271,23 @@ def test_patience_begins_anew() -> None:
 
 
 def test_the_first_in_rank_waits_rather_than_giving_way() -> None:
-    """With later ones merely asking, the first keeps what it has."""
+    """When only a held sequence has room besides, giving its own up would help nobody."""
     subject = pressed(A)
-    submit(subject, B, 4, room=[(0, 2)])
-    subject.plan(0.0)
-    for now_s in (0.1, 0.2, 0.3):
+    submit(subject, B, 4, priority=-1, room=[(0, 2)])
+    subject.hold(B)
+    for now_s in (0.0, 0.1, 5.0):
         plan = subject.plan(now_s)
-        assert A not in plan.preempted
+        assert (plan.preempted, plan.exhausted) == ((), ())
         for request in plan.room:
             subject.refused(request, now_s)
+
+
+def test_only_the_first_in_rank_is_exhausted() -> None:
+    """While an earlier sequence's attempt is under way, one behind it is not given up."""
+    subject = scheduler()
+    submit(subject, A, 8)
+    submit(subject, B, 8)
+    for request in subject.plan(0.0).room:
+        subject.refused(request, 0.0)
+    assert [request.key for request in subject.plan(0.1).room] == [A], "and it is never answered"
+    assert subject.plan(0.2).exhausted == subject.plan(9.0).exhausted == ()
