@@ -20,10 +20,14 @@ from workers.kernels.select import select
 _log = logger("attention")
 
 
-class AttentionCore:
-    """Arena, store and kernel of one attention worker, and the thread that ends leases.
+_LOOK_S = 0.25
+"""How often leases and the account are looked at; a lease may be shorter in tests."""
 
-    Use with `with`, or call `close`: the lease thread runs until then.
+
+class AttentionCore:
+    """Arena, store and kernel of one attention worker, and the thread that looks after its store.
+
+    Use with `with`, or call `close`: the thread runs until then.
     """
 
     def __init__(
@@ -47,12 +51,14 @@ class AttentionCore:
         self.store = Store(worker, epoch, geometry, blocks, config.lease_ms, clock)
         self._kernel = select(config.kernel, config.device)
         self._slice_rows = config.slice_rows
-        self._pause_s = config.lease_ms / 8000
+        self._pause_s = min(_LOOK_S, config.lease_ms / 8000)
+        self.account = self.store.audit()
+        """As of a moment ago: for heartbeats, which must not wait for a turn behind a long computation."""
         self._busy_lock = threading.Lock()
         self.busy_seconds = 0.0
         """Time spent appending and attending, over all lanes."""
         self._closing = threading.Event()
-        self._reaper = threading.Thread(target=self._end_leases, name="leases", daemon=True)
+        self._reaper = threading.Thread(target=self._look_after_store, name="store", daemon=True)
         self._reaper.start()
 
     def session(self) -> AttendSession:
@@ -64,7 +70,7 @@ class AttentionCore:
         return LocalPeer(self.store, self.session)
 
     def close(self) -> None:
-        """End the lease thread. Idempotent."""
+        """End the thread. Idempotent."""
         self._closing.set()
         self._reaper.join()
 
@@ -78,7 +84,8 @@ class AttentionCore:
         with self._busy_lock:
             self.busy_seconds += seconds
 
-    def _end_leases(self) -> None:
+    def _look_after_store(self) -> None:
         while not self._closing.wait(self._pause_s):
             for key in self.store.expire():
                 _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
+            self.account = self.store.account()

@@ -10,8 +10,8 @@ from anabranch.v1 import inference_pb2, kv_pb2, kv_pb2_grpc, types_pb2
 from anabranch.wire import sequence_key, sequence_message, shard_message
 from cluster import rpc
 from cluster.errors import Fenced
-from cluster.types import Generation
-from workers.attention.store import Store
+from cluster.types import Generation, KvGeometry
+from workers.attention.store import BlockAccount, Store
 from workers.peer import HeldShard
 
 
@@ -89,7 +89,9 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
             for key, held, remaining_s in self._store.holdings()
         )
         return kv_pb2.AuditResponse(
-            responder=self._responder(), blocks=block_account(self._store), holdings=holdings
+            responder=self._responder(),
+            blocks=account_message(self._store.audit(), self._store.geometry),
+            holdings=holdings,
         )
 
     def _check_epoch(self, believed: types_pb2.Believed) -> None:
@@ -100,9 +102,8 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         return types_pb2.Responder(worker_id=self._store.worker, epoch=self._store.epoch)
 
 
-def block_account(store: Store) -> inference_pb2.BlockAccount:
-    """The audited account as heartbeats and `Audit` carry it."""
-    account = store.audit()
+def account_message(account: BlockAccount, geometry: KvGeometry) -> inference_pb2.BlockAccount:
+    """An account as heartbeats and `Audit` carry it."""
     return inference_pb2.BlockAccount(
         capacity=account.capacity,
         free=account.free,
@@ -110,7 +111,7 @@ def block_account(store: Store) -> inference_pb2.BlockAccount:
         open=account.open,
         sealed_referenced=account.sealed_referenced,
         sealed_cached=account.sealed_cached,
-        block_bytes=store.geometry.block_bytes,
+        block_bytes=geometry.block_bytes,
     )
 
 

@@ -10,7 +10,7 @@ from cluster import rpc
 from cluster.config import Config
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.core import AttentionCore
-from workers.attention.kv_service import KvService, block_account
+from workers.attention.kv_service import KvService, account_message
 from workers.attention.lane_service import LaneOffers, LaneService
 from workers.lanes.agreement import TRANSPORTS, rows_most
 from workers.lanes.server import LaneServer
@@ -80,10 +80,10 @@ class AttentionWorker:
         return addresses
 
     def load(self) -> inference_pb2.Load:
-        """What heartbeats report; audited as it is read."""
+        """What heartbeats report, without waiting for a turn at the store."""
         if self._core is None:
             return inference_pb2.Load()
-        return inference_pb2.Load(blocks=block_account(self._core.store))
+        return inference_pb2.Load(blocks=account_message(self._core.account, self._core.arena.geometry))
 
     def drain(self) -> None:
         """Take no new sequences; those held go on."""

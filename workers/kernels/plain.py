@@ -14,6 +14,8 @@ def group_rows(query: Tensor, kv_heads: int) -> Tensor:
     a KV head become rows over it (GQA).
     """
     rows, query_heads, head_size = query.shape
+    if rows == 1:  # decoding: the heads lie in this order already
+        return query.reshape(kv_heads, query_heads // kv_heads, head_size)
     grouped = query.reshape(rows, kv_heads, query_heads // kv_heads, head_size)
     return grouped.transpose(0, 1).reshape(kv_heads, -1, head_size)
 
@@ -21,6 +23,8 @@ def group_rows(query: Tensor, kv_heads: int) -> Tensor:
 def ungroup_rows(grouped: Tensor, rows: int) -> Tensor:
     """[kv_heads, rows x group, ...] -> [rows, query_heads, ...]: undoes `group_rows`."""
     kv_heads, tail = grouped.shape[0], grouped.shape[2:]
+    if rows == 1:
+        return grouped.reshape(1, -1, *tail)
     return grouped.reshape(kv_heads, rows, -1, *tail).transpose(0, 1).reshape(rows, -1, *tail)
 
 

@@ -6,6 +6,7 @@ where it lies; several runs are summed by the algebra of partials. What that ker
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ _RUN_TOKENS_LEAST = 256
 
 
 class TorchKernel:
-    """Stateless; on the CPU without options it copies no cache, elsewhere it uses `plain`."""
+    """Keeps no state but a memo; on the CPU without options it copies no cache, elsewhere it uses `plain`."""
 
     name = "torch"
 
@@ -105,50 +106,49 @@ def _fused(
     query: Tensor, blocks: Sequence[int], visible: range, cache: LayerCache, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [rows, query_heads, head_size], lse [rows, query_heads] where every row sees all of `visible`."""
-    rows = query.shape[0]
+    rows, block_tokens = query.shape[0], cache.key.shape[1]
     grouped = plain.group_rows(query, cache.key.shape[2])[None]
-    key, value = cache.key.flatten(0, 1), cache.value.flatten(0, 1)
-    runs = _runs(blocks, visible, cache.key.shape[1])
+    runs = _runs(tuple(blocks), visible.start, visible.stop, block_tokens)
+    key, value = cache.key, cache.value
     if len(runs) > 1 and len(visible) < len(runs) * _RUN_TOKENS_LEAST:
-        key = torch.cat([key[run.start : run.stop] for run in runs])
-        value = torch.cat([value[run.start : run.stop] for run in runs])
-        runs = [range(len(visible))]
-    parts = [
-        _flash(
-            grouped,
-            key[run.start : run.stop].transpose(0, 1),
-            value[run.start : run.stop].transpose(0, 1),
-            scale,
-        )
-        for run in runs
-    ]
+        first = visible.start // block_tokens
+        chosen = torch.tensor(blocks[first : -(-visible.stop // block_tokens)])
+        key, value = key.index_select(0, chosen), value.index_select(0, chosen)
+        runs = (range(visible.start - first * block_tokens, visible.stop - first * block_tokens),)
+    key, value = key.flatten(0, 1), value.flatten(0, 1)
+    parts = [_flash(grouped, key[run.start : run.stop], value[run.start : run.stop], scale) for run in runs]
     out, lse = parts[0] if len(parts) == 1 else _merge(parts)
     return plain.ungroup_rows(out, rows), plain.ungroup_rows(lse, rows)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """out [kv_heads, n, head_size], lse [kv_heads, n], both float32. query: [1, kv_heads, n, head_size];
-    key, value: [kv_heads, slots, head_size], any strides.
+    key, value: [slots, kv_heads, head_size], read where they lie.
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key[None], value[None], scale=scale
+        query, key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=scale
     )
     return out[0].float(), lse[0]
 
 
-def _runs(blocks: Sequence[int], visible: range, block_tokens: int) -> list[range]:
-    """The slots of the layer's flat cache that `visible` names, as few ranges as adjacency allows."""
+@functools.lru_cache(maxsize=256)
+def _runs(
+    blocks: tuple[int, ...], visible_start: int, visible_stop: int, block_tokens: int
+) -> tuple[range, ...]:
+    """The slots of the layer's flat cache that the visible ones are, as few ranges as adjacency allows.
+
+    Remembered, because all layers of a step ask the same.
+    """
     runs: list[range] = []
-    first, last = visible.start // block_tokens, (visible.stop - 1) // block_tokens
-    for index in range(first, last + 1):
+    for index in range(visible_start // block_tokens, (visible_stop - 1) // block_tokens + 1):
         base = (blocks[index] - index) * block_tokens
-        start = base + max(visible.start, index * block_tokens)
-        stop = base + min(visible.stop, (index + 1) * block_tokens)
+        start = base + max(visible_start, index * block_tokens)
+        stop = base + min(visible_stop, (index + 1) * block_tokens)
         if runs and runs[-1].stop == start:
             runs[-1] = range(runs[-1].start, stop)
         else:
             runs.append(range(start, stop))
-    return runs
+    return tuple(runs)
 
 
 def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
