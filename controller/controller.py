@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from anabranch.v1 import control_pb2, inference_pb2
@@ -20,6 +21,7 @@ from controller import ports, roles
 from controller.events import ClusterReady, Observer, Opened, SlotChanged, Stopping
 from controller.fleet import RayFleet
 from controller.membership import MembershipTable, Terms
+from controller.placing import Demands, Placer
 from controller.service import ControlServer, ControlService
 from controller.slots import Limits, Order, Phase, Slot
 from controller.state import ClusterRecord, StateFolder, process_start
@@ -44,6 +46,7 @@ class Controller:
         self._command = command
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._state = StateFolder.of(config)
+        self._slots = roles.slots(config)
         controller = config.controller
         self._table = MembershipTable(
             Terms(config.digest, controller.heartbeat_ms, controller.expiry_ms), on_change=self._on_member
@@ -65,18 +68,14 @@ class Controller:
         """
         self._observe = observe
         spec = ModelSpec.from_folder(Path(self._config.model.path))
+        demands = Demands(self._config, spec)
         geometry = spec.geometry(self._config.model.dtype, self._config.attention.block_tokens)
         service = ControlService(
             self._table, draw_epoch(), geometry_message(geometry), self._slot_messages, self._on_shutdown
         )
-        with self._state.claim(), self._fleet() as fleet, self._serving(service, fleet):
-            self._supervisor = Supervisor(
-                roles.slots(self._config),
-                self._limits(),
-                roles.Placer(self._config, fleet.nodes),
-                fleet,
-                self._on_slot,
-            )
+        with self._state.claim(), self._fleet(demands) as fleet, self._serving(service, fleet):
+            place = Placer(demands, fleet.nodes)
+            self._supervisor = Supervisor(self._slots, self._limits(), place, fleet, self._on_slot)
             fleet.listener = self._supervisor
             self._supervise(self._supervisor, stop, service)
             if self._failure is not None:
@@ -94,11 +93,11 @@ class Controller:
         self._calls.put(lambda: self._drain(0.0))
 
     @contextmanager
-    def _fleet(self) -> Iterator[RayFleet]:
+    def _fleet(self, demands: Demands) -> Iterator[RayFleet]:
         if self._config.ray.address is None:
             ports.require_free(self._config)
-        cpus = self._config.ray.local_cpus or roles.cpus(self._config)
-        fleet = RayFleet(self._config.ray, cpus, self._order, self._calls.put)
+        cpus = self._config.ray.local_cpus or demands.cpus(self._slots)
+        fleet = RayFleet(self._config.ray, cpus, partial(self._order, demands), self._calls.put)
         try:
             yield fleet
         finally:
@@ -191,9 +190,9 @@ class Controller:
         slots = self._supervisor.slots if self._supervisor is not None else ()
         return [_slot_message(slot) for slot in slots]
 
-    def _order(self, slot: Slot) -> Order:
+    def _order(self, demands: Demands, slot: Slot) -> Order:
         command = self._command(slot, self.address)
-        return roles.order(self._config, slot, command, str(self._state.logs))
+        return roles.order(self._config, slot, demands.of(slot), command, str(self._state.logs))
 
     def _limits(self) -> Limits:
         controller = self._config.controller
@@ -222,7 +221,7 @@ class Controller:
         port = self._config.gateway.http_port
         if not port:
             return None
-        index = next(slot.index for slot in roles.slots(self._config) if slot.worker_id == member.worker_id)
+        index = next(slot.index for slot in self._slots if slot.worker_id == member.worker_id)
         scheme = "https" if self._config.security.tls.enabled else "http"
         return f"{scheme}://{member.address.rpartition(':')[0]}:{port + index}"
 

@@ -73,12 +73,12 @@ class NotPlaced:
 
 
 class Place(Protocol):
-    """Chooses nodes. `occupied` maps the slots that have a process to their nodes; `suspected` nodes
-    did not answer lately and are to be avoided.
+    """Chooses nodes. `occupied`: the slots that have a process; `suspected` nodes did not answer lately
+    and are to be avoided.
     """
 
     def __call__(
-        self, waiting: Sequence[Slot], occupied: Mapping[str, str], suspected: frozenset[str]
+        self, waiting: Sequence[Slot], occupied: Sequence[Slot], suspected: frozenset[str]
     ) -> Mapping[str, Placed | NotPlaced]:
         """An answer for each waiting slot, by worker id. Does not block for long."""
         ...

@@ -184,7 +184,7 @@ class Supervisor:
         waiting = [slot for slot in self.slots if slot.phase is Phase.WAITING]
         if not waiting:
             return
-        occupied = {slot.worker_id: slot.node for slot in self.slots if slot.has_process}
+        occupied = [slot for slot in self.slots if slot.has_process]
         answers = self._place(waiting, occupied, frozenset(self._suspected))
         for slot in waiting:
             answer = answers[slot.worker_id]

@@ -51,7 +51,7 @@ class Fleet:
         self.supervisor = Supervisor(slots, LIMITS, self.place, self.hands, clock=self.clock)
 
     def place(
-        self, waiting: Sequence[Slot], occupied: Mapping[str, str], suspected: frozenset[str]
+        self, waiting: Sequence[Slot], occupied: Sequence[Slot], suspected: frozenset[str]
     ) -> Mapping[str, Placed | NotPlaced]:
         """The first node that is not suspected, unless something is said to be missing."""
         nodes = [node for node in self.nodes if node not in suspected]
