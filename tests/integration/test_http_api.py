@@ -1,46 +1,16 @@
-"""The OpenAI-compatible HTTP API over real sockets: fields, streams, errors, hang-ups."""
+"""The OpenAI-compatible HTTP API over real sockets: fields, answers and streams."""
 
-import asyncio
-import json
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from cluster import errors
 from tests.certificates import authority
 from tests.fake_dense import FakeDense, says
-from tests.gateways import CONTEXT, SEED, TOKENIZER, Fleet, asynchronous, eventually, expected_letters, fleet
-
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-HELLO = [{"role": "user", "content": "Hello"}]
-
-
-@asynccontextmanager
-async def served(
-    folder: Path, worker: FakeDense, **sections: Any
-) -> AsyncIterator[tuple[Fleet, httpx.AsyncClient]]:
-    """A gateway with one dense worker, and an HTTP client of it."""
-    async with (
-        fleet(folder, [worker], **sections) as cluster,
-        httpx.AsyncClient(base_url=cluster.http, timeout=20, trust_env=False) as client,
-    ):
-        yield cluster, client
-
-
-async def _stream(client: httpx.AsyncClient, path: str, **body: Any) -> list[dict[str, Any]]:
-    """The chunks of a stream, which must end with [DONE]."""
-    async with client.stream("POST", path, json=body | {"stream": True}) as response:
-        assert response.status_code == 200
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line async for line in response.aiter_lines() if line]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+from tests.gateways import CONTEXT, SEED, TOKENIZER, asynchronous, expected_letters, fleet
+from tests.http_client import CHAT, COMPLETIONS, HELLO, served, stream_chunks
 
 
 @asynchronous
@@ -49,7 +19,7 @@ async def test_a_completion_and_its_stream_say_the_same(tmp_path: Path) -> None:
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 20, "seed": SEED}
     async with served(tmp_path, FakeDense("dense-0")) as (_, client):
         response = await client.post(COMPLETIONS, json=body)
-        chunks = await _stream(client, COMPLETIONS, **body)
+        chunks = await stream_chunks(client, COMPLETIONS, **body)
     answer, expected = response.json(), TOKENIZER.decode(expected_letters())
     assert response.status_code == 200
     assert (answer["object"], answer["model"]) == ("text_completion", "tiny")
@@ -76,7 +46,7 @@ async def test_a_chat_and_its_stream_say_the_same(tmp_path: Path) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_completion_tokens": 30}
     async with served(tmp_path, FakeDense("dense-0", says("Good day."))) as (_, client):
         answer = (await client.post(CHAT, json=body)).json()
-        chunks = await _stream(client, CHAT, **body)
+        chunks = await stream_chunks(client, CHAT, **body)
     assert answer["object"] == "chat.completion"
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Good day.", "refusal": None}
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -148,7 +118,7 @@ async def test_prompts_come_in_four_shapes(tmp_path: Path, prompt: Any, prompts:
     ]
     async with served(tmp_path, FakeDense("dense-0")) as (_, client):
         answer = (await client.post(COMPLETIONS, json=body)).json()
-        chunks = await _stream(client, COMPLETIONS, stream_options={"include_usage": True}, **body)
+        chunks = await stream_chunks(client, COMPLETIONS, stream_options={"include_usage": True}, **body)
     assert [choice["text"] for choice in answer["choices"]] == expected
     assert [choice["index"] for choice in answer["choices"]] == list(range(len(expected)))
     assert answer["usage"]["completion_tokens"] == 20 * len(expected)
@@ -168,8 +138,8 @@ async def test_usage_in_every_chunk(tmp_path: Path) -> None:
     body = {"prompt": "hello", "max_tokens": 5}
     everywhere = {"include_usage": True, "continuous_usage_stats": True}
     async with served(tmp_path, FakeDense("dense-0")) as (_, client):
-        chunks = await _stream(client, COMPLETIONS, stream_options=everywhere, **body)
-        at_the_end = await _stream(client, COMPLETIONS, stream_options={"include_usage": True}, **body)
+        chunks = await stream_chunks(client, COMPLETIONS, stream_options=everywhere, **body)
+        at_the_end = await stream_chunks(client, COMPLETIONS, stream_options={"include_usage": True}, **body)
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (1, 5)
@@ -223,130 +193,6 @@ async def test_chat_content_as_parts(tmp_path: Path) -> None:
     assert refused.status_code == 400
 
 
-BAD: dict[str, tuple[str, dict[str, Any], str]] = {
-    "unknown field": (COMPLETIONS, {"prompt": "x", "temprature": 1}, "did you mean 'temperature'"),
-    "range": (COMPLETIONS, {"prompt": "x", "temperature": 3}, "temperature is 3.0"),
-    "type": (COMPLETIONS, {"prompt": "x", "max_tokens": "many"}, "max_tokens: "),
-    "negative": (COMPLETIONS, {"prompt": "x", "max_tokens": -1}, "max_tokens: "),
-    "huge seed": (COMPLETIONS, {"prompt": "x", "seed": 2**64}, "seed: "),
-    "no prompt": (COMPLETIONS, {}, "prompt: Field required"),
-    "empty prompt": (COMPLETIONS, {"prompt": ""}, "prompt is empty"),
-    "empty list": (COMPLETIONS, {"prompt": []}, "prompt is empty"),
-    "mixed list": (COMPLETIONS, {"prompt": ["x", 3]}, "prompt"),
-    "token": (COMPLETIONS, {"prompt": [99999]}, "outside the vocabulary"),
-    "too long": (COMPLETIONS, {"prompt": [1] * CONTEXT}, "shorten it"),
-    "echo": (COMPLETIONS, {"prompt": "x", "echo": True}, "echo is not supported"),
-    "best_of": (COMPLETIONS, {"prompt": "x", "best_of": 2}, "best_of is not supported"),
-    "options": (COMPLETIONS, {"prompt": "x", "stream_options": {}}, "stream_options without stream"),
-    "no messages": (CHAT, {"messages": []}, "no messages"),
-    "role": (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, "'wizard'"),
-    "no content": (CHAT, {"messages": [{"role": "user"}]}, "has no content"),
-    "tools": (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools is not supported"),
-    "top_logprobs": (CHAT, {"messages": HELLO, "top_logprobs": 2}, "needs logprobs"),
-    "half a character": (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, ""),
-}
-
-
-@asynchronous
-async def test_bad_bodies_get_400_and_say_why(tmp_path: Path) -> None:
-    """OpenAI's error JSON with a message that names the field; streaming or not; nothing is submitted."""
-    worker = FakeDense("dense-0", says("x"))
-    async with served(tmp_path, worker) as (cluster, client):
-        for name, (path, body, words) in BAD.items():
-            for stream in (False, True) if "stream_options" not in body else (False,):
-                content = json.dumps(body | {"stream": stream})
-                response = await client.post(path, content=content)
-                assert response.status_code == 400, (name, response.text)
-                error = response.json()["error"]
-                assert words in error["message"], name
-                assert error["type"] == "invalid_request_error"
-        for content in ("{", "[]", "\xff", '{"prompt": NaN}'):
-            assert (await client.post(COMPLETIONS, content=content.encode("latin-1"))).status_code == 400
-        parameter = await client.post(COMPLETIONS, json={"prompt": "x", "top_p": 7})
-        assert parameter.json()["error"]["param"] == "top_p"
-        assert cluster.gateways[0].desk.streams_open == 0
-    assert worker.submissions == []
-
-
-@asynchronous
-async def test_one_bad_prompt_refuses_all(tmp_path: Path) -> None:
-    """Of several prompts either all are served or none: those begun are aborted."""
-    worker = FakeDense("dense-0", pause_at=1)
-    async with served(tmp_path, worker) as (cluster, client):
-        response = await client.post(COMPLETIONS, json={"prompt": ["x", "", "y"]})
-        assert response.status_code == 400
-        assert cluster.gateways[0].desk.streams_open == 0
-        await eventually(lambda: len(worker.aborts) == len(worker.submissions) == 1, "the first is aborted")
-
-
-@asynchronous
-async def test_other_errors_have_their_status(tmp_path: Path) -> None:
-    """404 for models and paths, 405, 409, 413, 429 with Retry-After, 503 while draining."""
-    worker = FakeDense("dense-0", pause_at=1)
-    limits = {"max_streams": 2, "max_request_bytes": 2000}
-    async with served(tmp_path, worker, gateway=limits) as (cluster, client):
-
-        async def status(path: str, **body: Any) -> int:
-            response = await client.post(path, json=body)
-            assert response.json()["error"]["message"]
-            return response.status_code
-
-        assert await status(COMPLETIONS, prompt="x", model="other") == 404
-        assert await status("/v1/nothing") == 404
-        assert (await client.get(COMPLETIONS)).status_code == 405
-        assert await status(COMPLETIONS, prompt="x" * 3000) == 413
-        body = {"prompt": "x", "stream": True, "request_id": "mine"}
-        waiting = [asyncio.create_task(client.post(COMPLETIONS, json=body))]
-        await eventually(lambda: len(worker.submissions) == 1, "open")
-        assert await status(COMPLETIONS, prompt="x", request_id="mine") == 409
-        waiting.append(asyncio.create_task(client.post(COMPLETIONS, json={"prompt": "x"})))
-        await eventually(lambda: len(worker.submissions) == 2, "open")
-        full = await client.post(COMPLETIONS, json={"prompt": "x", "stream": True})
-        assert full.status_code == 429
-        assert int(full.headers["retry-after"]) >= 1
-        assert full.json()["error"]["type"] == "rate_limit_error"
-        worker.pause_at = None
-        await asyncio.gather(*waiting)
-        cluster.gateways[0].desk.draining = True
-        assert await status(COMPLETIONS, prompt="x") == 503
-        assert (await client.get("/health")).status_code == 503
-
-
-@asynchronous
-async def test_a_worker_s_refusal_becomes_a_status_not_a_stream(tmp_path: Path) -> None:
-    """Before the first token even a streaming request fails with its status."""
-    worker = FakeDense("dense-0", refusal=errors.ResourceExhausted("queue full"))
-    async with served(tmp_path, worker) as (_, client):
-        response = await client.post(COMPLETIONS, json={"prompt": "x", "stream": True})
-    assert response.status_code == 429
-    assert response.json()["error"]["message"] == "queue full"
-
-
-@asynchronous
-async def test_an_error_inside_a_stream_is_told(tmp_path: Path) -> None:
-    """After the first token an error is the last event before [DONE]."""
-    worker = FakeDense("dense-0", pause_at=3)
-    async with served(tmp_path, worker, gateway={"default_deadline_ms": 500}) as (_, client):
-        chunks = await _stream(client, COMPLETIONS, prompt="x")
-    assert chunks[0]["choices"][0]["text"]
-    assert chunks[-1]["error"]["code"] == "deadline_exceeded"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("first_token", [False, True])
-@asynchronous
-async def test_hanging_up_aborts(tmp_path: Path, stream: bool, first_token: bool) -> None:
-    """A client that closes its connection aborts its sequences, before and after the first token."""
-    worker = FakeDense("dense-0", pause_at=3 if first_token else 0)
-    async with served(tmp_path, worker) as (cluster, client):
-        body = {"prompt": ["x", "y"], "stream": stream}
-        call = asyncio.create_task(client.post(COMPLETIONS, json=body))
-        await eventually(lambda: len(worker.submissions) == 2, "submitted")
-        call.cancel()
-        await eventually(lambda: len(worker.aborts) == 2, "both are aborted")
-        assert cluster.gateways[0].desk.streams_open == 0
-
-
 @asynchronous
 async def test_models_tokenize_health_and_metrics(tmp_path: Path) -> None:
     """The small endpoints answer what clients and dashboards expect."""
@@ -369,27 +215,6 @@ async def test_models_tokenize_health_and_metrics(tmp_path: Path) -> None:
 
 
 @asynchronous
-async def test_api_keys_over_http(tmp_path: Path) -> None:
-    """401 without a known key, 403 beyond its limits, OpenAI's header otherwise; probes need none."""
-    keys = tmp_path / "keys.yaml"
-    keys.write_text("key-one: {tenant: one, max_tokens: 5}\n")
-    security = {"api_keys_file": str(keys)}
-    async with served(tmp_path, FakeDense("dense-0", says("x")), security=security) as (_, client):
-        body = {"prompt": "hello"}
-        for headers in ({}, {"authorization": "Bearer other"}):
-            response = await client.post(COMPLETIONS, json=body, headers=headers)
-            assert response.status_code == 401
-            assert response.json()["error"]["code"] == "unauthenticated"
-            assert (await client.get("/v1/models", headers=headers)).status_code == 401
-        headers = {"authorization": "Bearer key-one"}
-        assert (await client.post(COMPLETIONS, json=body, headers=headers)).status_code == 200
-        body = {"prompt": "hello", "max_tokens": "6"}
-        assert (await client.post(COMPLETIONS, json=body, headers=headers)).status_code == 403
-        assert (await client.get("/health")).status_code == 200
-        assert (await client.get("/metrics")).status_code == 200
-
-
-@asynchronous
 async def test_https(tmp_path: Path) -> None:
     """With certificates configured the API is served over TLS, and over TLS only."""
     tls = authority(tmp_path).tls("server")
@@ -400,16 +225,3 @@ async def test_https(tmp_path: Path) -> None:
             assert (await client.get(f"{address}/v1/models")).status_code == 200
             with pytest.raises(httpx.HTTPError):
                 await client.get(f"{cluster.http}/v1/models")
-
-
-@asynchronous
-async def test_a_taken_port_is_said(tmp_path: Path) -> None:
-    """A gateway whose HTTP port is in use fails at start with the port's number."""
-    async with fleet(tmp_path) as cluster:
-        taken = cluster.gateways[0].http_port
-        config = cluster.config.model_copy(
-            update={"gateway": cluster.config.gateway.model_copy(update={"http_port": taken})}
-        )
-        cluster.config = config
-        with pytest.raises(errors.Unavailable, match=f"{taken}: is the port in use"):
-            await cluster.add_gateway()
