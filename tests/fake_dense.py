@@ -64,7 +64,8 @@ class _Sequence:
 class FakeDense:
     """One life of a dense worker. Everything it was told is kept in lists for tests to look at.
 
-    `pause_at` holds every sequence at that output index; `refusal` answers each submission.
+    `pause_at` holds every sequence at that output index; `refusal` answers each submission;
+    `hangs_up` ends the stream at each submission.
     """
 
     name: str
@@ -73,6 +74,7 @@ class FakeDense:
     tokens_per_step: int = 1
     pause_at: int | None = None
     refusal: AnabranchError | None = None
+    hangs_up: bool = False
     submissions: list[dense_pb2.Submission] = field(default_factory=list)
     aborts: list[dense_pb2.AbortSequence] = field(default_factory=list)
     acknowledged: list[dense_pb2.Acknowledge] = field(default_factory=list)
@@ -206,7 +208,9 @@ class _Stream:
         self._worker.submissions.append(submission)
         key = (submission.sequence.request_id, submission.sequence.choice)
         running = self._sequences.get(key)
-        if self._worker.refusal is not None:
+        if self._worker.hangs_up:
+            await self.outbox.put(None)
+        elif self._worker.refusal is not None:
             await self._fail(submission, self._worker.refusal)
         elif running is not None and running.submission.generation >= submission.generation:
             kind = AlreadyExists if running.submission.generation == submission.generation else Fenced

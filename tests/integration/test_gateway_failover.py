@@ -212,6 +212,62 @@ async def test_a_member_that_vanishes_keeps_a_working_stream_for_a_while(tmp_pat
 
 
 @asynchronous
+async def test_a_member_that_stays_away_is_left(tmp_path: Path) -> None:
+    """A worker that is silent, its stream open but frozen, loses its sequences once it is taken for dead."""
+    frozen, other = FakeDense("dense-0", pause_at=3), FakeDense("dense-1")
+    terms = {"heartbeat_ms": 20, "expiry_ms": 100}
+    async with fleet(tmp_path, [frozen], controller=terms) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: bool(frozen.submissions), "submitted")
+        cluster.dense.remove(frozen)
+        await cluster.add_dense(other)
+        assert (await stream).tokens() == expected_letters()
+        await frozen.die()
+
+
+@asynchronous
+async def test_a_lone_worker_s_refusals_are_waited_out(tmp_path: Path) -> None:
+    """UNAVAILABLE of the only worker is retried after pauses, until it takes the sequence."""
+    worker = FakeDense("dense-0", refusal=errors.Unavailable("no attention worker has joined"))
+    async with fleet(tmp_path, [worker]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: len(worker.submissions) == 2, "it was retried")
+        worker.refusal = None
+        assert (await stream).tokens() == expected_letters()
+    generations = [submission.generation for submission in worker.submissions]
+    assert generations == list(range(1, len(generations) + 1))
+
+
+@asynchronous
+async def test_a_started_stream_outlasts_a_full_queue(tmp_path: Path) -> None:
+    """A sequence that has tokens and finds the next worker full is offered again, for a while."""
+    first, full = (
+        FakeDense("dense-0", pause_at=3),
+        FakeDense("dense-1", refusal=errors.ResourceExhausted("full")),
+    )
+    async with fleet(tmp_path, [first]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: _delivered(cluster.gateways[0]) == 3, "three tokens")
+        await cluster.add_dense(full)
+        await cluster.lose_dense(first)
+        await eventually(lambda: len(full.submissions) == 2, "offered twice")
+        full.refusal = None
+        assert (await stream).tokens() == expected_letters()
+
+
+@asynchronous
+async def test_a_request_that_ends_every_worker_ends_itself(tmp_path: Path) -> None:
+    """A sequence under which one worker after the other goes down is given up, long before its deadline."""
+    worker = FakeDense("dense-0", hangs_up=True)
+    async with fleet(tmp_path, [worker]) as cluster:
+        with pytest.raises(errors.Unavailable, match="were lost without a token"):
+            await generate(cluster.stub(), completion())
+        worker.hangs_up = False
+        assert (await generate(cluster.stub(), completion())).tokens() == expected_letters()
+    assert len(worker.submissions) == 18
+
+
+@asynchronous
 async def test_a_stream_resumes_through_a_second_gateway(tmp_path: Path) -> None:
     """What the client holds of a broken stream is continued elsewhere: each index once, text seamless."""
     worker = FakeDense("dense-0", pause_at=7)

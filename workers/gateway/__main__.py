@@ -14,6 +14,9 @@ from workers.gateway.served_model import ServedModel
 from workers.membership import MembershipClient
 from workers.role import RoleContext
 
+_LEAVE_S = 2.0
+"""Part of the grace kept for telling those that did not finish to resume elsewhere."""
+
 
 def serve(context: RoleContext) -> None:
     """Run until told to stop, then drain."""
@@ -49,7 +52,7 @@ async def _join_and_serve(context: RoleContext, gateway: Gateway) -> None:
         client.set_state(inference_pb2.MEMBER_STATE_READY)
         await stopping.wait()
         client.set_state(inference_pb2.MEMBER_STATE_DRAINING)
-        await gateway.drain(context.config.controller.drain_grace_s)
+        await gateway.drain(max(0.0, context.config.controller.drain_grace_s - _LEAVE_S))
     finally:
         await asyncio.to_thread(client.close)
 
