@@ -1,0 +1,285 @@
+"""`DenseService` over real gRPC: one stream per gateway, from hello to the end."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
+from anabranch.wire import sequence_message
+from cluster import rpc
+from cluster.config import TlsConfig
+from cluster.errors import AnabranchError, Fenced, InvalidRequest, VersionMismatch
+from cluster.sampling import SamplingParameters
+from cluster.types import WIRE_VERSION, Epoch, SequenceKey, WorkerId
+from tests.cluster_harness import WAIT_S, DenseCluster, Shape, decoder_of, request, wait_until
+from tests.models import random_prompt, tiny_model
+from workers.dense.deltas import Delta
+from workers.dense.service import GatewayStream
+from workers.dense.worker import DenseWorker
+
+PROMPT = random_prompt(40, 1)
+WORKER = WorkerId("dense-0")
+EPOCH = Epoch(0xDE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny model."""
+    return tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(name="cluster", scope="module")
+def _cluster(folder: Path) -> Iterator[DenseCluster]:
+    """Two attention workers; the engine beside them stays idle."""
+    shape = Shape(attention_workers=2, overrides={"attention": {"lease_ms": 1000}})
+    with DenseCluster(folder, shape) as cluster:
+        yield cluster
+
+
+@pytest.fixture(name="worker")
+def _worker(cluster: DenseCluster, folder: Path) -> Iterator[DenseWorker]:
+    """A serving dense worker; afterwards no block may be held."""
+    worker = DenseWorker(cluster.config, decoder_of(folder), WORKER, EPOCH)
+    worker.start()
+    worker.set_members(_members(cluster))
+    assert worker.wait_connected(WAIT_S)
+    yield worker
+    worker.stop()
+    cluster.wait_all_free()
+
+
+def _members(cluster: DenseCluster) -> list[inference_pb2.Member]:
+    return [
+        inference_pb2.Member(
+            worker_id=member.worker,
+            role=inference_pb2.ROLE_ATTENTION,
+            epoch=member.epoch,
+            address=member.address,
+            state=inference_pb2.MEMBER_STATE_READY,
+            load=inference_pb2.Load(
+                blocks=inference_pb2.BlockAccount(capacity=member.blocks_capacity, free=member.blocks_free)
+            ),
+        )
+        for member in cluster.members()
+    ]
+
+
+class Gateway:
+    """The other side of one stream: sends what a test says, keeps what comes."""
+
+    def __init__(self, worker: DenseWorker, **hello: Any) -> None:
+        self._requests: queue.SimpleQueue[dense_pb2.ServeRequest | None] = queue.SimpleQueue()
+        self._channel = rpc.channel(f"127.0.0.1:{worker.port}", TlsConfig())
+        self._changed = threading.Condition()
+        self.deltas: list[dense_pb2.SequenceDelta] = []
+        self.hello: dense_pb2.DenseHello | None = None
+        self.error: AnabranchError | None = None
+        self.is_over = False
+        greeting: dict[str, Any] = {
+            "gateway_id": "gateway-0",
+            "gateway_epoch": 1,
+            "wire_version": WIRE_VERSION,
+        } | hello
+        self.send(hello=dense_pb2.GatewayHello(**greeting))
+        self._call = dense_pb2_grpc.DenseServiceStub(self._channel).Serve(iter(self._requests.get, None))
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def send(self, **message: Any) -> None:
+        """Send one message."""
+        self._requests.put(dense_pb2.ServeRequest(**message))
+
+    def submit(self, key: SequenceKey, **fields: Any) -> None:
+        """Send a submission; what `fields` do not say is resolved sensibly."""
+        submission: dict[str, Any] = {
+            "sequence": sequence_message(key),
+            "generation": 1,
+            "prompt_token_ids": PROMPT,
+            "sampling": sampling(),
+        }
+        self.send(submission=dense_pb2.Submission(**submission | fields))
+
+    def wait(self, until: Callable[[], object]) -> None:
+        """Until a condition on what came holds."""
+        with self._changed:
+            assert self._changed.wait_for(until, WAIT_S), (self.deltas, self.error)
+
+    def tokens(self, request_id: str) -> list[int]:
+        """The tokens of one sequence so far."""
+        return [
+            token
+            for delta in self.deltas
+            if delta.sequence.request_id == request_id
+            for token in delta.token_ids
+        ]
+
+    def last(self) -> dense_pb2.SequenceDelta:
+        """The newest delta."""
+        return self.deltas[-1]
+
+    def close(self) -> None:
+        """Hang up."""
+        self._call.cancel()
+        self._thread.join(WAIT_S)
+        self._channel.close()
+
+    def _read(self) -> None:
+        error: AnabranchError | None = None
+        try:
+            for response in self._call:
+                with self._changed:
+                    if response.HasField("hello"):
+                        self.hello = response.hello
+                    self.deltas += response.step.deltas
+                    self._changed.notify_all()
+        except grpc.RpcError as failure:
+            error = rpc.from_rpc(failure)
+        with self._changed:
+            self.error, self.is_over = error, True
+            self._changed.notify_all()
+
+
+def sampling(**fields: Any) -> types_pb2.SamplingParameters:
+    """Greedy, resolved."""
+    resolved: dict[str, Any] = {"temperature": 0.0, "seed": 5, "max_tokens": 20, "ignore_eos": True}
+    return types_pb2.SamplingParameters(**resolved | fields)
+
+
+def gateway(worker: DenseWorker, **hello: Any) -> contextlib.closing[Gateway]:
+    """A gateway for `with`."""
+    return contextlib.closing(Gateway(worker, **hello))
+
+
+def test_a_stream_brings_tokens_timings_and_the_end(worker: DenseWorker, cluster: DenseCluster) -> None:
+    """Hello is answered with who serves; a submission's tokens come in order, with map, reason and timings,
+    and are those the engine gives directly.
+    """
+    (expected,) = cluster.generate([request(PROMPT, 20)])
+    key = SequenceKey("served")
+    with gateway(worker, believed=types_pb2.Believed(epoch=EPOCH)) as client:
+        client.submit(key, sampling=sampling(logprobs=2))
+        client.wait(lambda: client.deltas and client.last().finish_reason)
+        assert client.hello is not None
+        assert client.hello.responder.epoch == EPOCH
+        assert client.hello.model_digest == cluster.decoder.spec.digest
+        assert client.tokens("served") == expected.token_ids
+        firsts = [delta.first_index for delta in client.deltas if delta.token_ids]
+        assert firsts == list(range(20))
+        assert client.deltas[0].HasField("shard_map")
+        last = client.last()
+        assert last.finish_reason == types_pb2.FINISH_REASON_LENGTH
+        assert last.timings.prefill_seconds > 0
+        assert last.timings.decode_seconds > 0
+        assert len(last.logprobs) == 1
+        assert len(last.logprobs[0].alternatives) == 2
+        client.send(acknowledge=dense_pb2.Acknowledge(sequence=sequence_message(key), generation=1))
+        cluster.wait_all_free()
+
+
+def test_abort_and_hang_up(worker: DenseWorker, cluster: DenseCluster) -> None:
+    """An abort frees; a gateway that hangs up leaves its sequences as orphans, which stop stepping."""
+    with gateway(worker) as client:
+        client.submit(SequenceKey("aborted"), sampling=sampling(max_tokens=400))
+        client.wait(lambda: len(client.tokens("aborted")) > 3)
+        client.send(
+            abort=dense_pb2.AbortSequence(sequence=types_pb2.SequenceKey(request_id="aborted"), generation=1)
+        )
+        cluster.wait_all_free(within_s=1.0)
+        client.submit(SequenceKey("left"), sampling=sampling(max_tokens=400))
+        client.wait(lambda: len(client.tokens("left")) > 3)
+    wait_until(lambda: worker.engine.sequences_running == 0)
+    assert not worker.engine.is_idle()
+    with gateway(worker) as client:
+        client.submit(
+            SequenceKey("left"),
+            generation=2,
+            output_token_ids=[1, 2, 3],
+            sampling=sampling(max_tokens=400),
+        )
+        client.send(
+            abort=dense_pb2.AbortSequence(sequence=types_pb2.SequenceKey(request_id="left"), generation=2)
+        )
+        cluster.wait_all_free()
+
+
+@pytest.mark.parametrize(
+    ("hello", "kind"),
+    [
+        ({"wire_version": WIRE_VERSION + 1}, VersionMismatch),
+        ({"believed": types_pb2.Believed(epoch=EPOCH + 2)}, Fenced),
+    ],
+    ids=["wire version", "epoch"],
+)
+def test_a_hello_that_does_not_agree_is_refused(
+    hello: dict[str, Any], kind: type[AnabranchError], worker: DenseWorker
+) -> None:
+    """Another wire version and another epoch end the stream by name."""
+    with gateway(worker, **hello) as client:
+        client.wait(lambda: client.is_over)
+        assert type(client.error) is kind
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"prompt_token_ids": []}, "prompt"),
+        ({"prompt_token_ids": [10**6]}, "vocabulary"),
+        ({"sampling": sampling(max_tokens=500)}, "512"),
+        ({"sampling": sampling(temperature=-1.0)}, "temperature"),
+        ({"sampling": types_pb2.SamplingParameters(max_tokens=5)}, "seed"),
+        ({"generation": 0}, "generation"),
+        ({"generation": 2**16}, "generation"),
+    ],
+)
+def test_a_bad_submission_fails_alone(fields: dict[str, Any], word: str, worker: DenseWorker) -> None:
+    """What cannot be served is answered INVALID_ARGUMENT with the reason; the stream and others go on."""
+    with gateway(worker) as client:
+        client.submit(SequenceKey("bad"), **fields)
+        client.wait(lambda: client.deltas)
+        failure = client.last().failure
+        assert isinstance(rpc.from_code(failure.code, failure.reason, failure.message), InvalidRequest)
+        assert word in failure.message
+        good = request(PROMPT).key
+        client.submit(good, sampling=sampling(max_tokens=2))
+        client.wait(lambda: client.last().finish_reason)
+        client.send(acknowledge=dense_pb2.Acknowledge(sequence=sequence_message(good), generation=1))
+
+
+def test_draining_hands_over_and_is_seen_by_health_checks(worker: DenseWorker, cluster: DenseCluster) -> None:
+    """A drained worker is not ready, gives its sequences back with `handoff` and ends the stream cleanly."""
+    with gateway(worker) as client, rpc.channel(f"127.0.0.1:{worker.port}", TlsConfig()) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs say nothing of its methods
+        service = health_pb2.HealthCheckRequest(service="anabranch.v1.DenseService")
+        assert health.Check(service).status == health_pb2.HealthCheckResponse.SERVING
+        client.submit(SequenceKey("handed"), sampling=sampling(max_tokens=400))
+        client.wait(lambda: len(client.tokens("handed")) > 3)
+        worker.drain()
+        client.wait(lambda: client.is_over)
+        assert client.last().handoff
+        assert health.Check(service).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    cluster.wait_all_free()  # nobody came for it: its lease ends
+
+
+def test_a_gateway_that_does_not_read_is_cut_off() -> None:
+    """The engine never waits: a stream whose queue is full is closed, and what comes later is dropped."""
+    stream = GatewayStream("slow")
+    delta = Delta(SequenceKey("any"), 1, 0)
+    for step in range(10_000):
+        stream.deliver(step, [delta])
+    assert list(stream.messages()) == []
+
+
+def test_parameters_travel_whole() -> None:
+    """Every sampling field has a place in the proto; a field added to one side only is noticed here."""
+    ours = set(SamplingParameters.__dataclass_fields__)
+    theirs = {field.name for field in types_pb2.SamplingParameters.DESCRIPTOR.fields}
+    assert ours == theirs
