@@ -1,7 +1,8 @@
 # Every target creates .venv by itself; nothing here needs root except test-system.
 SHELL := /bin/bash
 PYTHON ?= python3
-TORCH ?= torch==2.13.0   # the CPU build; set TORCH=torch for the CUDA build
+# The CPU build; set TORCH=torch for the CUDA build.
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -13,8 +14,8 @@ help:  ## list the targets
 $(STAMP): pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (about a minute, longer on a first download) ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## serve a real model from a cluster on this machine and ask it two questions

@@ -6,6 +6,7 @@ question and one about a long text, shows where the long request's KV cache lies
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -37,6 +38,8 @@ _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 60.0
 _ANSWER_TOKENS = 32
 _LONG_TOKENS_LEAST = 3000
+_PROGRESS_S = 2.0
+_LOOKS = 3  # what the last step wrote is committed by the next one: look again
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,26 +153,50 @@ def _ask_both(console: Console, record: ClusterRecord) -> str | None:
 def _ask(console: Console, client: Client, question: str, shown: str) -> Answer:
     """Stream one answer to the terminal."""
     console.print(f"\n> {shown}", style="bold", markup=False)
-    began_s = first_s = last_s = time.monotonic()
-    prompt_tokens = tokens = 0
-    shards: tuple[ShardUsage, ...] = ()
+    began_s = time.monotonic()
     stream = client.generate(
         messages=[{"role": "user", "content": question}], temperature=0.0, max_tokens=_ANSWER_TOKENS
     )
-    for event in stream:
-        console.print(event.text, end="", markup=False, highlight=False, soft_wrap=True)
-        if isinstance(event, Started):
-            prompt_tokens = event.prompt_tokens
-        elif isinstance(event, TokenDelta) and event.token_ids:
-            last_s = time.monotonic()
-            if not tokens:
-                first_s = last_s
-                shards = tuple(client.topology(stream.request_id).shards)
-            tokens += len(event.token_ids)
-        elif isinstance(event, Finished):
-            tokens = event.usage.completion_tokens
+    prompt_tokens = tokens = 0
+    arrivals_s: list[float] = []
+    shards: tuple[ShardUsage, ...] = ()
+    with contextlib.ExitStack() as until_first:
+        for event in stream:
+            if isinstance(event, Started):
+                prompt_tokens = event.prompt_tokens
+                until_first.enter_context(_prefill_shown(console, client, stream.request_id, prompt_tokens))
+            elif isinstance(event, TokenDelta) and event.token_ids:
+                until_first.close()
+                arrivals_s.append(time.monotonic())
+                if len(arrivals_s) <= _LOOKS:
+                    shards = client.topology(stream.request_id).shards
+            elif isinstance(event, Finished):
+                tokens = event.usage.completion_tokens
+            console.print(event.text, end="", markup=False, highlight=False, soft_wrap=True)
     console.print()
-    return Answer(prompt_tokens, tokens, first_s - began_s, (last_s - first_s) / max(1, tokens - 1), shards)
+    ttft_s = arrivals_s[0] - began_s
+    return Answer(
+        prompt_tokens, tokens, ttft_s, (arrivals_s[-1] - arrivals_s[0]) / max(1, tokens - 1), shards
+    )
+
+
+@contextmanager
+def _prefill_shown(console: Console, client: Client, request_id: str, total: int) -> Iterator[None]:
+    """Show how much of a prompt is in the cache, until left; says nothing of what takes under two seconds."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_PROGRESS_S):
+            held = sum(shard.committed_tokens for shard in client.topology(request_id).shards)
+            console.print(f"  {held:,} of {total:,} prompt tokens are in the cache", style="dim")
+
+    watcher = threading.Thread(target=watch, name="prefill", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _cache_table(answer: Answer) -> Table:
