@@ -117,8 +117,8 @@ class AsyncStream(AsyncIterator[Event]):
         if isinstance(response, inference_pb2.GenerateResponse):
             self._take(response)
         else:  # grpc.aio.EOF
-            error = Unavailable("the stream ended before the request did")
-            await self._pause(self._failover.interrupted(error))
+            early = Unavailable("the stream ended before the request did")
+            await self._pause(self._failover.interrupted(early))
 
     def _take(self, response: inference_pb2.GenerateResponse) -> None:
         events = self._generation.receive(response)

@@ -91,7 +91,7 @@ class Failover:
         rounds, tried = divmod(self._failures, len(self._addresses))
         if tried:
             return 0.0
-        longest_s = min(_PAUSE_LONGEST_S, _PAUSE_FIRST_S * 2 ** min(rounds - 1, _DOUBLINGS_MAX))
+        longest_s = min(_PAUSE_LONGEST_S, _PAUSE_FIRST_S * 2.0 ** min(rounds - 1, _DOUBLINGS_MAX))
         return longest_s * self._jitter.uniform(0.5, 1.0)
 
 
