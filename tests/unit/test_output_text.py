@@ -101,7 +101,7 @@ def test_a_stop_token_s_text_is_shown_on_demand() -> None:
 
 
 def test_generations_of_streams_and_attempts_are_ordered() -> None:
-    """The first submission is 1; a client's next stream outranks all attempts of the last; all fit 16 bits."""
+    """The first submission is 1; a client's next stream outranks every attempt before; all fit 16 bits."""
     last = (1 << ATTEMPT_BITS) - 1
     first, second = plan(), _in_generation(2)
     assert first.submission_generation(0) == 1
