@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
@@ -19,9 +20,23 @@ from controller.controller import Controller
 from controller.events import ClusterReady, Event, SlotChanged
 from controller.keeper import PYTHON_PLACE
 from controller.slots import Phase, Slot
-from tests.models import tiny_model
 
 DEADLINE_S = 60.0
+
+_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
+"""Nobody loads a weight here: what a model is suffices."""
 
 
 def joining(**moods: str) -> roles.Command:
@@ -36,13 +51,14 @@ def joining(**moods: str) -> roles.Command:
 
 
 def configured(folder: Path, **settings: Any) -> Config:
-    """A configuration with a tiny model and a state folder of its own, quick to react.
+    """A configuration with a model and a state folder of its own, quick to react.
 
     Settings are dotted keys with two underscores: attention__replicas=1.
     """
     model = folder / "model"
     if not model.exists():
-        tiny_model(model, "llama")
+        model.mkdir(parents=True)
+        (model / "config.json").write_text(json.dumps(_MODEL))
     quick = {
         "model.path": str(model),
         "gateway.port": 0,
