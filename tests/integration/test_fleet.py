@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from cluster.config import Config
 from cluster.errors import Unplaceable
 from controller.events import SlotChanged
 from controller.slots import Phase
-from tests.integration.clusters import RunningCluster, configured, joining, running
+from tests.integration.clusters import DEADLINE_S, RunningCluster, configured, joining, running
 
 MEMORY = {"anabranch-role": "memory"}
 
@@ -97,6 +98,36 @@ def test_the_configuration_overrides_the_catalogue(machines: Machines, tmp_path:
         assert _places(cluster, machines)["dense-0"] == "H100"
 
 
+def test_a_joined_cluster_is_left_as_it_was(machines: Machines, tmp_path: Path) -> None:
+    """At the end our processes are gone and their claims returned; nodes of others' cluster live on."""
+    with running(_config(tmp_path, machines, attention__replicas=1), joining()) as cluster:
+        cluster.await_ready()
+        names = [member.worker_id for member in cluster.controller.fleet().membership.members]
+        processes = [cluster.member(name).process_id for name in names]
+        assert cluster.end() == 0
+    assert not [process for process in processes if Path(f"/proc/{process}").exists()]
+    ray.init(address=machines.cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while _free() != _all():
+            assert time.monotonic() < deadline_s, f"{_free()} of {_all()} are free"
+        assert sum(node["Alive"] for node in ray.nodes()) >= len(machines.nodes)
+    finally:
+        ray.shutdown()
+
+
+def _free() -> tuple[float, float]:
+    """CPUs and GPUs nobody claims."""
+    free = ray.available_resources()
+    return free.get("CPU", 0.0), free.get("GPU", 0.0)
+
+
+def _all() -> tuple[float, float]:
+    """CPUs and GPUs of the live nodes."""
+    have = ray.cluster_resources()
+    return have.get("CPU", 0.0), have.get("GPU", 0.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
@@ -112,7 +143,8 @@ def test_a_role_without_a_node_fails_naming_what_is_missing(
 ) -> None:
     """No dense worker goes to a memory node for want of a GPU: the start fails, soon, and says why."""
     began_s = time.monotonic()
-    with running(_config(tmp_path, machines, **settings), joining()) as cluster:
+    config = _config(tmp_path, machines, placement__timeout_s=2.0, **settings)
+    with running(config, joining()) as cluster:
         with pytest.raises(Unplaceable) as caught:
             cluster.status.result(30)
         assert missing in caught.value.message

@@ -1,0 +1,147 @@
+"""What roles need and what nodes offer, between the configuration, Ray and the pure placement."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import config as configuration
+from cluster.errors import ConfigError, Unavailable
+from cluster.hardware import CPU_CLASS, load_catalogue
+from cluster.model_spec import ModelSpec
+from cluster.policies.node_placement import Demand
+from controller.placing import Demands, Placer, offer
+from controller.slots import Node, NotPlaced, Placed, Slot
+
+GIB = 2**30
+GATEWAY, DENSE, ATTENTION = (Slot(f"{role}-0", role, 0) for role in ("gateway", "dense", "attention"))
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> ModelSpec:
+    """A model of a known number of parameters."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(kind | shape | heads))
+    return ModelSpec.from_folder(tmp_path)
+
+
+def demands(spec: ModelSpec, **settings: Any) -> Demands:
+    """Demands under a configuration; dotted keys with two underscores."""
+    return Demands(configuration.load(None, {k.replace("__", "."): v for k, v in settings.items()}), spec)
+
+
+def demand(spec: ModelSpec, slot: Slot, **settings: Any) -> Demand:
+    """The demand of one slot."""
+    return demands(spec, **settings).of(slot)
+
+
+def node(name: str = "a", **facts: Any) -> Node:
+    """A node with plenty of everything but GPUs."""
+    resources = {"CPU": 8.0, "memory": 64.0 * GIB}
+    return Node(
+        **(
+            {
+                "node_id": name,
+                "address": "10.0.0.1",
+                "hostname": f"host-{name}",
+                "total": resources,
+                "available": resources,
+                "labels": {},
+            }
+            | facts
+        )
+    )
+
+
+def test_a_cache_and_weights_are_claimed_where_they_lie(spec: ModelSpec) -> None:
+    """An arena in host memory is host memory; on a GPU it is not. Weights pass through the host."""
+    small = demand(spec, ATTENTION, attention__arena="1GiB").memory_bytes
+    assert demand(spec, ATTENTION, attention__arena="3GiB").memory_bytes - small == 2 * GIB
+    on_gpu = demand(spec, ATTENTION, attention__arena="3GiB", attention__device="cuda")
+    assert on_gpu.memory_bytes == small - GIB
+    assert on_gpu.gpus == 1
+    full = demand(spec, DENSE, model__dtype="float32").memory_bytes
+    half = demand(spec, DENSE, model__dtype="bfloat16").memory_bytes
+    assert full - half == 2 * spec.parameters
+    monolithic = demand(spec, DENSE, attention__replicas=0, dense__local_arena="2GiB")
+    assert monolithic.memory_bytes == full + 2 * GIB
+
+
+def test_threads_are_cpus(spec: ModelSpec) -> None:
+    """A private cluster claims what all slots need together."""
+    both = demands(spec, dense__threads=3, attention__threads=2)
+    assert [both.of(slot).cpus for slot in (DENSE, ATTENTION, GATEWAY)] == [3, 2, 1]
+    assert both.cpus([DENSE, ATTENTION, ATTENTION, GATEWAY]) == 8
+
+
+def test_exclusive_roles_demand_their_resource(spec: ModelSpec) -> None:
+    """One role process per node that offers anabranch_ROLE."""
+    assert demand(spec, GATEWAY, placement__exclusive=True).custom == {"anabranch_gateway": 1.0}
+    assert demand(spec, GATEWAY).custom == {}
+
+
+def test_hardware_is_preferred_by_worth_and_restricted_by_name(spec: ModelSpec) -> None:
+    """Without names every class will do, best first; a named one is demanded."""
+    anything = demand(spec, DENSE)
+    assert not anything.only_classes
+    assert anything.classes == load_catalogue().dense_rank()
+    named = demand(spec, ATTENTION, placement__attention_classes=("H20",))
+    assert (named.classes, named.only_classes) == (("H20",), True)
+    with pytest.raises(ConfigError, match="no hardware class is called H2O"):
+        demands(spec, placement__dense_classes=("H2O",))
+
+
+@pytest.mark.parametrize("label", ["disk", "=fast", "disk="])
+def test_a_label_needs_key_and_value(spec: ModelSpec, label: str) -> None:
+    """A label that could match nothing is refused by name."""
+    with pytest.raises(ConfigError, match="attention_label"):
+        demands(spec, placement__attention_label=label)
+
+
+@pytest.mark.parametrize(
+    ("facts", "hardware"),
+    [
+        ({"labels": {"ray.io/accelerator-type": "H100"}}, "H100"),
+        ({"total": {"accelerator_type:H20": 1.0}}, "H20"),
+        ({"labels": {"ray.io/accelerator-type": "abacus"}}, CPU_CLASS),
+        ({}, CPU_CLASS),
+    ],
+)
+def test_a_node_is_known_by_its_accelerator(facts: dict[str, Any], hardware: str) -> None:
+    """From Ray's label or its marker resource; whatever is unknown counts as a CPU node."""
+    assert offer(node(**facts), load_catalogue(), None).hardware == hardware
+
+
+def test_a_node_with_the_attention_label_takes_no_dense_worker(spec: ModelSpec) -> None:
+    """placement.attention_label sets nodes aside: attention goes there and nowhere else, dense not."""
+    nodes = [node("plain"), node("labelled", labels={"disk": "fast"})]
+    place = Placer(demands(spec, placement__attention_label="disk=fast"), lambda: nodes)
+    answers = place([ATTENTION, DENSE], [], frozenset())
+    assert answers == {"attention-0": Placed("labelled"), "dense-0": Placed("plain")}
+    nodes.pop(0)
+    answer = place([DENSE], [], frozenset())["dense-0"]
+    assert isinstance(answer, NotPlaced)
+
+
+def test_attention_workers_spread_over_nodes(spec: ModelSpec) -> None:
+    """What runs already counts: the second attention worker goes to the other node."""
+    place = Placer(demands(spec), lambda: [node("a"), node("b")])
+    there = Slot("attention-1", "attention", 1, node="a")
+    assert place([ATTENTION], [there], frozenset())["attention-0"] == Placed("b")
+    assert place([ATTENTION], [there], frozenset({"b"}))["attention-0"] == Placed("a")
+
+
+def test_while_ray_is_silent_slots_wait(spec: ModelSpec) -> None:
+    """Ray's absence is a reason given, not an error."""
+
+    def silent() -> list[Node]:
+        raise Unavailable("Ray does not answer")
+
+    assert Placer(demands(spec), silent)([DENSE], [], frozenset()) == {
+        "dense-0": NotPlaced("Ray does not answer")
+    }
