@@ -1,96 +1,127 @@
-"""The hardware catalogue: which kinds of nodes there are, what they can do, what they cost.
-
-Lamina's point in two ratios: dense work wants FLOPS per dollar, attention wants memory bandwidth per
-dollar, and no device is best at both.
-"""
+"""The catalogue of hardware classes: figures with their sources, and who is worth its price for what."""
 
 from __future__ import annotations
 
-import datetime
+import functools
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import ConfigError
-
-CPU_CLASS = "cpu-node"
-"""The class of a node without a known accelerator."""
-
-_BUILT_IN = Path(__file__).with_name("hardware.toml")
+from cluster.perfmodel import DeviceSpeed
 
 
 class HardwareClass(BaseModel):
-    """One kind of device or node; units as in hardware.toml, derived values in SI units."""
+    """One kind of device (of node, for CPUs); prices per device and hour. Unknown figures are None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bf16_tflops: float = Field(gt=0)
-    memory_gb: float = Field(gt=0)
-    bandwidth_gb_s: float = Field(gt=0)
-    network_gbit_s: float = Field(gt=0)
-    power_w: float = Field(ge=0)
-    price_usd_h: float = Field(gt=0)
-    accelerators: tuple[str, ...]
-    source: str
-    date: datetime.date
-    price_source: str
-    price_date: datetime.date
+    name: str
+    device: Literal["cuda", "tpu", "cpu"]
+    accelerator_types: tuple[str, ...]
+    flops_per_s: float = Field(gt=0)
+    memory_bytes: float = Field(gt=0)
+    bandwidth_bytes_per_s: float = Field(gt=0)
+    network_bytes_per_s: float | None = Field(None, gt=0)
+    power_watts: float | None = Field(None, gt=0)
+    price_per_hour_usd: float = Field(gt=0)
+    sources: dict[str, str]
+
+    @model_validator(mode="after")
+    def _every_figure_has_a_source(self) -> HardwareClass:
+        figures = {
+            name
+            for name, field in HardwareClass.model_fields.items()
+            if field.annotation in (float, float | None) and getattr(self, name) is not None
+        }
+        if figures != set(self.sources):
+            raise ValueError(f"sources must name exactly {', '.join(sorted(figures))}")
+        return self
+
+    @property
+    def speed(self) -> DeviceSpeed:
+        """What the performance model computes with."""
+        return DeviceSpeed(self.flops_per_s, self.bandwidth_bytes_per_s, self.memory_bytes)
 
     @property
     def flops_per_dollar(self) -> float:
-        """BF16 FLOP/s per dollar and hour."""
-        return self.bf16_tflops * 1e12 / self.price_usd_h
+        """What dense operators pay for."""
+        return self.flops_per_s * 3600 / self.price_per_hour_usd
 
     @property
-    def bandwidth_per_dollar(self) -> float:
-        """Bytes per second of memory bandwidth per dollar and hour."""
-        return self.bandwidth_gb_s * 1e9 / self.price_usd_h
+    def bandwidth_bytes_per_dollar(self) -> float:
+        """What attention pays for: bytes read."""
+        return self.bandwidth_bytes_per_s * 3600 / self.price_per_hour_usd
+
+    @property
+    def memory_bytes_per_dollar_hour(self) -> float:
+        """What a KV cache pays for: bytes held."""
+        return self.memory_bytes / self.price_per_hour_usd
 
 
-@dataclass(frozen=True, slots=True)
-class Catalogue:
-    """Hardware classes by name."""
-
-    classes: Mapping[str, HardwareClass]
-
-    def class_of(self, accelerator: str | None) -> str:
-        """The class of a node by its accelerator type; unknown or none is `CPU_CLASS`."""
-        for name, hardware in self.classes.items():
-            if accelerator is not None and accelerator in hardware.accelerators:
-                return name
-        return CPU_CLASS
-
-    def dense_rank(self) -> tuple[str, ...]:
-        """Classes in the order in which dense workers want them: FLOPS per dollar."""
-        return self._ranked(lambda hardware: hardware.flops_per_dollar)
-
-    def attention_rank(self) -> tuple[str, ...]:
-        """Classes in the order in which attention workers want them: bandwidth per dollar."""
-        return self._ranked(lambda hardware: hardware.bandwidth_per_dollar)
-
-    def require(self, names: tuple[str, ...]) -> None:
-        """Raise ConfigError for a class that is not in the catalogue."""
-        for name in names:
-            if name not in self.classes:
-                known = ", ".join(self.classes)
-                raise ConfigError(f"placement: no hardware class is called {name}; there are {known}")
-
-    def _ranked(self, worth: Callable[[HardwareClass], float]) -> tuple[str, ...]:
-        return tuple(sorted(self.classes, key=lambda name: -worth(self.classes[name])))
+Catalogue = Mapping[str, HardwareClass]
 
 
-def load_catalogue(path: Path | None = None) -> Catalogue:
-    """Read a catalogue, or the built-in one. Raises ConfigError naming file, class and key."""
-    file = path or _BUILT_IN
+def parse(text: str, where: str) -> Catalogue:
+    """The catalogue in a TOML text; ConfigError names `where`, the class and the key."""
     try:
-        raw = tomllib.loads(file.read_text())
-        return Catalogue({name: HardwareClass.model_validate(fields) for name, fields in raw.items()})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"placement.hardware: {file} cannot be read: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"placement.hardware: {file}: {key}: {first['msg']}") from error
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if not tables:
+        raise ConfigError(f"{where}: at least one hardware class is expected")
+    classes: dict[str, HardwareClass] = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{where}: {name} is a value; a table [{name}] is expected")
+        try:
+            classes[name] = HardwareClass.model_validate({**table, "name": name})
+        except ValidationError as error:
+            faults = (".".join([name, *map(str, e["loc"])]) + f": {e['msg']}" for e in error.errors())
+            raise ConfigError(f"{where}: {'; '.join(faults)}") from error
+    return classes
+
+
+@functools.cache
+def built_in() -> Catalogue:
+    """The catalogue shipped with the project."""
+    return parse((files("cluster") / "hardware.toml").read_text("utf-8"), "cluster/hardware.toml")
+
+
+def load(path: str | None) -> Catalogue:
+    """The catalogue in a file (placement.hardware), or the built-in one. Raises ConfigError."""
+    if path is None:
+        return built_in()
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"placement.hardware: {path}: cannot be read: {error}") from error
+    return parse(text, path)
+
+
+def dense_rank(catalogue: Catalogue) -> tuple[str, ...]:
+    """Classes by FLOPS per dollar, best first: dense operators are compute-bound over a batch."""
+    return tuple(sorted(catalogue, key=lambda name: (-catalogue[name].flops_per_dollar, name)))
+
+
+def attention_rank(catalogue: Catalogue) -> tuple[str, ...]:
+    """Classes by bandwidth per dollar, then memory per dollar: attention reads the cache at any batch."""
+
+    def worth(name: str) -> tuple[float, float, str]:
+        item = catalogue[name]
+        return -item.bandwidth_bytes_per_dollar, -item.memory_bytes_per_dollar_hour, name
+
+    return tuple(sorted(catalogue, key=worth))
+
+
+def class_of(accelerator_types: Iterable[str], catalogue: Catalogue) -> HardwareClass | None:
+    """The class of a node from Ray's accelerator names; a node without any is of the first CPU class."""
+    names = {name.upper() for name in accelerator_types}
+    for item in catalogue.values():
+        if names & {name.upper() for name in item.accelerator_types} or (not names and item.device == "cpu"):
+            return item
+    return None

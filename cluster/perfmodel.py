@@ -1,0 +1,115 @@
+"""How long steps must take at least: Lamina's equations and DistKV-LLM's model. Pure.
+
+Sources: Lamina, arXiv 2405.01814 (MTIME, ATIME, minimum bandwidth); Infinite-LLM, arXiv 2401.02669 (T(b, S)).
+The papers' notation beside our names: N parameters, e element_bytes, B batch, l context_tokens, d hidden_size,
+L layers, G query_group (query heads per KV head). These are floors: a roofline says what cannot be beaten, not
+what will be reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+OVERLAP_ALPHA = 0.2
+"""Lamina's alpha: the share of a step the exchange may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What of a model the equations need; `weight_bytes` = eN."""
+
+    weight_bytes: float
+    element_bytes: int
+    layers: int
+    hidden_size: int
+    query_group: int
+
+    @property
+    def parameters(self) -> float:
+        """N."""
+        return self.weight_bytes / self.element_bytes
+
+    @property
+    def kv_token_bytes(self) -> float:
+        """KV cache of one token over all layers: 2 L (d / G) e."""
+        return 2 * self.layers * self.hidden_size / self.query_group * self.element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpeed:
+    """What one device does per second at its peak, and what it remembers."""
+
+    flops_per_s: float
+    bandwidth_bytes_per_s: float
+    memory_bytes: float
+
+    def __post_init__(self) -> None:
+        assert min(self.flops_per_s, self.bandwidth_bytes_per_s, self.memory_bytes) > 0
+
+
+def dense_step_floor_s(model: ModelShape, batch: int, device: DeviceSpeed, devices: int = 1) -> float:
+    """MTIME(B) = max(2NB / FLOPS, eN / BW): the dense operators of one step over `batch` tokens."""
+    compute_s = 2 * model.parameters * batch / device.flops_per_s
+    weights_s = model.weight_bytes / device.bandwidth_bytes_per_s
+    return max(compute_s, weights_s) / devices
+
+
+def attention_step_floor_s(
+    model: ModelShape, batch: int, context_tokens: float, device: DeviceSpeed, devices: int = 1
+) -> float:
+    """ATIME(B, l) = B l (KV bytes per token) / BW: attention of one decoding step, the cache read once."""
+    return batch * context_tokens * model.kv_token_bytes / (device.bandwidth_bytes_per_s * devices)
+
+
+def lane_floor_s(layers: int, round_trip_s: float) -> float:
+    """What one exchange per layer costs per step however small the messages: layers x round trip."""
+    return layers * round_trip_s
+
+
+def exchange_step_bytes(model: ModelShape, batch: int) -> float:
+    """(2 + 2/G) e d B L: queries and outputs, keys and values, of one step over all layers."""
+    return (2 + 2 / model.query_group) * model.element_bytes * model.hidden_size * batch * model.layers
+
+
+def minimum_bandwidth_bytes_per_s(
+    model: ModelShape, batch: int, dense_s: float, attention_s: float, alpha: float = OVERLAP_ALPHA
+) -> float:
+    """Least bandwidth between both sides so that the exchange takes a share `alpha` of MTIME + ATIME."""
+    return exchange_step_bytes(model, batch) / (alpha * (dense_s + attention_s))
+
+
+def requests_held(memory_bytes: float, context_tokens: int, model: ModelShape) -> int:
+    """Requests of this context whose KV cache fits, weights left out."""
+    return int(memory_bytes // (context_tokens * model.kv_token_bytes))
+
+
+def staggered_dense_replicas(dense_s: float, attention_s: float) -> float:
+    """n - 1 model replicas that n batches in rotation keep busy on one set of memory devices.
+
+    Lamina's rotational staggered pipelining: t_a = t_m / (n - 1).
+    """
+    return dense_s / attention_s
+
+
+def layer_time_s(
+    batch: int,
+    contexts_tokens: Sequence[int],
+    dense_work: Callable[[int], float],
+    dense_speed: Callable[[int], float],
+    attention_speed: Callable[[int], float],
+) -> float:
+    """DistKV-LLM's T(b, S) = W(b) / f(b) + sum_r S_r / g(S), one layer.
+
+    `dense_work(b)` in FLOP, `dense_speed(b)` in FLOP/s, `attention_speed(S)` in tokens of context per second
+    at S tokens in all.
+    """
+    total = sum(contexts_tokens)
+    attention_s = sum(tokens / attention_speed(total) for tokens in contexts_tokens)
+    return dense_work(batch) / dense_speed(batch) + attention_s
+
+
+def lane_deadline_s(predicted_s: float, floor_ms: float, factor: float) -> float:
+    """How long a layer's reply may take: the floor plus `factor` times what was predicted."""
+    assert predicted_s >= 0
+    return floor_ms / 1000 + factor * predicted_s
