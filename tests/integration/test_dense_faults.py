@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -98,6 +99,21 @@ def test_a_broken_lane_is_opened_again(folder: Path, expected: list[int]) -> Non
         cluster.lanes[-1].link.close()
         assert cluster.listener.wait(submission).token_ids == expected
         assert len(cluster.lanes) == 2
+
+
+def test_a_frozen_worker_is_given_up_at_the_lane_deadline(folder: Path, expected: list[int]) -> None:
+    """A worker that stops answering without dying costs one lane deadline; then its part is computed again
+    onto the other one.
+    """
+    overrides = {"lanes": {"deadline_floor_ms": 200}, "attention": {"lease_ms": 2000}}
+    with DenseCluster(folder, Shape(attention_workers=2, overrides=overrides)) as cluster:
+        submission = started(cluster)
+        frozen = cluster.listener.output(submission).maps[-1][0].worker
+        with cluster.workers[frozen].core.store.turns:
+            began_s = monotonic()
+            assert cluster.listener.wait(submission).token_ids == expected
+            assert monotonic() - began_s < 10
+        cluster.wait_all_free()
 
 
 def test_a_shard_taken_away_is_computed_again(folder: Path, expected: list[int]) -> None:

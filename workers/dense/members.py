@@ -29,6 +29,9 @@ Connect = Callable[[AttentionMember], AttentionPeer]
 """Makes the peer of a member, without waiting for it."""
 
 
+_RETRY_FIRST_S = 0.1
+_RETRY_MOST_S = 30.0
+
 EndedLife = tuple[WorkerId, Epoch, AttentionPeer | None]
 """A life that is over, and its connection to close."""
 
@@ -40,13 +43,17 @@ class _Known:
     peer: AttentionPeer | None = None
     retry_s: float = 0.0
     is_connecting: bool = False
+    breaks: int = 0
 
 
 class MemberTable:
     """One entry per worker slot. Thread-safe; makes no calls while locked.
 
-    named by membership --connect--> usable --broken--> named (again after a pause)
+    named by membership --connect--> usable --broken--> named, again after a pause
           gone, or another epoch: the entry goes
+
+    The pause doubles with each break of one life, so that a worker that answers but cannot keep up
+    stalls a step now and then, not each second one (a circuit breaker).
     """
 
     def __init__(self) -> None:
@@ -96,12 +103,14 @@ class MemberTable:
             known.is_connecting, known.peer = False, peer
             return True
 
-    def disconnect(self, worker: WorkerId, epoch: Epoch) -> AttentionPeer | None:
+    def disconnect(self, worker: WorkerId, epoch: Epoch, now_s: float) -> AttentionPeer | None:
         """The lane to this life broke: not usable until connected again; its peer, to be closed."""
         with self._lock:
             known = self._known.get(worker)
             if known is None or known.member.epoch != epoch:
                 return None
+            known.retry_s = now_s + min(_RETRY_FIRST_S * 2**known.breaks, _RETRY_MOST_S)
+            known.breaks += 1
             peer, known.peer = known.peer, None
             return peer
 

@@ -107,7 +107,7 @@ class Pool:
 
     def broken(self, worker: WorkerId, epoch: Epoch) -> None:
         """The lane to a life of a worker broke. It is connected again if it still lives."""
-        peer = self.members.disconnect(worker, epoch)
+        peer = self.members.disconnect(worker, epoch, monotonic())
         if peer is not None:
             self._later(self._connectors, peer.close)
 

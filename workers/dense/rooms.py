@@ -145,6 +145,10 @@ class Rooms:
         except Fenced:
             raise
         except AnabranchError as error:
+            # Perhaps it was granted and the answer lost: release it with the rest. And until a heartbeat says
+            # otherwise nobody is placed there, for each attempt may take its whole deadline.
+            self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
+            self._members.set_free(allotment.worker, allotment.epoch, 0)
             _log.warning(
                 "reserve_failed", request_id=wanted.key.request_id, peer=peer.worker, problem=error.message
             )

@@ -10,7 +10,7 @@ from cluster.clock import Clock
 from cluster.errors import AlreadyExists, AnabranchError, Fenced, ResourceExhausted, Unavailable
 from cluster.policies.scheduler import Scheduler
 from cluster.telemetry import logger
-from cluster.types import Epoch, SequenceKey, WorkerId
+from cluster.types import Epoch, WorkerId
 from workers.dense.deltas import Delta, FinishReason, Outbox, Subscriber
 from workers.dense.metrics import DenseMetrics
 from workers.dense.pool import Pool
@@ -49,7 +49,7 @@ class Submissions:
         self.draining = False
         self._door = door
         self._max_waiting = max_waiting
-        self._adopting: set[SequenceKey] = set()
+        self._adopting: set[LiveSequence] = set()
 
     def submit(self, submission: Submission, subscriber: Subscriber) -> None:
         """Admit a checked submission; a refusal is answered as the sequence's failure."""
@@ -105,7 +105,6 @@ class Submissions:
         are delivered at once (unless log-probabilities are due, which are not kept).
         """
         self._door.table.remove(before)
-        self._adopting.discard(before.key)
         if before.subscriber is not sequence.subscriber:
             error = Fenced(f"request {before.key.request_id} was taken over under a higher generation")
             self._door.outbox.put(before.subscriber, before.delta(failure=error))
@@ -125,7 +124,7 @@ class Submissions:
     def _adopt(self, sequence: LiveSequence, before: LiveSequence | None) -> None:
         """Ask the pool for what survives. The last known token is computed in any case, for its logits."""
         known_map = before.shard_map() if before is not None else sequence.submission.shard_map
-        self._adopting.add(sequence.key)
+        self._adopting.add(sequence)
         self._door.pool.adopt(
             sequence.key,
             sequence.generation,
@@ -135,9 +134,9 @@ class Submissions:
         )
 
     def _adopted(self, sequence: LiveSequence, answer: Adopted | AnabranchError) -> None:
+        self._adopting.discard(sequence)
         if not self._door.table.is_live(sequence):
             return
-        self._adopting.discard(sequence.key)
         if isinstance(answer, AnabranchError):
             self._door.table.fail(sequence, answer)
         else:
