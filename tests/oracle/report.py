@@ -1,0 +1,108 @@
+"""RESULTS.md: what the last run of the full oracle found, where and with which versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.oracle.matrix import LOGPROB_TOLERANCE, NEAR_TIES_MOST, Tally
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+_HEADER = """\
+# Token equality: the last full run
+
+Written by `make oracle-full`. Everything is float32. A free-running comparison stops at the first near-tie of
+the reference (the best two within 1e-3); a teacher-forced one leaves out near-ties and goes on. A part fails
+on any other token, on a log-probability further than {tolerance:g} from the reference's, or if more than
+{share:.0%} of its positions are near-ties.
+
+* **References.** Greedy: transformers, plainest attention. Sampled: the same request alone, monolithic.
+* **Free-running.** Log-probabilities are those of the chosen tokens, up to the first near-tie.
+* **Teacher-forced.** Prompt and reference tokens go through the cluster as one prompt, in chunks; the final
+  hidden state of every position is kept, and compared are its best token, the log-probability of the
+  reference's best token and those of 64 token ids drawn from the vocabulary.
+* **Architectures.** Not the whole product: a covering in which every pair of values meets, of {cases} models
+  (architecture and rope scaling), 5 shardings, steps of 1, 7, 64, 256 and blocks of 1, 7, 16, 32 tokens.
+"""
+
+
+@dataclass
+class Part:
+    """One line of the table."""
+
+    title: str
+    tally: Tally = field(default_factory=Tally)
+
+
+def write(parts: Sequence[Part], seconds: float, models: int) -> bool:
+    """Write the results; whether all parts passed."""
+    verdicts = {part.title: part.tally.verdict() for part in parts}
+    lines = [
+        _HEADER.format(tolerance=LOGPROB_TOLERANCE, share=NEAR_TIES_MOST, cases=models),
+        *_circumstances(seconds),
+        "",
+        "| part | cases | positions | compared | near-ties | largest log-probability difference | result |",
+        "|---|--:|--:|--:|--:|--:|---|",
+        *(_row(part, not verdicts[part.title]) for part in parts),
+    ]
+    problems = [f"* {title}: {problem}" for title, found in verdicts.items() for problem in found]
+    if problems:
+        lines += ["", "## What failed", "", *problems]
+    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return not problems
+
+
+def _row(part: Part, passed: bool) -> str:
+    tally = part.tally
+    difference = "-" if tally.largest_difference is None else f"{tally.largest_difference:.1e}"
+    cells = (
+        part.title,
+        f"{tally.cases:,}",
+        f"{tally.positions:,}",
+        f"{tally.compared:,}",
+        f"{tally.near_ties:,}",
+        difference,
+        "passed" if passed else "**failed**",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _circumstances(seconds: float) -> list[str]:
+    """Commit, date, machine and versions, one to a line."""
+    return [
+        f"* commit: {_commit()}",
+        f"* date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds / 60:.0f} minutes",
+        f"* machine: {_processor()}, {os.cpu_count()} cores",
+        f"* Python {platform.python_version()}, torch {version('torch')}, "
+        f"transformers {version('transformers')}",
+    ]
+
+
+def _commit() -> str:
+    """The commit the tree stands at, and whether files of the product differ from it."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "workers", "cluster", "anabranch")
+    return f"{commit} with changes not committed" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=RESULTS.parent.parent.parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() or ("unknown" if done.returncode else "")
+
+
+def _processor() -> str:
+    """The processor's name, as Linux knows it; its architecture elsewhere."""
+    information = Path("/proc/cpuinfo")
+    names = information.read_text().splitlines() if information.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in names if line.startswith("model name")), platform.machine()
+    )

@@ -1,0 +1,171 @@
+"""What transformers makes of SmolLM2: its tokens, and its log-probabilities at every position.
+
+References are kept in the user's cache under a hash of the model's files and the prompt; `refresh` (of the
+command `python -m tests.oracle.full --refresh`) computes them anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from anabranch.cli.models.store import cache_folder
+from tests.models import NEAR_TIE, load_reference
+from tests.oracle.matrix import Expected
+from tests.smollm2 import smollm2_folder
+from workers.gateway.tokenizer import Tokenizer
+
+GENERATED_TOKENS = 64
+DRAWN_TOKENS = 64
+"""Token ids whose log-probabilities are compared at every position, beside the best one's."""
+
+_ROWS_AT_ONCE = 256
+_SURVEY = Path(__file__).parents[2] / "anabranch/cli/data/river_survey.txt"
+_TEXT_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 89, 144, 233, 377, 610, 3000)
+_TEXT_STEP = 97
+_CHATS = (
+    [{"role": "user", "content": "What is an anabranch?"}],
+    [
+        {"role": "system", "content": "Answer in one sentence."},
+        {"role": "user", "content": "Name three rivers of Australia."},
+        {"role": "assistant", "content": "The Murray, the Darling and the Lachlan."},
+        {"role": "user", "content": "Which of them has an anabranch, and why does it matter?"},
+    ],
+    [{"role": "user", "content": "Write a Python function that merges two sorted lists."}],
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's opinion after each of `rows` tokens: [rows] each, `drawn_logprobs` [rows, DRAWN_TOKENS]."""
+
+    best: Tensor
+    gaps: Tensor
+    best_logprobs: Tensor
+    drawn_logprobs: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor, logits_of: Callable[[Tensor], Tensor], best: Tensor | None = None) -> Scores:
+        """Score final hidden states [rows, hidden size], some rows at a time: all logits are too many.
+
+        `best_logprobs` are those of `best` [rows] where it is given: another model's choices.
+        """
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for start in range(0, len(hidden), _ROWS_AT_ONCE):
+            logits = logits_of(hidden[start : start + _ROWS_AT_ONCE]).to(torch.float32)
+            leaders = logits.topk(2, dim=-1)
+            asked = leaders.indices[:, 0] if best is None else best[start : start + len(logits)]
+            logprobs = logits.log_softmax(-1)
+            parts.append(
+                (
+                    leaders.indices[:, 0].clone(),
+                    leaders.values[:, 0] - leaders.values[:, 1],
+                    logprobs.gather(1, asked[:, None])[:, 0],
+                    logprobs[:, drawn_token_ids(logits.shape[1])],
+                )
+            )
+        columns = zip(*parts, strict=True)
+        return cls(*(torch.cat(list(column)) for column in columns))
+
+    def save(self, path: Path) -> None:
+        """Write the scores; the file appears complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        safetensors.torch.save_file(
+            {name: tensor.contiguous() for name, tensor in vars(self).items()}, partial
+        )
+        partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A prompt and what transformers says: one row of `scores` per token of `inputs`."""
+
+    prompt: list[int]
+    scores: Scores
+
+    @property
+    def inputs(self) -> list[int]:
+        """The prompt and all generated tokens but the last: what a teacher gives."""
+        return self.prompt + list(self.expected().tokens[:-1])
+
+    def expected(self) -> Expected:
+        """The free-running part: the generated tokens."""
+        first = len(self.prompt) - 1
+        scores = self.scores
+        columns = (scores.best, scores.gaps, scores.best_logprobs)
+        return Expected(*(column[first:].tolist() for column in columns))
+
+    def near_ties(self) -> int:
+        """Positions that float32 does not decide."""
+        return int((self.scores.gaps < NEAR_TIE).sum())
+
+
+@cache
+def drawn_token_ids(vocabulary_size: int) -> Tensor:
+    """int64 [DRAWN_TOKENS]: the same for every run."""
+    return torch.randperm(vocabulary_size, generator=torch.Generator().manual_seed(9))[:DRAWN_TOKENS]
+
+
+@cache
+def prompts() -> list[list[int]]:
+    """Pieces of a long text, each from another place of it, and chats: 1 to 3,000 tokens."""
+    tokenizer = Tokenizer(smollm2_folder())
+    text = tokenizer.encode(_SURVEY.read_text(encoding="utf-8"))
+    starts = [min(index * _TEXT_STEP, len(text) - length) for index, length in enumerate(_TEXT_LENGTHS)]
+    pieces = [text[start : start + length] for start, length in zip(starts, _TEXT_LENGTHS, strict=True)]
+    return pieces + [tokenizer.encode_chat(messages) for messages in _CHATS]
+
+
+def reference(prompt: Sequence[int], refresh: bool = False) -> Reference:
+    """The reference of one prompt, from the cache where it is there and `refresh` is not asked for."""
+    settings = f"{list(prompt)} {GENERATED_TOKENS} {DRAWN_TOKENS}".encode()
+    key = hashlib.sha256(bytes.fromhex(model_hash()) + settings).hexdigest()
+    path = cache_folder() / "oracle" / f"{key}.safetensors"
+    if refresh or not path.exists():
+        _compute(prompt).save(path)
+    return Reference(list(prompt), Scores(**safetensors.torch.load_file(path)))
+
+
+@cache
+def model_hash() -> str:
+    """SHA-256 over the files that decide what the model says."""
+    digest = hashlib.sha256()
+    folder = smollm2_folder()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@cache
+def _transformers_model() -> Any:
+    return load_reference(smollm2_folder())
+
+
+def _compute(prompt: Sequence[int]) -> Scores:
+    """Decode greedily with a cache, keeping the final hidden state of every position."""
+    model = _transformers_model()
+    with torch.inference_mode():
+        hidden = torch.cat(list(_hidden_states(model, prompt)))
+        return Scores.of(hidden, model.lm_head)
+
+
+def _hidden_states(model: Any, prompt: Sequence[int]) -> Iterator[Tensor]:
+    """[rows, hidden size] of the prompt, then of each generated token but the last."""
+    inputs, past = torch.tensor([list(prompt)]), None
+    for index in range(GENERATED_TOKENS):
+        answer = model.model(inputs, past_key_values=past, use_cache=True)
+        hidden, past = answer.last_hidden_state[0], answer.past_key_values
+        yield hidden
+        if index < GENERATED_TOKENS - 1:
+            inputs = model.lm_head(hidden[-1:]).argmax(-1)[None]
