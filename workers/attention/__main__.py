@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from anabranch.v1 import control_pb2, inference_pb2
@@ -43,4 +41,4 @@ def _ignore(_membership: control_pb2.Membership) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(role.run("attention", serve))
+    role.leave(role.run("attention", serve))
