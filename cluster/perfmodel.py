@@ -1,9 +1,9 @@
 """How long steps must take at least: Lamina's equations and DistKV-LLM's model. Pure.
 
 Sources: Lamina, arXiv 2405.01814 (MTIME, ATIME, minimum bandwidth); Infinite-LLM, arXiv 2401.02669 (T(b, S)).
-The papers' notation beside our names: N parameters, e element_bytes, B batch, l context_tokens, d hidden_size,
-L layers, G query_group (query heads per KV head). These are floors: a roofline says what cannot be beaten, not
-what will be reached.
+The papers' notation beside our names: N parameters, e element_bytes, B batch, l context_tokens,
+d hidden_size, L layers, G query_group (query heads per KV head). These are floors: a roofline says what
+cannot be beaten, not what will be reached.
 """
 
 from __future__ import annotations

@@ -1,194 +1,271 @@
-"""Which node each role's process runs on. Pure: nodes and demands in, assignments out.
+"""Which node each role process goes to. Pure: nodes as Ray reports them in, assignments out.
 
-Dense workers go where FLOPS are cheapest, attention workers where memory (bandwidth) is, and are spread;
-a node set aside for memory never gets a dense worker.
+Dense workers go where FLOPS are cheapest, attention workers where memory bandwidth is (the two columns of
+Lamina's argument, arXiv 2405.01814), gateways wherever a CPU is free. Who cannot be placed learns exactly
+which resource is missing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from cluster.config import Config
+from cluster.hardware import Catalogue, attention_rank, class_of, dense_rank
+
+Role = Literal["gateway", "dense", "attention"]
 
 ROLE_LABEL = "anabranch-role"
-"""A node labelled `anabranch-role=memory` holds attention workers and no dense ones."""
+"""Node label; `anabranch-role=memory` keeps dense workers off a node."""
 
-MEMORY_ROLE = "memory"
+PROCESS_BYTES = 512 * 2**20
+"""Margin beside an arena: interpreter, libraries and buffers of one worker process."""
+
+_ACCELERATOR = "accelerator_type:"
+_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """A live node: what it has left, its labels and its hardware class. memory in bytes."""
+class NodeInfo:
+    """A machine as Ray describes it; resources in Ray's units (memory in bytes). `available` is what no
+    living process has claimed.
+    """
 
     node_id: str
     hostname: str
-    hardware: str
-    cpus: float
-    gpus: float
-    memory_bytes: float
-    custom: Mapping[str, float] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
+    total: Mapping[str, float]
+    available: Mapping[str, float]
+    labels: Mapping[str, str]
+    alive: bool = True
+
+    @property
+    def accelerator_types(self) -> tuple[str, ...]:
+        """Ray's names of what is in it, from its resources or its label."""
+        named = [key.removeprefix(_ACCELERATOR) for key in self.total if key.startswith(_ACCELERATOR)]
+        label = self.labels.get("ray.io/accelerator-type")
+        return tuple(dict.fromkeys([*named, *([label] if label else [])]))
 
     @property
     def is_memory_node(self) -> bool:
-        """Whether it is set aside for the KV cache."""
-        return self.labels.get(ROLE_LABEL) == MEMORY_ROLE
+        """Marked as a place for KV cache only."""
+        return self.labels.get(ROLE_LABEL) == "memory"
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """What one process needs of a node. `label`: key and value it must carry. `classes`: hardware
-    classes, best first; with `only_classes` no other will do.
+class RoleDemand:
+    """What one process needs. `classes`: the only hardware it may run on, best first, by the names of the
+    catalogue or of Ray, in any case; empty is any.
     """
 
     worker_id: str
-    role: str
-    cpus: float = 0.0
-    gpus: float = 0.0
+    role: Role
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus: float = 1
+    gpus: float = 0
     memory_bytes: int = 0
-    custom: Mapping[str, float] = field(default_factory=dict)
-    label: tuple[str, str] | None = None
+    custom: tuple[tuple[str, float], ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
     classes: tuple[str, ...] = ()
-    only_classes: bool = False
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """In Ray's names and units, zeros left out."""
+        claims = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory_bytes), **dict(self.custom)}
+        return {name: amount for name, amount in claims.items() if amount > 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A process and its node."""
+
+    worker_id: str
+    role: Role
+    node_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unplaced:
-    """No node will do; `missing` says what no node offers, and what the best one does."""
+    """A process without a node; `missing` names the resource, what is needed and what there is."""
 
+    worker_id: str
     missing: str
 
 
-def assign(
-    demands: Sequence[Demand],
-    offers: Iterable[Offer],
-    role_counts: Mapping[tuple[str, str], int],
-    avoid: frozenset[str] = frozenset(),
-) -> dict[str, str | Unplaced]:
-    """A node id or the reason against, per worker id. Earlier demands are served first.
+def role_demand(config: Config, role: Role, worker_id: str, weights_bytes: int = 0) -> RoleDemand:
+    """What the configuration asks of a node for one process of a role.
 
-    `role_counts`: (node id, role) -> processes of that role there already. Nodes in `avoid` are taken
-    only where nothing else will do.
+    Host memory is PROCESS_BYTES and, unless they lie on a GPU, the arena and (dense) the weights.
     """
-    left = {offer.node_id: offer for offer in offers}
-    counts = Counter(dict(role_counts))
-    answers: dict[str, str | Unplaced] = {}
-    for demand in demands:
-        fitting, missing = _fitting(demand, list(left.values()))
-        if not fitting:
-            answers[demand.worker_id] = Unplaced(missing)
-            continue
-        best = min(fitting, key=lambda offer: _order(demand, offer, counts, avoid))
-        answers[demand.worker_id] = best.node_id
-        counts[best.node_id, demand.role] += 1
-        left[best.node_id] = _less(best, demand)
-    return answers
-
-
-def _order(
-    demand: Demand, offer: Offer, counts: Mapping[tuple[str, str], int], avoid: frozenset[str]
-) -> tuple[object, ...]:
-    """Smaller is better. Attention is spread before its class is considered, dense the other way round."""
-    rank = demand.classes.index(offer.hardware) if offer.hardware in demand.classes else len(demand.classes)
-    crowd = counts.get((offer.node_id, demand.role), 0)
-    wasted_gpu = offer.gpus > 0 and demand.gpus == 0
-    if demand.role == "attention":
-        preference: tuple[object, ...] = (
-            not offer.is_memory_node,
-            wasted_gpu,
-            crowd,
-            rank,
-            -offer.memory_bytes,
-        )
-    elif demand.role == "dense":
-        preference = (rank, wasted_gpu, crowd, -offer.cpus)
+    place = config.placement
+    demand = RoleDemand(
+        worker_id,
+        role,
+        memory_bytes=PROCESS_BYTES,
+        custom=((f"anabranch_{role}", 1.0),) if place.exclusive else (),
+    )
+    if role == "gateway":
+        return demand
+    if role == "dense":
+        held_bytes = config.dense.local_arena + weights_bytes
+        demand = replace(demand, device=config.dense.device, cpus=config.dense.threads)
+        demand = replace(demand, classes=place.dense_classes)
     else:
-        preference = (wasted_gpu, offer.is_memory_node, crowd, -offer.cpus)
-    return (offer.node_id in avoid, *preference, offer.node_id)
+        held_bytes = config.attention.arena
+        demand = replace(demand, device=config.attention.device, cpus=config.attention.threads)
+        demand = replace(demand, classes=place.attention_classes, labels=_label(place.attention_label))
+    if demand.device == "cuda":
+        return replace(demand, gpus=1)
+    return replace(demand, memory_bytes=PROCESS_BYTES + held_bytes)
 
 
-def _fitting(demand: Demand, offers: list[Offer]) -> tuple[list[Offer], str]:
-    """The nodes that meet every need; when there are none, the need that left none."""
-    if not offers:
-        return [], "no node is alive"
-    for needs, meets, offered in _needs(demand):
-        kept = [offer for offer in offers if meets(offer)]
-        if not kept:
-            return [], f"needs {needs}; {_said(offers, offered)}"
-        offers = kept
-    return offers, ""
+def _label(text: str | None) -> tuple[tuple[str, str], ...]:
+    if text is None:
+        return ()
+    key, _, value = text.partition("=")
+    return ((key, value),)
 
 
-_Need = tuple[str, Callable[[Offer], bool], Callable[[Offer], str]]
+def assign(
+    demands: Sequence[RoleDemand],
+    nodes: Sequence[NodeInfo],
+    occupied: Sequence[Assignment],
+    catalogue: Catalogue,
+    config: Config,
+) -> tuple[Assignment | Unplaced, ...]:
+    """An answer for each demand, in their order; earlier ones claim first.
+
+    `occupied` are the processes that run already: their claims are out of `available`, and attention workers
+    avoid each other's nodes. Dense workers never go to a memory node, nor to one that carries
+    placement.attention_label.
+    """
+    board = _Board(
+        [node for node in nodes if node.alive], catalogue, _label(config.placement.attention_label)
+    )
+    board.attention.update(item.node_id for item in occupied if item.role == "attention")
+    return tuple(board.place(demand) for demand in demands)
 
 
-def _needs(demand: Demand) -> list[_Need]:
-    """What is asked for, in the order in which a missing one is worth naming."""
-    needs: list[_Need] = []
-    if demand.role == "dense":
-        needs.append(_NOT_MEMORY)
-    if demand.label is not None:
-        needs.append(_labelled(*demand.label))
-    if demand.only_classes:
-        classes = demand.classes
-        names = " or ".join(classes)
-        needs.append(
-            (f"hardware {names}", lambda offer: offer.hardware in classes, lambda offer: offer.hardware)
+_Test = Callable[[NodeInfo], bool]
+_Say = Callable[[Sequence[NodeInfo]], str]
+
+
+@dataclass(slots=True)
+class _Board:
+    """Nodes with what is still free on each while demands are placed one after another."""
+
+    nodes: Sequence[NodeInfo]
+    catalogue: Catalogue
+    memory_labels: tuple[tuple[str, str], ...]
+    attention: Counter[str] = field(default_factory=Counter)
+    free: dict[str, dict[str, float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = {node.node_id: dict(node.available) for node in self.nodes}
+
+    def place(self, demand: RoleDemand) -> Assignment | Unplaced:
+        """The best node that has all, claimed; or the first requirement that no node is left for."""
+        if not self.nodes:
+            return Unplaced(demand.worker_id, "needs a node: none is alive")
+        candidates = list(self.nodes)
+        for test, missing in self._requirements(demand):
+            left = [node for node in candidates if test(node)]
+            if not left:
+                return Unplaced(demand.worker_id, missing(candidates))
+            candidates = left
+        chosen = min(candidates, key=lambda node: self._preference(demand, node))
+        for name, amount in demand.resources.items():
+            self.free[chosen.node_id][name] -= amount
+        if demand.role == "attention":
+            self.attention[chosen.node_id] += 1
+        return Assignment(demand.worker_id, demand.role, chosen.node_id)
+
+    def _requirements(self, demand: RoleDemand) -> list[tuple[_Test, _Say]]:
+        """(test, what to say of the nodes left when none passes), kind of node first, then amounts."""
+        rules: list[tuple[_Test, _Say]] = []
+        if demand.role == "dense":
+            rules.append((self._may_compute, self._all_for_memory))
+        for key, value in demand.labels:
+            rules.append((_has_label(key, value), _needs_label(key, value)))
+        if demand.gpus or demand.classes:
+            rules.append(
+                (lambda node: self._is_suitable(demand, node), lambda left: _needs_kind(demand, left))
+            )
+        for name, amount in sorted(demand.resources.items(), key=lambda item: item[0] in ("CPU", "memory")):
+            rules.append((self._has_free(name, amount), self._needs_amount(name, amount)))
+        return rules
+
+    def _may_compute(self, node: NodeInfo) -> bool:
+        marked = any(node.labels.get(key) == value for key, value in self.memory_labels)
+        return not (node.is_memory_node or marked)
+
+    def _all_for_memory(self, left: Sequence[NodeInfo]) -> str:
+        marks = [f"{ROLE_LABEL}=memory", *(f"{key}={value}" for key, value in self.memory_labels)]
+        return (
+            f"needs a node for dense workers: all {len(left)} are memory nodes (label {' or '.join(marks)})"
         )
-    needs += [_amount(f"{demand.gpus:g} GPU", lambda o: o.gpus, demand.gpus, lambda v: f"{v:g} GPU")]
-    needs += [
-        _amount(_gib(demand.memory_bytes), lambda o: o.memory_bytes, demand.memory_bytes, _gib),
-        _amount(f"{demand.cpus:g} CPU", lambda o: o.cpus, demand.cpus, lambda v: f"{v:g} CPU"),
-    ]
-    for name, amount in demand.custom.items():
-        needs.append(_custom(name, amount))
-    return needs
+
+    def _is_suitable(self, demand: RoleDemand, node: NodeInfo) -> bool:
+        if demand.gpus and node.total.get("GPU", 0) < demand.gpus:
+            return False
+        return not demand.classes or self._class_rank(demand.classes, node) < len(demand.classes)
+
+    def _class_rank(self, best_first: Sequence[str], node: NodeInfo) -> int:
+        """Where the node's hardware stands in a list of names; the list's length if it does not."""
+        names = {name.upper() for name in node.accelerator_types}
+        found = class_of(node.accelerator_types, self.catalogue)
+        names |= {found.name.upper()} if found else set()
+        return next((i for i, name in enumerate(best_first) if name.upper() in names), len(best_first))
+
+    def _has_free(self, name: str, amount: float) -> _Test:
+        return lambda node: self.free[node.node_id].get(name, 0.0) >= amount - 1e-9
+
+    def _needs_amount(self, name: str, amount: float) -> _Say:
+        def say(left: Sequence[NodeInfo]) -> str:
+            largest = max(self.free[node.node_id].get(name, 0.0) for node in left)
+            if name == "memory":
+                return f"needs {amount / _GIB:.1f} GiB memory: largest free is {largest / _GIB:.1f} GiB"
+            return f"needs {name}: {amount:g}; largest free on one node is {largest:g}"
+
+        return say
+
+    def _preference(self, demand: RoleDemand, node: NodeInfo) -> tuple[object, ...]:
+        """Least is best; ends in names, so that equal nodes are taken in a fixed order."""
+        free = self.free[node.node_id]
+        has_accelerator = bool(node.accelerator_types or node.total.get("GPU", 0))
+        spare = has_accelerator and not demand.gpus
+        names = (node.hostname, node.node_id)
+        if demand.role == "attention":
+            crowd = self.attention[node.node_id]
+            kind = self._class_rank(demand.classes or attention_rank(self.catalogue), node)
+            return not node.is_memory_node, crowd, spare, kind, -free.get("memory", 0.0), *names
+        if demand.role == "dense":
+            kind = self._class_rank(demand.classes or dense_rank(self.catalogue), node)
+            return spare, kind, -free.get("CPU", 0.0), *names
+        return spare, not self._may_compute(node), -free.get("CPU", 0.0), *names
 
 
-_NOT_MEMORY: _Need = (
-    f"a node without label {ROLE_LABEL}={MEMORY_ROLE}",
-    lambda offer: not offer.is_memory_node,
-    lambda _offer: f"{ROLE_LABEL}={MEMORY_ROLE}",
-)
+def _has_label(key: str, value: str) -> _Test:
+    return lambda node: node.labels.get(key) == value
 
 
-def _labelled(key: str, value: str) -> _Need:
-    return (
-        f"a node labelled {key}={value}",
-        lambda offer: offer.labels.get(key) == value,
-        lambda offer: f"{key}={offer.labels.get(key, 'unset')}",
-    )
+def _needs_label(key: str, value: str) -> _Say:
+    def say(left: Sequence[NodeInfo]) -> str:
+        offered = sorted({node.labels[key] for node in left if key in node.labels})
+        return f"needs label {key}={value}: nodes have {', '.join(offered) if offered else f'no label {key}'}"
+
+    return say
 
 
-def _amount(needs: str, have: Callable[[Offer], float], wanted: float, show: Callable[[float], str]) -> _Need:
-    return needs, lambda offer: have(offer) >= wanted, lambda offer: f"{show(have(offer))} free"
-
-
-def _custom(name: str, amount: float) -> _Need:
-    return _amount(
-        f"{amount:g} of resource {name}", lambda o: o.custom.get(name, 0.0), amount, lambda v: f"{v:g} {name}"
-    )
-
-
-def _gib(memory_bytes: float) -> str:
-    return f"{memory_bytes / 2**30:.2f} GiB memory"
-
-
-def _said(offers: Sequence[Offer], offered: Callable[[Offer], str]) -> str:
-    shown = ", ".join(f"{offer.hostname}: {offered(offer)}" for offer in offers[:4])
-    more = f" and {len(offers) - 4} more" if len(offers) > 4 else ""
-    return f"nodes in question have {shown}{more}"
-
-
-def _less(offer: Offer, demand: Demand) -> Offer:
-    custom = {name: have - demand.custom.get(name, 0.0) for name, have in offer.custom.items()}
-    return Offer(
-        offer.node_id,
-        offer.hostname,
-        offer.hardware,
-        offer.cpus - demand.cpus,
-        offer.gpus - demand.gpus,
-        offer.memory_bytes - demand.memory_bytes,
-        custom,
-        offer.labels,
-    )
+def _needs_kind(demand: RoleDemand, left: Sequence[NodeInfo]) -> str:
+    """`needs GPU: 1 of type h100; nodes offer: 4 of A100, 1 of L4`."""
+    offered: Counter[str] = Counter()
+    for node in left:
+        count = int(node.total.get("GPU", 0))
+        offered[", ".join(node.accelerator_types) or ("an unknown type" if count else "")] += count
+    listed = ", ".join(f"{count} of {name}" for name, count in sorted(offered.items()) if count)
+    kind = f" of type {' or '.join(demand.classes)}" if demand.classes else ""
+    if demand.gpus:
+        return f"needs GPU: {demand.gpus:g}{kind}; nodes offer: {listed or 'none'}"
+    return f"needs a node{kind}; nodes offer GPUs: {listed or 'none'}"

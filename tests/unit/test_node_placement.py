@@ -1,107 +1,204 @@
-"""Which node a role's process runs on: pure, so every rule has its case."""
+"""Node placement: each role on its kind of node, spread, within what is free; and precise complaints."""
 
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policies.node_placement import MEMORY_ROLE, ROLE_LABEL, Demand, Offer, Unplaced, assign
+from cluster.config import Config, DenseConfig, PlacementConfig
+from cluster.hardware import built_in
+from cluster.policies.node_placement import (
+    PROCESS_BYTES,
+    Assignment,
+    NodeInfo,
+    Role,
+    RoleDemand,
+    Unplaced,
+    assign,
+    role_demand,
+)
 
 GIB = 2**30
+CONFIG = Config()
 
 
-def _offer(name: str, hardware: str = "cpu-node", **fields: object) -> Offer:
-    defaults: dict[str, object] = {"cpus": 8.0, "gpus": 0.0, "memory_bytes": 16.0 * GIB}
-    return Offer(name, name, hardware, **(defaults | fields))  # type: ignore[arg-type]  # fields of the case
+def node(
+    name: str,
+    *,
+    cpus: float = 8,
+    gpus: float = 0,
+    accelerator: str | None = None,
+    memory_gib: float = 64,
+    labels: dict[str, str] | None = None,
+    alive: bool = True,
+    **custom: float,
+) -> NodeInfo:
+    """A machine with everything free."""
+    total = {"CPU": cpus, "memory": memory_gib * GIB, **custom}
+    if gpus:
+        total["GPU"] = gpus
+    if accelerator:
+        total[f"accelerator_type:{accelerator}"] = 1.0
+    return NodeInfo(name, f"host-{name}", total, dict(total), labels or {}, alive)
 
 
-def _attention(index: int = 0, memory_bytes: int = GIB) -> Demand:
-    return Demand(f"attention-{index}", "attention", cpus=1, memory_bytes=memory_bytes)
+def dense(name: str = "dense-0", **changes: Any) -> RoleDemand:
+    """A dense worker on one GPU."""
+    return RoleDemand(name, "dense", **{"device": "cuda", "gpus": 1, **changes})
 
 
-def _dense(index: int = 0, classes: tuple[str, ...] = ("L4", "H100"), only: bool = False) -> Demand:
-    return Demand(f"dense-{index}", "dense", cpus=1, gpus=1, classes=classes, only_classes=only)
+def attention(name: str = "attention-0", **changes: Any) -> RoleDemand:
+    """An attention worker with 8 GiB."""
+    return RoleDemand(name, "attention", **{"memory_bytes": 8 * GIB, **changes})
 
 
-def _demand(role: str, index: int) -> Demand:
-    if role == "gateway":
-        return Demand(f"gateway-{index}", role, cpus=1)
-    return _dense(index) if role == "dense" else _attention(index)
+def where(
+    demands: list[RoleDemand],
+    nodes: list[NodeInfo],
+    *occupied: tuple[str, Role, str],
+    config: Config = CONFIG,
+) -> list[str]:
+    """Node of each demand, or what is missing."""
+    placed = assign(demands, nodes, [Assignment(*item) for item in occupied], built_in(), config)
+    return [item.missing if isinstance(item, Unplaced) else item.node_id for item in placed]
 
 
-def test_dense_takes_the_best_class_and_then_the_next() -> None:
-    """The class ranks first; when its GPUs are taken the next class serves."""
-    offers = [_offer("a", "H100", gpus=1.0), _offer("b", "L4", gpus=1.0)]
-    assert assign([_dense(0), _dense(1)], offers, {}) == {"dense-0": "b", "dense-1": "a"}
+def test_dense_goes_where_flops_are_cheapest_and_attention_where_bandwidth_is() -> None:
+    """Both on GPUs: the H100 computes, the H20 attends, whatever the order of the nodes."""
+    nodes = [node("a", gpus=1, accelerator="H20"), node("b", gpus=1, accelerator="H100")]
+    for order in (nodes, nodes[::-1]):
+        assert where([dense()], order) == ["b"]
+        assert where([attention(device="cuda", gpus=1)], order) == ["a"]
+
+
+def test_configured_classes_decide_instead() -> None:
+    """They order and restrict, by the catalogue's names or Ray's, in any case."""
+    nodes = [node("a", gpus=1, accelerator="H20"), node("b", gpus=1, accelerator="H100")]
+    assert where([dense(classes=("H20", "h100"))], nodes) == ["a"]
+    assert where([dense(classes=("h20",)), dense("dense-1", classes=("h20",))], nodes) == [
+        "a",
+        "needs GPU: 1; largest free on one node is 0",
+    ]
 
 
 def test_dense_never_goes_to_a_memory_node() -> None:
-    """A node set aside for memory is no place for weights, whatever it has free."""
-    answer = assign([_dense()], [_offer("m", "H100", gpus=8.0, labels={ROLE_LABEL: MEMORY_ROLE})], {})[
-        "dense-0"
+    """Neither to one labelled so nor to one that carries the attention label, even if it has the GPU."""
+    config = Config(placement=PlacementConfig(attention_label="pool=kv"))
+    nodes = [
+        node("a", gpus=4, accelerator="H100", labels={"anabranch-role": "memory"}),
+        node("b", gpus=4, accelerator="H100", labels={"pool": "kv"}),
+        node("c", gpus=1, accelerator="L4"),
     ]
-    assert isinstance(answer, Unplaced)
-    assert ROLE_LABEL in answer.missing
+    assert where([dense()], nodes, config=config) == ["c"]
+    assert where([dense()], nodes[:2], config=config) == [
+        "needs a node for dense workers: all 2 are memory nodes (label anabranch-role=memory or pool=kv)"
+    ]
 
 
-def test_attention_is_spread_over_memory_nodes_first() -> None:
-    """Nodes set aside for memory come first, the emptiest of them each time."""
-    labels = {ROLE_LABEL: MEMORY_ROLE}
-    offers = [_offer("m", labels=labels), _offer("n", labels=labels), _offer("o", memory_bytes=512.0 * GIB)]
-    answers = assign([_attention(0), _attention(1), _attention(2)], offers, {("m", "attention"): 1})
-    assert answers["attention-0"] == "n"
-    assert set(answers.values()) == {"m", "n"}
+def test_attention_spreads_and_prefers_memory_nodes() -> None:
+    """Memory nodes first, then whoever has fewest attention workers; those that run already count."""
+    nodes = [node("a"), node("b"), node("c")]
+    demands = [attention(f"attention-{index}") for index in range(1, 4)]
+    placed = where(demands, nodes, ("attention-0", "attention", "b"))
+    assert placed[:2] == ["a", "c"]
+    assert Counter(["b", *placed]) in (Counter("aabc"), Counter("abbc"), Counter("abcc"))
+    nodes.append(node("d", labels={"anabranch-role": "memory"}))
+    assert where(demands[:2], nodes) == ["d", "d"]
 
 
-def test_a_gpu_is_not_wasted_on_who_needs_none() -> None:
-    """Gateways and host-memory caches leave GPU nodes to others while they can."""
-    offers = [_offer("g", "H100", gpus=4.0, cpus=64.0), _offer("c")]
-    gateway = Demand("gateway-0", "gateway", cpus=1)
-    assert assign([gateway, _attention()], offers, {}) == {"gateway-0": "c", "attention-0": "c"}
+def test_attention_needs_the_configured_label() -> None:
+    """placement.attention_label is demanded of the node, and named when nobody has it."""
+    config = Config(placement=PlacementConfig(attention_label="pool=kv"))
+    demand = role_demand(config, "attention", "attention-0")
+    nodes = [node("a"), node("b", labels={"pool": "other"})]
+    assert where([demand], nodes, config=config) == ["needs label pool=kv: nodes have other"]
+    assert where([demand], nodes[:1], config=config) == ["needs label pool=kv: nodes have no label pool"]
+    assert where([demand], [*nodes, node("c", labels={"pool": "kv"})], config=config) == ["c"]
 
 
-def test_a_suspected_node_is_the_last_resort() -> None:
-    """It is avoided while another will do, and taken when none will."""
-    offers = [_offer("a"), _offer("b", cpus=1.0)]
-    answers = assign([_attention(0), _attention(1)], offers, {}, avoid=frozenset({"a"}))
-    assert answers == {"attention-0": "b", "attention-1": "a"}
+def test_work_without_gpu_leaves_gpu_nodes_alone() -> None:
+    """CPU roles take nodes without accelerators while there are any."""
+    nodes = [node("a", gpus=8, accelerator="H100", cpus=64), node("b", cpus=4)]
+    gateway = RoleDemand("gateway-0", "gateway")
+    assert where([dense(device="cpu", gpus=0), attention(), gateway], nodes) == ["b", "b", "b"]
+    assert where([gateway], nodes[:1]) == ["a"]
 
 
-def test_the_missing_resource_is_named_with_what_there_is() -> None:
-    """Each kind of need is named by itself, beside what the nodes in question have."""
-    offers = [_offer("a", memory_bytes=2.0 * GIB)]
-    cases = {
-        "1 GPU": _dense(),
-        "hardware H100": Demand("x", "dense", classes=("H100",), only_classes=True),
-        "8.00 GiB memory": _attention(memory_bytes=8 * GIB),
-        "99 CPU": Demand("x", "gateway", cpus=99),
-        "labelled disk=fast": Demand("x", "attention", label=("disk", "fast")),
-        "resource anabranch_gateway": Demand("x", "gateway", custom={"anabranch_gateway": 1.0}),
-    }
-    for named, demand in cases.items():
-        answer = assign([demand], offers, {})[demand.worker_id]
-        assert isinstance(answer, Unplaced)
-        assert named in answer.missing
-        assert "a: " in answer.missing
+def test_claims_within_one_call_add_up() -> None:
+    """What an earlier demand takes is gone for the next."""
+    demands = [attention(f"attention-{index}") for index in range(3)]
+    assert where(demands, [node("a", memory_gib=18)]) == [
+        "a",
+        "a",
+        "needs 8.0 GiB memory: largest free is 2.0 GiB",
+    ]
 
 
-def test_no_node_at_all_is_said() -> None:
-    """An empty cluster is not blamed on a resource."""
-    assert assign([_attention()], [], {})["attention-0"] == Unplaced("no node is alive")
+@pytest.mark.parametrize(
+    ("demand", "nodes", "missing"),
+    [
+        (dense(), [node("a")], "needs GPU: 1; nodes offer: none"),
+        (
+            dense(classes=("h100",)),
+            [node("a", gpus=4, accelerator="A100"), node("b", gpus=1, accelerator="L4")],
+            "needs GPU: 1 of type h100; nodes offer: 4 of A100, 1 of L4",
+        ),
+        (dense(cpus=9), [node("a", gpus=1)], "needs CPU: 9; largest free on one node is 8"),
+        (
+            dense(custom=(("anabranch_dense", 1.0),)),
+            [node("a", gpus=1)],
+            "needs anabranch_dense: 1; largest free on one node is 0",
+        ),
+        (dense(gpus=0, classes=("h100",)), [node("a")], "needs a node of type h100; nodes offer GPUs: none"),
+        (attention(), [node("a", alive=False)], "needs a node: none is alive"),
+        (attention(), [], "needs a node: none is alive"),
+    ],
+)
+def test_what_is_missing_is_named(demand: RoleDemand, nodes: list[NodeInfo], missing: str) -> None:
+    """Resource, amount, and what the nodes offer."""
+    assert where([demand], nodes) == [missing]
+
+
+def test_demands_follow_from_the_configuration() -> None:
+    """Arena plus margin on the host, or a GPU; exclusive roles demand their custom resource."""
+    claims = role_demand(CONFIG, "attention", "attention-0")
+    assert claims.resources == {"CPU": 1, "memory": CONFIG.attention.arena + PROCESS_BYTES}
+    weights = role_demand(CONFIG, "dense", "dense-0", weights_bytes=5 * GIB)
+    assert weights.memory_bytes == PROCESS_BYTES + 5 * GIB
+    config = Config(
+        dense=DenseConfig(device="cuda", threads=3),
+        placement=PlacementConfig(exclusive=True, dense_classes=("h100",)),
+    )
+    claims = role_demand(config, "dense", "dense-0", weights_bytes=5 * GIB)
+    assert claims.resources == {"CPU": 3, "GPU": 1, "memory": PROCESS_BYTES, "anabranch_dense": 1}
+    assert claims.classes == ("h100",)
+    assert role_demand(config, "gateway", "gateway-0").custom == (("anabranch_gateway", 1.0),)
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=5),
-    st.lists(st.sampled_from(["dense", "attention", "gateway"]), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 20)), max_size=4),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(0, 1), st.integers(0, 9)), max_size=8),
 )
-def test_nothing_is_ever_overcommitted(nodes: list[tuple[int, int, int]], roles: list[str]) -> None:
-    """Whatever is asked, no node gives more CPUs, GPUs or memory than it has."""
-    offers = [
-        _offer(f"n{i}", cpus=float(cpus), gpus=float(gpus), memory_bytes=float(memory * GIB))
-        for i, (cpus, gpus, memory) in enumerate(nodes)
+def test_nothing_is_claimed_twice(
+    sizes: list[tuple[int, int, int]], wants: list[tuple[bool, int, int, int]]
+) -> None:
+    """Whatever is asked: claims stay within what is free, and who is refused fits nowhere at its turn."""
+    nodes = [node(f"n{i}", cpus=c, gpus=g, memory_gib=m) for i, (c, g, m) in enumerate(sizes)]
+    demands = [
+        RoleDemand(f"w{i}", "dense" if is_dense else "attention", cpus=c, gpus=g, memory_bytes=m * GIB)
+        for i, (is_dense, c, g, m) in enumerate(wants)
     ]
-    demands = [_demand(role, index) for index, role in enumerate(roles)]
-    answers = assign(demands, offers, {})
-    for offer in offers:
-        placed = [demand for demand in demands if answers[demand.worker_id] == offer.node_id]
-        assert sum(demand.cpus for demand in placed) <= offer.cpus
-        assert sum(demand.gpus for demand in placed) <= offer.gpus
-        assert sum(demand.memory_bytes for demand in placed) <= offer.memory_bytes
+    free = {item.node_id: dict(item.available) for item in nodes}
+    answers = assign(demands, nodes, (), built_in(), CONFIG)
+    for demand, answer in zip(demands, answers, strict=True):
+        if isinstance(answer, Assignment):
+            for name, amount in demand.resources.items():
+                free[answer.node_id][name] -= amount
+                assert free[answer.node_id][name] >= 0
+        else:
+            short = [[n for n, a in demand.resources.items() if has.get(n, 0) < a] for has in free.values()]
+            assert all(short)
