@@ -92,6 +92,11 @@ class Reader:
         """Until so many tokens came, or the stream is over."""
         wait_until(lambda: self._done.done() or len(Reading(list(self._so_far)).token_ids()) >= count)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token came."""
+        return len(Reading(list(self._so_far)).token_ids()) > 0
+
     def result(self, within_s: float = 60.0) -> Reading:
         """What was read. Raises what the stream ended with."""
         return self._done.result(within_s)
