@@ -92,7 +92,7 @@ def test_roles_go_where_their_hardware_is_and_leave_a_dead_node(machines: Machin
 
 def test_the_configuration_overrides_the_catalogue(machines: Machines, tmp_path: Path) -> None:
     """`placement.dense_classes` names the hardware, whatever the catalogue prefers."""
-    config = _config(tmp_path, machines, placement__dense_classes=("H100",), attention__replicas=1)
+    config = _config(tmp_path, machines, placement__dense_classes=("h100",), attention__replicas=1)
     with running(config, joining()) as cluster:
         cluster.await_ready()
         assert _places(cluster, machines)["dense-0"] == "H100"
