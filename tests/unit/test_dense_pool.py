@@ -1,0 +1,208 @@
+"""Rooms, members and the inbox of a dense worker, against attention workers that are plain stores."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import pytest
+
+from cluster.clock import ManualClock
+from cluster.errors import Fenced, Unavailable
+from cluster.policies.placement import PlacementPolicy
+from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, WorkerId
+from workers.attention.local_peer import LocalPeer
+from workers.attention.session import AttendSession
+from workers.attention.store import Store
+from workers.dense.holders import Held, Holders
+from workers.dense.inbox import Inbox
+from workers.dense.members import AttentionMember, MemberTable
+from workers.dense.rooms import Rooms, RoomWanted
+from workers.dense.sequences import Placed, wire_generation
+
+GEOMETRY = KvGeometry(
+    layers=1, query_heads=1, kv_heads=1, head_size=8, dtype="float32", block_tokens=4, digest="tiny"
+)
+POLICY = PlacementPolicy(block_tokens=4, shard_tokens=8, max_shards=8)
+KEY = SequenceKey("request")
+ONE = Generation(1)
+
+
+class Workers:
+    """Attention workers of a few blocks each, their members, and rooms over them."""
+
+    def __init__(self, *blocks: int) -> None:
+        self.members = MemberTable()
+        self.holders = Holders()
+        self.rooms = Rooms(self.members, self.holders, POLICY)
+        self.stores: list[Store] = []
+        named = []
+        for index, count in enumerate(blocks):
+            worker, epoch = WorkerId(f"w{index}"), Epoch(index + 1)
+            self.stores.append(Store(worker, epoch, GEOMETRY, count, 1000, ManualClock()))
+            named.append(AttentionMember(worker, epoch, "", count, count))
+        self.members.update(named)
+        for member, store in zip(named, self.stores, strict=True):
+            self.members.connected(member, LocalPeer(store, _no_session))
+
+    def reserve(
+        self, first: int, end: int, generation: Generation = ONE, shards: tuple[Placed, ...] = ()
+    ) -> tuple[Placed, ...]:
+        """Reserve positions for `KEY`."""
+        return self.rooms.reserve(RoomWanted(KEY, generation, "", first, end, shards))
+
+    def held(self) -> list[int]:
+        """Blocks held at each worker."""
+        return [store.audit().capacity - store.audit().free for store in self.stores]
+
+
+def _no_session() -> AttendSession:
+    raise AssertionError("no lane is opened here")
+
+
+def ranges(placed: tuple[Placed, ...]) -> list[tuple[int, int]]:
+    """Positions of shards."""
+    return [(item.shard.first, item.shard.end) for item in placed]
+
+
+def test_a_range_spreads_over_workers_and_is_released_whole() -> None:
+    """A long range becomes shards that touch, on several workers; a release frees them all."""
+    workers = Workers(4, 4, 4)
+    placed = workers.reserve(0, 20)
+    assert ranges(placed)[0][0] == 0
+    assert ranges(placed)[-1][1] == 20
+    assert len({item.shard.worker for item in placed}) == 3
+    workers.rooms.release(KEY)
+    assert workers.held() == [0, 0, 0]
+
+
+def test_a_worker_that_refuses_is_passed_over() -> None:
+    """Reported space may be stale: where the reservation is refused the rest is placed elsewhere."""
+    workers = Workers(4, 2)
+    workers.stores[0].reserve(SequenceKey("other"), ONE, 0, 16)
+    placed = workers.reserve(0, 8)
+    assert [item.shard.worker for item in placed] == ["w1"]
+    assert workers.members.spaces(4)[0].free_tokens == 0
+
+
+def test_room_for_a_part_is_granted_as_far_as_it_goes() -> None:
+    """When the workers fill up on the way, what was reserved by then is the answer."""
+    workers = Workers(4, 2)
+    workers.stores[1].reserve(SequenceKey("other"), ONE, 0, 8)
+    assert ranges(workers.reserve(0, 24)) == [(0, 8)]
+    assert workers.reserve(0, 1000) == ()
+
+
+def test_a_shard_grows_under_the_generation_it_has() -> None:
+    """After a loss elsewhere raised the generation, a shard that stayed grows under its own: a worker that
+    sees a higher one would start it from nothing.
+    """
+    workers = Workers(4)
+    first = workers.reserve(0, 8)
+    grown = workers.reserve(8, 12, generation=Generation(2), shards=first)
+    assert ranges(grown) == [(0, 12)]
+    assert grown[0].generation == 1
+
+
+def test_a_sequence_owned_by_another_is_fenced() -> None:
+    """A lower generation than a worker knows is an error, not a refusal."""
+    workers = Workers(4)
+    workers.stores[0].reserve(KEY, Generation(5), 0, 4)
+    with pytest.raises(Fenced):
+        workers.reserve(0, 4)
+
+
+def test_renouncing_tells_whether_the_sequence_is_anothers() -> None:
+    """Giving back what is ours succeeds; where another dense worker took over it is Fenced."""
+    workers = Workers(4)
+    workers.reserve(0, 4)
+    workers.rooms.renounce(KEY, WorkerId("w0"))
+    assert workers.held() == [0]
+    workers.reserve(0, 4, generation=Generation(2))
+    workers.stores[0].adopt(KEY, Generation(9), ())
+    with pytest.raises(Fenced):
+        workers.rooms.renounce(KEY, WorkerId("w0"))
+
+
+def test_a_new_life_replaces_the_old_one() -> None:
+    """Membership names another epoch: the old life's peer is to be closed, and is usable no more."""
+    workers = Workers(4)
+    (over,) = workers.members.update([AttentionMember(WorkerId("w0"), Epoch(77), "", 4, 4)])
+    assert over[:2] == ("w0", Epoch(1))
+    assert workers.members.peer(WorkerId("w0"), Epoch(1)) is None
+    assert not workers.members.all_usable()
+    assert [member.epoch for member in workers.members.due(0.0, 1.0)] == [77]
+    assert workers.members.due(0.5, 1.0) == []
+
+
+def test_breaks_of_one_life_double_the_pause() -> None:
+    """A worker whose lane breaks again and again is tried ever more seldom, and half a minute at most."""
+    workers = Workers(4)
+    member = workers.members
+    pauses: list[int] = []
+    now_s = 0.0
+    for _ in range(12):
+        peer = member.disconnect(WorkerId("w0"), Epoch(1), now_s)
+        assert peer is not None
+        began_s = now_s
+        while not (due := member.due(now_s, 1.0)):
+            now_s += 0.05
+        pauses.append(round(now_s - began_s))
+        member.connected(due[0], peer)
+    assert pauses == sorted(pauses)
+    assert pauses[0] == 0
+    assert pauses[-1] == 30
+
+
+def test_holders_know_what_to_renew_and_what_to_release() -> None:
+    """A sequence is renewed at a life of a worker exactly while something of it is held there."""
+    holders = Holders()
+    here, there = WorkerId("w0"), WorkerId("w1")
+    holders.put(KEY, Held(here, Epoch(1), ONE))
+    holders.put(KEY, Held(there, Epoch(2), ONE))
+    assert holders.of_worker(here, Epoch(1)) == {KEY: 1}
+    assert holders.of_worker(here, Epoch(9)) == {}
+    holders.forget_life(here, Epoch(1))
+    assert holders.of_worker(here, Epoch(1)) == {}
+    assert holders.take(KEY) == (Held(there, Epoch(2), ONE),)
+    assert holders.take(KEY) == ()
+
+
+def test_a_resubmission_outranks_every_life_before() -> None:
+    """Wire generations order by the gateway's generation first, then by our own fresh starts."""
+    generations = [wire_generation(g, life) for g in (1, 2, 65_535) for life in (0, 1, 65_535)]
+    assert generations == sorted(set(generations))
+    assert generations[-1] < 2**32
+
+
+@pytest.fixture(name="inbox")
+def _inbox() -> Inbox:
+    """An inbox that takes two offers."""
+    return Inbox(offers_most=2)
+
+
+def test_an_inbox_keeps_order_and_refuses_when_full(inbox: Inbox) -> None:
+    """Offers beyond the bound wait and are refused in time; answers always enter; all run in order."""
+    done: list[int] = []
+    inbox.offer(lambda: done.append(0), 0.0)
+    inbox.offer(lambda: done.append(1), 0.0)
+    with pytest.raises(Unavailable):
+        inbox.offer(lambda: done.append(9), 0.01)
+    inbox.post(lambda: done.append(2))
+    assert inbox.run(most=2, budget_s=1.0) == 2
+    assert inbox.run(most=2, budget_s=1.0) == 1
+    assert done == [0, 1, 2]
+
+
+def test_an_offer_waits_for_room(inbox: Inbox) -> None:
+    """A full inbox takes an offer as soon as a call was done."""
+    done: list[int] = []
+    for number in range(2):
+        inbox.offer(partial(done.append, number), 0.0)
+    third = threading.Thread(target=lambda: inbox.offer(lambda: done.append(2), 10.0))
+    third.start()
+    while len(done) < 3:
+        inbox.wait(1.0)
+        inbox.run(most=1, budget_s=1.0)
+    third.join(1.0)
+    assert done == [0, 1, 2]
