@@ -30,6 +30,8 @@ on any other token, on a log-probability further than {tolerance:g} from the ref
   reference's best token and those of 64 token ids drawn from the vocabulary.
 * **Architectures.** Not the whole product: a covering in which every pair of values meets, of {cases} models
   (architecture and rope scaling), 5 shardings, steps of 1, 7, 64, 256 and blocks of 1, 7, 16, 32 tokens.
+* **Reduced.** Batches are of 1, 3, 8 and 16; sampling runs over 3 shardings and one small arena; transports
+  over 2 and 5 workers, with the tiny model. The real model's lanes are all `local`.
 """
 
 
