@@ -74,7 +74,7 @@ class Controller:
             self._table, draw_epoch(), geometry_message(geometry), self._slot_messages, self._on_shutdown
         )
         with self._state.claim(), self._fleet(demands) as fleet, self._serving(service, fleet):
-            place = Placer(demands, fleet.nodes)
+            place = Placer(self._config, demands, fleet.nodes)
             self._supervisor = Supervisor(self._slots, self._limits(), place, fleet, self._on_slot)
             fleet.listener = self._supervisor
             self._supervise(self._supervisor, stop, service)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from anabranch.v1 import inference_pb2
 from cluster.config import Config
-from cluster.policies.node_placement import Demand
+from cluster.policies.node_placement import Role, RoleDemand
 from controller.keeper import CONFIG_PLACE, PYTHON_PLACE, Launch
 from controller.slots import Order, Slot
 
@@ -27,7 +27,7 @@ Command = Callable[[Slot, str], tuple[str, ...]]
 
 def slots(config: Config) -> tuple[Slot, ...]:
     """Every slot that should be filled, in the order in which they are placed."""
-    counts = {
+    counts: dict[Role, int] = {
         "attention": config.attention.replicas,
         "dense": config.dense.replicas,
         "gateway": config.gateway.replicas,
@@ -47,7 +47,7 @@ def arguments(slot: Slot, controller: str) -> tuple[str, ...]:
     return ("--config", CONFIG_PLACE, *identity, "--controller", controller)
 
 
-def order(config: Config, slot: Slot, demand: Demand, command: tuple[str, ...], log_folder: str) -> Order:
+def order(config: Config, slot: Slot, demand: RoleDemand, command: tuple[str, ...], log_folder: str) -> Order:
     """The process of a slot, claiming of its node what it demands."""
     environment = {
         # Ray sets its own figure for whatever it starts; a spinning thread starves its neighbours.
@@ -57,8 +57,7 @@ def order(config: Config, slot: Slot, demand: Demand, command: tuple[str, ...], 
         "TOKENIZERS_PARALLELISM": "false",
     }
     launch = Launch(slot.worker_id, command, config.to_yaml(), log_folder, environment)
-    custom = tuple(demand.custom.items())
-    return Order(launch, demand.cpus, demand.gpus, demand.memory_bytes, custom)
+    return Order(launch, demand.cpus, demand.gpus, demand.memory_bytes, demand.custom)
 
 
 def is_wildcard(host: str) -> bool:

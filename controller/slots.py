@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.policies.node_placement import Role
 from controller.keeper import Launch
 
 
@@ -30,7 +31,7 @@ class Slot:
     """
 
     worker_id: str
-    role: str
+    role: Role
     index: int
     phase: Phase = Phase.WAITING
     since_s: float = 0.0

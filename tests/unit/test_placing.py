@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import config as configuration
+from cluster.config import Config
 from cluster.errors import ConfigError, Unavailable
-from cluster.hardware import CPU_CLASS, load_catalogue
 from cluster.model_spec import ModelSpec
-from cluster.policies.node_placement import Demand
-from controller.placing import Demands, Placer, offer
+from cluster.policies.node_placement import RoleDemand
+from controller.placing import Demands, Placer
 from controller.slots import Node, NotPlaced, Placed, Slot
 
 GIB = 2**30
-GATEWAY, DENSE, ATTENTION = (Slot(f"{role}-0", role, 0) for role in ("gateway", "dense", "attention"))
+GATEWAY = Slot("gateway-0", "gateway", 0)
+DENSE = Slot("dense-0", "dense", 0)
+ATTENTION = Slot("attention-0", "attention", 0)
 
 
 @pytest.fixture
@@ -30,14 +33,20 @@ def spec(tmp_path: Path) -> ModelSpec:
     return ModelSpec.from_folder(tmp_path)
 
 
-def demands(spec: ModelSpec, **settings: Any) -> Demands:
-    """Demands under a configuration; dotted keys with two underscores."""
-    return Demands(configuration.load(None, {k.replace("__", "."): v for k, v in settings.items()}), spec)
+def configured(**settings: Any) -> Config:
+    """A configuration; dotted keys with two underscores."""
+    return configuration.load(None, {key.replace("__", "."): value for key, value in settings.items()})
 
 
-def demand(spec: ModelSpec, slot: Slot, **settings: Any) -> Demand:
+def demand(spec: ModelSpec, slot: Slot, **settings: Any) -> RoleDemand:
     """The demand of one slot."""
-    return demands(spec, **settings).of(slot)
+    return Demands(configured(**settings), spec).of(slot)
+
+
+def placer(spec: ModelSpec, nodes: Callable[[], list[Node]], **settings: Any) -> Placer:
+    """A placer over these nodes."""
+    config = configured(**settings)
+    return Placer(config, Demands(config, spec), nodes)
 
 
 def node(name: str = "a", **facts: Any) -> Node:
@@ -74,53 +83,22 @@ def test_a_cache_and_weights_are_claimed_where_they_lie(spec: ModelSpec) -> None
 
 def test_threads_are_cpus(spec: ModelSpec) -> None:
     """A private cluster claims what all slots need together."""
-    both = demands(spec, dense__threads=3, attention__threads=2)
+    both = Demands(configured(dense__threads=3, attention__threads=2), spec)
     assert [both.of(slot).cpus for slot in (DENSE, ATTENTION, GATEWAY)] == [3, 2, 1]
     assert both.cpus([DENSE, ATTENTION, ATTENTION, GATEWAY]) == 8
-
-
-def test_exclusive_roles_demand_their_resource(spec: ModelSpec) -> None:
-    """One role process per node that offers anabranch_ROLE."""
-    assert demand(spec, GATEWAY, placement__exclusive=True).custom == {"anabranch_gateway": 1.0}
-    assert demand(spec, GATEWAY).custom == {}
-
-
-def test_hardware_is_preferred_by_worth_and_restricted_by_name(spec: ModelSpec) -> None:
-    """Without names every class will do, best first; a named one is demanded."""
-    anything = demand(spec, DENSE)
-    assert not anything.only_classes
-    assert anything.classes == load_catalogue().dense_rank()
-    named = demand(spec, ATTENTION, placement__attention_classes=("H20",))
-    assert (named.classes, named.only_classes) == (("H20",), True)
-    with pytest.raises(ConfigError, match="no hardware class is called H2O"):
-        demands(spec, placement__dense_classes=("H2O",))
 
 
 @pytest.mark.parametrize("label", ["disk", "=fast", "disk="])
 def test_a_label_needs_key_and_value(spec: ModelSpec, label: str) -> None:
     """A label that could match nothing is refused by name."""
     with pytest.raises(ConfigError, match="attention_label"):
-        demands(spec, placement__attention_label=label)
-
-
-@pytest.mark.parametrize(
-    ("facts", "hardware"),
-    [
-        ({"labels": {"ray.io/accelerator-type": "H100"}}, "H100"),
-        ({"total": {"accelerator_type:H20": 1.0}}, "H20"),
-        ({"labels": {"ray.io/accelerator-type": "abacus"}}, CPU_CLASS),
-        ({}, CPU_CLASS),
-    ],
-)
-def test_a_node_is_known_by_its_accelerator(facts: dict[str, Any], hardware: str) -> None:
-    """From Ray's label or its marker resource; whatever is unknown counts as a CPU node."""
-    assert offer(node(**facts), load_catalogue(), None).hardware == hardware
+        Demands(configured(placement__attention_label=label), spec)
 
 
 def test_a_node_with_the_attention_label_takes_no_dense_worker(spec: ModelSpec) -> None:
     """placement.attention_label sets nodes aside: attention goes there and nowhere else, dense not."""
     nodes = [node("plain"), node("labelled", labels={"disk": "fast"})]
-    place = Placer(demands(spec, placement__attention_label="disk=fast"), lambda: nodes)
+    place = placer(spec, lambda: nodes, placement__attention_label="disk=fast")
     answers = place([ATTENTION, DENSE], [], frozenset())
     assert answers == {"attention-0": Placed("labelled"), "dense-0": Placed("plain")}
     nodes.pop(0)
@@ -130,10 +108,17 @@ def test_a_node_with_the_attention_label_takes_no_dense_worker(spec: ModelSpec) 
 
 def test_attention_workers_spread_over_nodes(spec: ModelSpec) -> None:
     """What runs already counts: the second attention worker goes to the other node."""
-    place = Placer(demands(spec), lambda: [node("a"), node("b")])
+    place = placer(spec, lambda: [node("a"), node("b")])
     there = Slot("attention-1", "attention", 1, node="a")
     assert place([ATTENTION], [there], frozenset())["attention-0"] == Placed("b")
-    assert place([ATTENTION], [there], frozenset({"b"}))["attention-0"] == Placed("a")
+
+
+def test_a_suspected_node_gets_only_what_no_other_can_hold(spec: ModelSpec) -> None:
+    """A node that did not answer is avoided while another will do, and better than none."""
+    small = {"CPU": 8.0, "memory": 1.0 * GIB}
+    place = placer(spec, lambda: [node("a", available=small), node("b")])
+    assert place([GATEWAY], [], frozenset({"b"}))["gateway-0"] == Placed("a")
+    assert place([ATTENTION], [], frozenset({"b"}))["attention-0"] == Placed("b")
 
 
 def test_while_ray_is_silent_slots_wait(spec: ModelSpec) -> None:
@@ -142,6 +127,5 @@ def test_while_ray_is_silent_slots_wait(spec: ModelSpec) -> None:
     def silent() -> list[Node]:
         raise Unavailable("Ray does not answer")
 
-    assert Placer(demands(spec), silent)([DENSE], [], frozenset()) == {
-        "dense-0": NotPlaced("Ray does not answer")
-    }
+    answers = placer(spec, silent)([DENSE], [], frozenset())
+    assert answers == {"dense-0": NotPlaced("Ray does not answer")}
