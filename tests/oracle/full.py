@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.oracle import smollm2_part, tiny_parts
 from tests.oracle.matrix import Tally
-from tests.oracle.report import Part, write
+from tests.oracle.report import Part, commit_now, write
 from tests.oracle.smollm2_references import prompts, reference
 
 PARTS = {
@@ -103,12 +103,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--refresh", action="store_true", help="compute SmolLM2's reference tokens anew")
     refresh = parser.parse_args().refresh
-    began_s = monotonic()
+    began_s, commit = monotonic(), commit_now()
     processes = min(os.cpu_count() or 1, _PROCESSES_MOST)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         refresh_references(pool, refresh)
         parts = run(pool, jobs())
-    passed = write(list(parts.values()), monotonic() - began_s, len(tiny_parts.architecture_rows()))
+    models = len(tiny_parts.architecture_rows())
+    passed = write(list(parts.values()), commit, monotonic() - began_s, models)
     print("passed" if passed else "FAILED: see tests/oracle/RESULTS.md")
     return 0 if passed else 1
 

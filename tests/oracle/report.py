@@ -43,12 +43,12 @@ class Part:
     tally: Tally = field(default_factory=Tally)
 
 
-def write(parts: Sequence[Part], seconds: float, models: int) -> bool:
-    """Write the results; whether all parts passed."""
+def write(parts: Sequence[Part], commit: str, seconds: float, models: int) -> bool:
+    """Write the results of a run of `commit`; whether all parts passed."""
     verdicts = {part.title: part.tally.verdict() for part in parts}
     lines = [
         _HEADER.format(tolerance=LOGPROB_TOLERANCE, share=NEAR_TIES_MOST, cases=models),
-        *_circumstances(seconds),
+        *_circumstances(commit, seconds),
         "",
         "| part | cases | positions | compared | near-ties | largest log-probability difference | result |",
         "|---|--:|--:|--:|--:|--:|---|",
@@ -76,10 +76,10 @@ def _row(part: Part, passed: bool) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _circumstances(seconds: float) -> list[str]:
+def _circumstances(commit: str, seconds: float) -> list[str]:
     """Commit, date, machine and versions, one to a line."""
     return [
-        f"* commit: {_commit()}",
+        f"* commit: {commit}",
         f"* date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds / 60:.0f} minutes",
         f"* machine: {_processor()}, {os.cpu_count()} cores",
         f"* Python {platform.python_version()}, torch {version('torch')}, "
@@ -87,8 +87,8 @@ def _circumstances(seconds: float) -> list[str]:
     ]
 
 
-def _commit() -> str:
-    """The commit the tree stands at, and whether files of the product differ from it."""
+def commit_now() -> str:
+    """The commit the tree stands at, and whether files of the product differ from it; ask before the run."""
     commit = _git("rev-parse", "--short=12", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "workers", "cluster", "anabranch")
     return f"{commit} with changes not committed" if changed else commit
