@@ -103,6 +103,16 @@ def load(path: str | None) -> Catalogue:
     return parse(text, path)
 
 
+def require(names: Iterable[str], catalogue: Catalogue) -> None:
+    """Raise ConfigError for a name that is neither a class nor a Ray accelerator type, in any case."""
+    types = {name.upper() for item in catalogue.values() for name in item.accelerator_types}
+    for name in names:
+        if name.upper() not in types | {known.upper() for known in catalogue}:
+            raise ConfigError(
+                f"placement: no hardware class is called {name}; there are {', '.join(catalogue)}"
+            )
+
+
 def dense_rank(catalogue: Catalogue) -> tuple[str, ...]:
     """Classes by FLOPS per dollar, best first: dense operators are compute-bound over a batch."""
     return tuple(sorted(catalogue, key=lambda name: (-catalogue[name].flops_per_dollar, name)))

@@ -133,16 +133,17 @@ def assign(
     occupied: Sequence[Assignment],
     catalogue: Catalogue,
     config: Config,
+    avoid: frozenset[str] = frozenset(),
 ) -> tuple[Assignment | Unplaced, ...]:
-    """An answer for each demand, in their order; earlier ones claim first.
+    """An answer for each demand, in their order; earlier ones claim first. Nodes in `avoid` (they did not
+    answer lately) get only what no other can take.
 
     `occupied` are the processes that run already: their claims are out of `available`, and attention workers
     avoid each other's nodes. Dense workers never go to a memory node, nor to one that carries
     placement.attention_label.
     """
-    board = _Board(
-        [node for node in nodes if node.alive], catalogue, _label(config.placement.attention_label)
-    )
+    alive = [node for node in nodes if node.alive]
+    board = _Board(alive, catalogue, _label(config.placement.attention_label), avoid)
     board.attention.update(item.node_id for item in occupied if item.role == "attention")
     return tuple(board.place(demand) for demand in demands)
 
@@ -158,6 +159,7 @@ class _Board:
     nodes: Sequence[NodeInfo]
     catalogue: Catalogue
     memory_labels: tuple[tuple[str, str], ...]
+    avoid: frozenset[str]
     attention: Counter[str] = field(default_factory=Counter)
     free: dict[str, dict[str, float]] = field(init=False)
 
@@ -174,7 +176,9 @@ class _Board:
             if not left:
                 return Unplaced(demand.worker_id, missing(candidates))
             candidates = left
-        chosen = min(candidates, key=lambda node: self._preference(demand, node))
+        chosen = min(
+            candidates, key=lambda node: (node.node_id in self.avoid, *self._preference(demand, node))
+        )
         for name, amount in demand.resources.items():
             self.free[chosen.node_id][name] -= amount
         if demand.role == "attention":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.hardware import attention_rank, built_in, class_of, dense_rank, load, parse
+from cluster.hardware import attention_rank, built_in, class_of, dense_rank, load, parse, require
 
 ONE = """
 [mine]
@@ -90,3 +90,10 @@ def test_a_missing_catalogue_is_refused(tmp_path: Path) -> None:
     """The key and the path are in the message."""
     with pytest.raises(ConfigError, match=r"placement\.hardware.*none\.toml"):
         load(str(tmp_path / "none.toml"))
+
+
+def test_an_unknown_class_is_refused_with_the_known_ones() -> None:
+    """Names of the catalogue and of Ray pass, in any case; a typing error does not."""
+    require(("h100", "H20", "A100-80g"), built_in())
+    with pytest.raises(ConfigError, match="called h1000; there are h100"):
+        require(("h1000",), built_in())

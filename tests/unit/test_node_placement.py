@@ -128,6 +128,14 @@ def test_work_without_gpu_leaves_gpu_nodes_alone() -> None:
     assert where([gateway], nodes[:1]) == ["a"]
 
 
+def test_a_node_to_avoid_is_the_last_resort() -> None:
+    """It is passed over while another will do, by each demand on its own, and taken when none will."""
+    nodes = [node("a"), node("b", cpus=1)]
+    demands = [attention(f"attention-{index}") for index in range(2)]
+    placed = assign(demands, nodes, (), built_in(), CONFIG, avoid=frozenset({"a"}))
+    assert [item.node_id for item in placed if isinstance(item, Assignment)] == ["b", "a"]
+
+
 def test_claims_within_one_call_add_up() -> None:
     """What an earlier demand takes is gone for the next."""
     demands = [attention(f"attention-{index}") for index in range(3)]
