@@ -1,0 +1,80 @@
+"""Model folders that cannot be served: the role that reads them ends with status 2 and one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster import config as configuration
+from tests.models import tiny_model
+
+_END_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that can be served."""
+    return tiny_model(tmp_path_factory.mktemp("model"), "llama", tokenizer=True)
+
+
+def _truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _cut_config(folder: Path) -> None:
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:40])
+
+
+def _change(**fields: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def _cut_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:500])
+
+
+def _spoil_template(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "{% for"}))
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "weights truncated": ("dense", _truncate_weights, "truncated"),
+    "another hidden size": ("dense", _change(hidden_size=128), "weight"),
+    "config cut": ("gateway", _cut_config, "config.json"),
+    "architecture": ("gateway", _change(architectures=["MambaForCausalLM"], model_type="mamba"), "Mamba"),
+    "no heads": ("gateway", _change(num_attention_heads=0), "num_attention_heads"),
+    "tokenizer cut": ("gateway", _cut_tokenizer, "tokenizer.json"),
+    "chat template": ("gateway", _spoil_template, "template"),
+}
+
+
+@pytest.mark.parametrize(("role", "spoil", "said"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_folder_that_cannot_be_served_is_one_line(
+    whole_model: Path, tmp_path: Path, role: str, spoil: Callable[[Path], None], said: str
+) -> None:
+    """Status 2 (starting again would not help), and one line that names the file or field at fault."""
+    folder = tmp_path / "model"
+    shutil.copytree(whole_model, folder)
+    spoil(folder)
+    overrides = {"model.path": str(folder), "gateway.port": 0, "gateway.http_port": None}
+    file = tmp_path / "config.yaml"
+    file.write_text(configuration.load(None, overrides).to_yaml())
+    command = [sys.executable, "-m", f"workers.{role}", "--config", str(file), "--controller", "127.0.0.1:1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=_END_S, check=False)
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert ended.returncode == 2, ended.stderr[-2000:]
+    assert len(lines) == 1, ended.stderr[-2000:]
+    assert lines[0].startswith(f"{role}: ")
+    assert said in lines[0]
