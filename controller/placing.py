@@ -39,11 +39,13 @@ class Placer:
     """Chooses nodes from what Ray offers; implements `controller.slots.Place`."""
 
     def __init__(self, config: Config, demands: Demands, nodes: Callable[[], Sequence[Node]]) -> None:
-        """Raises ConfigError for a hardware catalogue that cannot be used."""
+        """Raises ConfigError for a hardware catalogue that cannot be used, or classes it does not know."""
         self._config = config
         self._demands = demands
         self._nodes = nodes
         self._catalogue = hardware.load(config.placement.hardware)
+        wanted = (*config.placement.dense_classes, *config.placement.attention_classes)
+        hardware.require(wanted, self._catalogue)
 
     def __call__(
         self, waiting: Sequence[Slot], occupied: Sequence[Slot], suspected: frozenset[str]
@@ -53,18 +55,9 @@ class Placer:
             nodes = [_info(node) for node in self._nodes()]
         except Unavailable as error:
             return {slot.worker_id: NotPlaced(error.message) for slot in waiting}
-        trusted = [node for node in nodes if node.node_id not in suspected]
-        answers = self._assign(waiting, occupied, trusted)
-        if len(trusted) < len(nodes) and any(isinstance(answer, NotPlaced) for answer in answers.values()):
-            answers = self._assign(waiting, occupied, nodes)
-        return answers
-
-    def _assign(
-        self, waiting: Sequence[Slot], occupied: Sequence[Slot], nodes: Sequence[NodeInfo]
-    ) -> dict[str, Placed | NotPlaced]:
         demands = [self._demands.of(slot) for slot in waiting]
         there = [Assignment(slot.worker_id, slot.role, slot.node) for slot in occupied]
-        answers = assign(demands, nodes, there, self._catalogue, self._config)
+        answers = assign(demands, nodes, there, self._catalogue, self._config, suspected)
         return {
             answer.worker_id: Placed(answer.node_id)
             if isinstance(answer, Assignment)

@@ -119,6 +119,14 @@ def test_a_suspected_node_gets_only_what_no_other_can_hold(spec: ModelSpec) -> N
     place = placer(spec, lambda: [node("a", available=small), node("b")])
     assert place([GATEWAY], [], frozenset({"b"}))["gateway-0"] == Placed("a")
     assert place([ATTENTION], [], frozenset({"b"}))["attention-0"] == Placed("b")
+    together = place([ATTENTION, GATEWAY], [], frozenset({"b"}))
+    assert together == {"attention-0": Placed("b"), "gateway-0": Placed("a")}
+
+
+def test_an_unknown_hardware_class_is_refused(spec: ModelSpec) -> None:
+    """A typing error in placement.dense_classes is told at the start, not by a role that waits."""
+    with pytest.raises(ConfigError, match="called H1000"):
+        placer(spec, list, placement__dense_classes=["H1000"])
 
 
 def test_while_ray_is_silent_slots_wait(spec: ModelSpec) -> None:
