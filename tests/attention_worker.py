@@ -207,3 +207,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "the condition did not come true"
         pause.wait(0.005)
+
+
+def query_message(
+    step: int = 1, rows: int = 1, micro_batch: int = 0, deadline_ms: int = 10_000
+) -> LayerMessage:
+    """A query without a plan, for handlers that need none."""
+    query = torch.ones(rows, GEOMETRY.query_heads, GEOMETRY.head_size)
+    return LayerMessage(step, micro_batch, 0, deadline_ms, query=query)

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cluster.errors import Fenced, LaneBroken
+from cluster.clock import ManualClock
+from cluster.errors import Fenced, LaneBroken, ResourceExhausted
 from cluster.types import KvGeometry
 from tests.attention_worker import (
     GEOMETRY,
+    query_message,
 )
 from workers.lanes.codec import FrameCodec
 from workers.lanes.framed import FramedLane
@@ -21,16 +23,9 @@ from workers.lanes.frames import Bytes
 from workers.lanes.messages import LayerMessage, PartialReply
 from workers.lanes.serve import LaneEnd, serve_link
 from workers.lanes.sockets import SocketLink
+from workers.lanes.tickets import TicketBook
 
 torch.set_num_threads(1)
-
-
-def query_message(
-    step: int = 1, rows: int = 1, micro_batch: int = 0, deadline_ms: int = 10_000
-) -> LayerMessage:
-    """A query without a plan, for handlers that need none."""
-    query = torch.ones(rows, GEOMETRY.query_heads, GEOMETRY.head_size)
-    return LayerMessage(step, micro_batch, 0, deadline_ms, query=query)
 
 
 class _Echo:
@@ -158,3 +153,20 @@ def test_a_frame_that_stops_in_the_middle_ends_the_lane(pair: tuple[SocketLink, 
     pair[0].write([codec.pack_message(query_message())[0]], time.monotonic() + 5, lambda: None)
     with pytest.raises(LaneBroken, match="stopped arriving"):
         serve_link(LaneEnd(7, codec, _Echo()), pair[1], threading.Event(), stall_s=0.05)
+
+
+def test_tickets_are_good_once_and_not_for_long() -> None:
+    """A ticket is redeemed once, within its time, and only so many wait."""
+    clock = ManualClock()
+    book = TicketBook(2, clock)
+    end = LaneEnd(1, FrameCodec(GEOMETRY, 1, 8), _Echo())
+    first, second = book.issue(end), book.issue(end)
+    with pytest.raises(ResourceExhausted):
+        book.issue(end)
+    assert book.redeem(first) is end
+    with pytest.raises(LaneBroken):
+        book.redeem(first)
+    clock.advance(60)
+    with pytest.raises(LaneBroken):
+        book.redeem(second)
+    assert book.redeem(book.issue(end)) is end

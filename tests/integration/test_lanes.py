@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.clock import ManualClock
 from cluster.errors import InvalidRequest, LaneBroken, NeedFull, ResourceExhausted, Unavailable
 from cluster.types import ShardId
 from tests.attention_worker import (
@@ -24,6 +23,7 @@ from tests.attention_worker import (
     assert_attended,
     config,
     host_of,
+    query_message,
     serving,
     wait_until,
 )
@@ -31,10 +31,8 @@ from workers.attention.worker import AttentionWorker
 from workers.lanes.codec import FrameCodec
 from workers.lanes.framed import FramedLane
 from workers.lanes.frames import TICKET_BYTES
-from workers.lanes.messages import Lane, LayerMessage, PartialReply
-from workers.lanes.serve import LaneEnd
+from workers.lanes.messages import Lane, PartialReply
 from workers.lanes.sockets import SocketLink, connect_tcp, connect_unix
-from workers.lanes.tickets import TicketBook
 
 torch.set_num_threads(1)
 
@@ -64,14 +62,6 @@ def lane_over(worker: AttentionWorker, host: DenseHost, transport: str) -> Lane:
 def reserve(worker: AttentionWorker, sequence: SmallSequence) -> ShardId:
     """Room for a whole sequence."""
     return worker.core.store.reserve(sequence.key, sequence.generation, 0, sequence.length).shard.shard
-
-
-def query_message(
-    step: int = 1, rows: int = 1, micro_batch: int = 0, deadline_ms: int = 10_000
-) -> LayerMessage:
-    """A query without a plan, for handlers that need none."""
-    query = torch.ones(rows, GEOMETRY.query_heads, GEOMETRY.head_size)
-    return LayerMessage(step, micro_batch, 0, deadline_ms, query=query)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -285,20 +275,3 @@ def test_a_connection_without_a_ticket_is_closed(
         with pytest.raises(LaneBroken):
             link.read_into(memoryview(bytearray(8)), time.monotonic() + 20)
         link.close()
-
-
-def test_tickets_are_good_once_and_not_for_long() -> None:
-    """A ticket is redeemed once, within its time, and only so many wait."""
-    clock = ManualClock()
-    book = TicketBook(2, clock)
-    end = LaneEnd(1, FrameCodec(GEOMETRY, 1, 8), _Echo())
-    first, second = book.issue(end), book.issue(end)
-    with pytest.raises(ResourceExhausted):
-        book.issue(end)
-    assert book.redeem(first) is end
-    with pytest.raises(LaneBroken):
-        book.redeem(first)
-    clock.advance(60)
-    with pytest.raises(LaneBroken):
-        book.redeem(second)
-    assert book.redeem(book.issue(end)) is end
