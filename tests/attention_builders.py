@@ -83,11 +83,15 @@ class Memory:
 
 
 def build_memory(
-    blocks: int = 16, block_tokens: int = 4, layers: int = 2, clock: ManualClock | None = None
+    blocks: int = 16,
+    block_tokens: int = 4,
+    layers: int = 2,
+    clock: ManualClock | None = None,
+    device: str = "cpu",
 ) -> Memory:
     """An empty store and its arena, every number of which is NaN until it is written."""
     geometry = build_geometry(block_tokens, layers)
-    arena = Arena(geometry, blocks, torch.device("cpu"))
+    arena = Arena(geometry, blocks, torch.device(device))
     for layer in range(layers):
         arena.layer(layer).key.fill_(torch.nan)
         arena.layer(layer).value.fill_(torch.nan)

@@ -230,6 +230,25 @@ def test_a_layer_that_failed_half_way_has_not_arrived() -> None:
     memory.begin(chunk(shard, 2, 1))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cache_on_a_gpu_serves_lanes_on_the_host() -> None:
+    """Rows in host memory are written and attended where the cache lies, as they are on the host."""
+    answers = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(3)
+        memory = build_memory(blocks=40, device=device)
+        mine, other = memory.reserve("a", 0, 30), memory.reserve("b", 0, 30)
+        memory.run(chunk(mine, 0, 20), chunk(other, 0, 11))
+        step = memory.begin(chunk(mine, 20, 3), chunk(other, 11, 1))
+        take(memory, "release")
+        memory.append(step, [chunk(mine, 20, 3), chunk(other, 11, 1)], layer=0)
+        step = memory.begin(chunk(other, 11, 2))
+        with memory.store.turns:
+            answers.append(step.attend(1, torch.randn(2, 4, 8), step.spans, select("auto", device), None))
+    assert_close(Partial(answers[1].out.cpu(), answers[1].lse.cpu()), answers[0])
+
+
 @pytest.mark.parametrize("layer", [-1, 1, 2, 99])
 def test_a_layer_out_of_turn_is_refused(layer: int) -> None:
     """A layer that is not due, or that the model does not have, is fenced; the due one still arrives."""

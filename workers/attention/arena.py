@@ -49,8 +49,8 @@ class Arena:
         [rows, kv_heads, head_size]. Never allocates.
         """
         keys, values = self._slots[layer]
-        keys.index_copy_(0, slots, key.to(keys.dtype))
-        values.index_copy_(0, slots, value.to(values.dtype))
+        keys.index_copy_(0, slots, key.to(keys))  # from where a lane's bytes arrived to where the cache lies
+        values.index_copy_(0, slots, value.to(values))
 
 
 class BlockAllocator:

@@ -67,7 +67,8 @@ class PreparedStep:
         if self._kept is None:
             self._arena.append(layer, self._slots, key, value)
         else:
-            self._arena.append(layer, self._slots[self._kept], key[self._kept], value[self._kept])
+            slots, kept = self._slots[self._kept], self._kept.to(key.device)
+            self._arena.append(layer, slots, key[kept], value[kept])
         self._arrival.mark(layer)  # not before: a layer that failed half-way has not arrived
 
     def attend(
@@ -78,7 +79,7 @@ class PreparedStep:
             lost = [shard.fenced("was released or taken over during a step") for shard in self._lost]
             raise _joined(lost)
         scale = self._arena.geometry.head_size**-0.5
-        result = kernel.attend(query, spans, self._arena.layer(layer), scale, window)
+        result = kernel.attend(query.to(self._arena.device), spans, self._arena.layer(layer), scale, window)
         return Partial(result.out, result.lse)
 
     def _leave_out_lost(self) -> bool:

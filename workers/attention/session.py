@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -40,27 +41,39 @@ class AttendSession:
         self._decoder = PlanDecoder()
         self._steps: dict[int, tuple[int, PreparedStep, list[list[Span]]]] = {}
         self._on_busy = on_busy
+        self._busy_s = 0.0
 
     def handle(self, message: LayerMessage) -> PartialReply | None:
         """Append, then attend. Raises errors of the tree; what was appended by then stays uncommitted."""
-        began_s = time.monotonic()
-        with torch.inference_mode():
-            step, groups = self._step(message)
-            self._append(step, message)
-            if message.query is None:
-                return None
-            partial = self._attend(step, groups, message)
-        elapsed_s = time.monotonic() - began_s
-        self._on_busy(elapsed_s)
+        self._busy_s = 0.0
+        try:
+            with torch.inference_mode():
+                step, groups = self._step(message)
+                self._append(step, message)
+                if message.query is None:
+                    return None
+                partial = self._attend(step, groups, message)
+        finally:
+            self._on_busy(self._busy_s)
         return PartialReply(
-            message.step, message.micro_batch, message.layer, partial.out, partial.lse, elapsed_s
+            message.step, message.micro_batch, message.layer, partial.out, partial.lse, self._busy_s
         )
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The store's turn; what is done in it counts as this message's own time, waiting for it does not."""
+        with self._store.turns:
+            began_s = time.monotonic()
+            try:
+                yield
+            finally:
+                self._busy_s += time.monotonic() - began_s
 
     def _step(self, message: LayerMessage) -> tuple[PreparedStep, list[list[Span]]]:
         if message.plan is not None:
             self._steps.pop(message.micro_batch, None)
             rows = self._decoder.decode(message.micro_batch, message.plan)
-            with self._store.turns:
+            with self._turn():
                 prepared = PreparedStep(self._store, self._arena, rows)
             groups = slices(prepared.spans, self._slice_rows)
             self._steps[message.micro_batch] = (message.step, prepared, groups)
@@ -72,7 +85,7 @@ class AttendSession:
     def _append(self, step: PreparedStep, message: LayerMessage) -> None:
         if message.key is None or message.value is None:
             return
-        with self._store.turns:
+        with self._turn():
             step.append(message.layer - 1, message.key, message.value)
 
     def _attend(self, step: PreparedStep, groups: Sequence[Sequence[Span]], message: LayerMessage) -> Partial:
@@ -96,7 +109,7 @@ class AttendSession:
         assert message.query is not None
         first, last = group[0].row_start, group[-1].row_start + group[-1].row_count
         local = [_shifted(span, first) for span in group]
-        with self._store.turns:
+        with self._turn():
             part = step.attend(message.layer, message.query[first:last], local, self._kernel, message.window)
         whole.out[first:last] = part.out
         whole.lse[first:last] = part.lse
