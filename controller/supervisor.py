@@ -25,6 +25,7 @@ _STABLE_S = 30.0  # ready for this long: earlier failures are forgotten
 _PAUSE_MOST_S = 30.0
 _ANSWER_S = 3.0  # for a keeper to report a kill, before its node is suspected
 _SUSPICION_S = 30.0
+_WORDS_MOST = 300  # letters of a process's last line that are passed on
 _LEAST_GRACE_S = 2.0  # for a role whose turn to drain comes after the grace was used up
 
 
@@ -247,9 +248,10 @@ class Supervisor:
 
 
 def _describe(status: int, last_line: str) -> str:
+    """How a process ended; its last words unless it was killed without a chance to say any."""
     by_signal = status < 0
     how = f"ended by {signal.Signals(-status).name}" if by_signal else f"ended with status {status}"
-    return f"{how}: {last_line}" if last_line else how
+    return how if not last_line or status == -signal.SIGKILL else f"{how}: {last_line[:_WORDS_MOST]}"
 
 
 def _error_of(slot: Slot) -> AnabranchError:

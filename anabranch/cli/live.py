@@ -12,6 +12,7 @@ from rich.text import Text
 
 from anabranch.v1 import control_pb2, inference_pb2
 from controller.events import ClusterReady, Event, Opened, SlotChanged, Stopping
+from controller.slots import Phase, Slot
 from controller.state import ClusterRecord
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -20,53 +21,60 @@ _STATES = {
     inference_pb2.MEMBER_STATE_READY: "ready",
     inference_pb2.MEMBER_STATE_DRAINING: "draining",
 }
+_PHASES = ("", *(phase.value for phase in Phase))
+"""What a slot says that has no problem."""
+
 _STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow"}
-_NODE_LETTERS = 8
+_SHOWN_LETTERS = 6  # of a node's id, of an epoch: enough to tell them apart
+_COLUMNS = ("slot", "state", "node", "pid", "epoch", "memory", "cache", "work")
 
 
-def fleet_table(fleet: control_pb2.GetFleetResponse) -> Table:
-    """One row per slot, live member or not."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("slot", "state", "node", "process", "epoch", "memory", "cache blocks", "work", "starts"):
-        table.add_column(column)
+def fleet_table(fleet: control_pb2.GetFleetResponse) -> Group:
+    """One row per slot, live member or not; below, why a slot has no process. Lines stay short."""
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for column in _COLUMNS:
+        table.add_column(column, no_wrap=True)
     members = {member.worker_id: member for member in fleet.membership.members}
     slots = {slot.worker_id: slot for slot in fleet.slots}
     for name in sorted(slots.keys() | members.keys()):
         table.add_row(*_row(name, slots.get(name), members.get(name)))
-    return table
+    problems = [
+        Text(f"{slot.worker_id}, start {slot.starts}: {slot.problem}", style="yellow")
+        for slot in fleet.slots
+        if slot.problem not in _PHASES
+    ]
+    return Group(table, *problems)
 
 
 def _row(
     name: str, slot: control_pb2.Slot | None, member: inference_pb2.Member | None
 ) -> tuple[str | Text, ...]:
-    node = slot.node[:_NODE_LETTERS] if slot is not None else ""
-    starts = str(slot.starts) if slot is not None else ""
+    node = slot.node[:_SHOWN_LETTERS] if slot is not None else ""
     if member is None:
-        problem = slot.problem if slot is not None else ""
-        return (name, Text(problem or "starting", style="yellow"), node, "", "", "", "", "", starts)
+        waiting = slot is not None and not slot.node
+        return name, Text("waiting" if waiting else "starting", style="yellow"), node, "", "", "", "", ""
     state = _STATES.get(member.state, "")
     return (
         name,
         Text(state, style=_STYLES.get(state, "")),
-        f"{member.host} {node}".strip(),
+        node or member.host,
         str(member.process_id),
-        f"{member.epoch:016x}",
+        f"{member.epoch:016x}"[:_SHOWN_LETTERS],
         size(member.load.resident_bytes),
         _blocks(member.load.blocks),
         _work(member),
-        starts,
     )
 
 
 def _blocks(account: inference_pb2.BlockAccount) -> str:
     """Blocks not free, of all."""
-    return f"{account.capacity - account.free} of {account.capacity}" if account.capacity else ""
+    return f"{account.capacity - account.free}/{account.capacity}" if account.capacity else ""
 
 
 def _work(member: inference_pb2.Member) -> str:
     load = member.load
     if member.role == inference_pb2.ROLE_DENSE:
-        return f"{load.sequences_running} running, {load.sequences_waiting} waiting"
+        return f"{load.sequences_running} run, {load.sequences_waiting} wait"
     if member.role == inference_pb2.ROLE_GATEWAY:
         return f"{load.streams_open} streams"
     return ""
@@ -99,6 +107,7 @@ class LiveView:
         self._title = title
         self._fleet = fleet
         self._headline = "starting Ray"
+        self._problems: dict[str, str] = {}
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> LiveView:
@@ -135,12 +144,16 @@ class LiveView:
 
     def _print(self, event: Event) -> None:
         if isinstance(event, SlotChanged):
-            slot = event.slot
-            about = f" process {slot.process_id}" if slot.process_id else ""
-            problem = f": {slot.problem}" if slot.problem else ""
-            self._console.print(f"{slot.worker_id} {slot.phase.value}{about}{problem}", highlight=False)
+            self._console.print(self._line(event.slot), highlight=False, soft_wrap=True, markup=False)
         else:
-            self._console.print(self._headline, highlight=False, soft_wrap=True)
+            self._console.print(self._headline, highlight=False, soft_wrap=True, markup=False)
+
+    def _line(self, slot: Slot) -> str:
+        """A slot's change; a problem is told once."""
+        about = f" process {slot.process_id}" if slot.process_id else ""
+        problem = f": {slot.problem}" if slot.problem != self._problems.get(slot.worker_id, "") else ""
+        self._problems[slot.worker_id] = slot.problem
+        return f"{slot.worker_id} {slot.phase.value}{about}{problem}".rstrip(": ")
 
     def _render(self) -> Group:
         return Group(Text(self._title, style="bold"), Text(self._headline), fleet_table(self._fleet()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -17,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from anabranch.cli import up
 from anabranch.cli.live import fleet_table, size
-from anabranch.v1 import control_pb2
+from anabranch.v1 import control_pb2, inference_pb2
 from cluster.errors import ConfigError, NotFound
 from controller.state import ClusterRecord, StateFolder, process_start
 from tests.integration.clusters import DEADLINE_S, alive, descendants
@@ -273,8 +275,29 @@ def test_sizes_are_for_people() -> None:
     assert [size(0), size(2048), size(3 * 2**20 // 2), size(2**31)] == ["0 B", "2 KiB", "1.5 MiB", "2.0 GiB"]
 
 
-def test_the_table_shows_slots_without_a_process() -> None:
-    """A slot that waits is a row with its problem, not a gap."""
-    slot = control_pb2.Slot(worker_id="dense-0", problem="needs GPU: 1", starts=2)
-    table = fleet_table(control_pb2.GetFleetResponse(slots=[slot]))
-    assert [str(next(iter(column.cells))) for column in table.columns][:2] == ["dense-0", "needs GPU: 1"]
+def test_the_table_fits_a_terminal_and_shows_what_is_missing() -> None:
+    """No cell is cut, whatever the figures; a slot without a process is a row, and its problem a line."""
+    slots = [
+        control_pb2.Slot(worker_id=name, node="ab" * 28, starts=1) for name in ("attention-63", "dense-0")
+    ]
+    slots.append(control_pb2.Slot(worker_id="dense-1", problem="needs GPU: 1", starts=2))
+    load = inference_pb2.Load(resident_bytes=1023 * 2**20, sequences_running=64, sequences_waiting=256)
+    load.blocks.MergeFrom(inference_pb2.BlockAccount(capacity=40960, free=1))
+    members = [
+        inference_pb2.Member(
+            worker_id=slot.worker_id,
+            role=inference_pb2.ROLE_DENSE,
+            state=inference_pb2.MEMBER_STATE_DRAINING,
+            process_id=4194303,
+            epoch=2**64 - 1,
+            load=load,
+        )
+        for slot in slots[:2]
+    ]
+    fleet = control_pb2.GetFleetResponse(membership=control_pb2.Membership(members=members), slots=slots)
+    console = Console(width=84, record=True, file=io.StringIO())
+    console.print(fleet_table(fleet))
+    text = console.export_text()
+    assert "…" not in text
+    assert re.search(r"^dense-1 +waiting", text, re.MULTILINE)
+    assert "dense-1, start 2: needs GPU: 1" in text

@@ -95,14 +95,21 @@ def test_a_dead_process_is_started_again_after_a_pause() -> None:
     """The same slot, the next attempt, not before the backoff, and the problem is on record."""
     fleet = Fleet()
     fleet.start_all()
-    fleet.supervisor.ended("dense-0", 1, -9, "last words")
+    fleet.supervisor.ended("dense-0", 1, 1, "last words")
     assert fleet.slot().phase is Phase.PAUSED
-    assert "SIGKILL" in fleet.slot().problem
-    assert "last words" in fleet.slot().problem
+    assert fleet.slot().problem == "ended with status 1: last words"
     fleet.pass_time(0.3)
     assert fleet.hands.take() == []
     fleet.pass_time(1.0)
     assert fleet.hands.take() == [("launch", "dense-0", 2)]
+
+
+def test_a_killed_process_has_no_last_words() -> None:
+    """What it logged before has nothing to do with its end."""
+    fleet = Fleet()
+    fleet.start_all()
+    fleet.supervisor.ended("dense-0", 1, -9, "all is well")
+    assert fleet.slot().problem == "ended by SIGKILL"
 
 
 def test_pauses_grow_and_a_slot_that_never_starts_is_given_up() -> None:
