@@ -119,9 +119,10 @@ class Supervisor:
         self._failed(slot, final=status == EXIT_REFUSED)
 
     def lost(self, worker_id: str, attempt: int, reason: str) -> None:
-        """Whatever held the process, its node perhaps, is gone."""
+        """Whatever held the process is gone: its node perhaps, which Ray may take for alive for a while."""
         slot = self._current(worker_id, attempt)
         if slot is not None:
+            self._suspect(slot.node)
             self._failed(replace(slot, problem=reason), at_once=slot.failures == 0)
 
     def silent(self, worker_id: str) -> None:
@@ -205,9 +206,12 @@ class Supervisor:
             self._enter(slot, Phase.WAITING)
         elif slot.phase is Phase.ENDING:
             self._hands.abandon(slot)
-            self._suspected[slot.node] = self._clock() + _SUSPICION_S
+            self._suspect(slot.node)
             self.killed += bool(self._draining)
             self._failed(slot, at_once=True)
+
+    def _suspect(self, node: str) -> None:
+        self._suspected[node] = self._clock() + _SUSPICION_S
 
     def _end(self, slot: Slot, problem: str) -> None:
         self._enter(slot, Phase.ENDING, self._clock() + _ANSWER_S, problem)
