@@ -20,7 +20,6 @@ from cluster import rpc
 from tests.client_reading import Reading
 from tests.processes import ProcessCluster
 
-GENERATE = "/anabranch.v1.InferenceService/Generate"
 WAIT_S = 20.0
 
 

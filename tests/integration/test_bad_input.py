@@ -15,7 +15,7 @@ from anabranch.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from cluster.errors import Cancelled
 from tests.models import random_prompt, reference_tokens, tiny_model
 from tests.processes import ProcessCluster, process_cluster
-from tests.serving import GENERATE, Reader, ending, raw_channel, status_of, whole
+from tests.serving import Reader, ending, raw_channel, status_of, whole
 from tests.tokenizer import VOCABULARY_SIZE
 
 LONGEST = 1024
@@ -162,8 +162,9 @@ def test_an_unknown_model_is_not_found(cluster: ProcessCluster) -> None:
     assert "tiny" in message
 
 
+_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 MALFORMED = {
-    "no UTF-8": b"\x1a\x02\xff\xfe",
+    "no UTF-8": b"\x0a\x02\xff\xfe",
     "a length beyond the end": b"\x1a\x7fabc",
     "no protobuf": b"\xff" * 50,
     "endless varint": b"\x38" + b"\xff" * 20,
@@ -172,12 +173,15 @@ MALFORMED = {
 
 @pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED.keys())
 def test_bytes_that_are_no_request(cluster: ProcessCluster, raw: bytes) -> None:
-    """A message that cannot be parsed is the client's mistake, not an UNKNOWN exception."""
+    """What cannot be parsed is the client's mistake in every method, not an UNKNOWN exception."""
+    methods = [method for method in _SERVICE.methods if method.input_type.fields]
     with raw_channel(cluster) as channel:
-        # The stubs want serializers where gRPC takes None for bytes as they are.
-        call: Any = channel.unary_stream(GENERATE, None, None)
-        status, message = ending(call(raw, timeout=10))
-    assert (status, "parsed" in message) == ("INVALID_ARGUMENT", True), message
+        for method in methods:
+            # The stubs want serializers where gRPC takes None for bytes as they are.
+            call: Any = channel.unary_stream(f"/{_SERVICE.full_name}/{method.name}", None, None)
+            status, message = ending(call(raw, timeout=10))
+            assert status == "INVALID_ARGUMENT", f"{method.name}: {status} {message}"
+            assert "parsed" in message
 
 
 def test_an_oversized_message_is_refused(cluster: ProcessCluster) -> None:

@@ -83,21 +83,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GetTopologyRequest, context: _Context
     ) -> inference_pb2.GetTopologyResponse:
         """See inference.proto."""
+        caller = self._caller(request, context)
         request_id = request.request_id if request.HasField("request_id") else None
-        return await self._topology.describe(request_id, self._caller(request, context))
+        return await self._topology.describe(request_id, caller)
 
     @rpc.aio_unary
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: _Context
     ) -> inference_pb2.AbortResponse:
         """See inference.proto."""
-        live = self._desk.find(request.request_id, self._caller(request, context))
+        caller = self._caller(request, context)
+        live = self._desk.find(request.request_id, caller)
         if live is not None:
             live.abort()
         return inference_pb2.AbortResponse(found=live is not None)
 
     def _caller(self, request: object, context: _Context) -> Caller:
-        """What every call begins with. Raises InvalidRequest, Unauthenticated."""
+        """What every call begins with, before it reads a field: `request` may be a stand-in without any.
+
+        Raises InvalidRequest, Unauthenticated.
+        """
         require_decoded(request)
         metadata = dict(context.invocation_metadata() or ())
         authorization = metadata.get("authorization")
