@@ -178,7 +178,7 @@ def process_cluster(
         "gateway.http_port": None,
         "controller.port": 0,
         "controller.heartbeat_ms": 100,
-        "controller.expiry_ms": 1500,
+        "controller.expiry_ms": 5000,
         "attention.arena": "8MiB",
     }
     cluster = ProcessCluster(configuration.load(None, {**defaults, **overrides}), folder, spawn)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 
@@ -114,4 +113,4 @@ def _stop_when_broken(context: RoleContext, worker: DenseWorker) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(role.run("dense", serve))
+    role.leave(role.run("dense", serve))
