@@ -43,8 +43,14 @@ def _generate(client: Client, prompt: Sequence[int]) -> list[int]:
     return [token for event in stream for token in getattr(event, "token_ids", ())]
 
 
+MANY = [(1, 0), (1, 1), (1, 3), (1, 5), (2, 1)]
+"""Shapes that are served where there is time for them; see the marker."""
+
+
 @pytest.mark.parametrize(
-    ("dense", "attention"), [(1, 0), (1, 1), (1, 2), (1, 3), (1, 5), (2, 1), (2, 3)], ids=str
+    ("dense", "attention"),
+    [(1, 2), (2, 3), *(pytest.param(*shape, marks=pytest.mark.system) for shape in MANY)],
+    ids=str,
 )
 def test_any_numbers_of_both_sides_serve_the_same_tokens(
     model: Path, references: Sequence[Reference], tmp_path: Path, dense: int, attention: int
