@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,7 +41,8 @@ class Tally:
 
     def differ(self, difference: float) -> None:
         """A log-probability was found this far from the reference's."""
-        self.largest_difference = max(difference, self.largest_difference or 0.0)
+        wide = math.inf if math.isnan(difference) else difference
+        self.largest_difference = max(wide, self.largest_difference or 0.0)
 
     def demand(self, holds: bool, problem: str) -> None:
         """Note a problem unless the claim holds."""
