@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from anabranch import Client
-from anabranch.v1 import inference_pb2
+from anabranch.v1 import inference_pb2, types_pb2
 from tests.models import random_prompt, tiny_model
 from tests.processes import ProcessCluster, process_cluster
 from tests.serving import Reader, http_client, raw_channel, status_of, wait_until, whole
@@ -191,7 +191,9 @@ def test_more_than_the_pool_holds_is_refused_at_admission(
     """A prompt, or prompt and output, beyond the whole pool: RESOURCE_EXHAUSTED at once, never dropped."""
     for prompt, most in ((POOL_TOKENS + 100, 4), (POOL_TOKENS - 50, 100)):
         tokens = inference_pb2.TokenPrompt(token_ids=[1] * prompt)
-        request = inference_pb2.GenerateRequest(tokens=tokens, sampling={"max_tokens": most})
+        request = inference_pb2.GenerateRequest(
+            tokens=tokens, sampling=types_pb2.SamplingParameters(max_tokens=most)
+        )
         began_s = monotonic()
         with raw_channel(cluster) as channel:
             status, message = status_of(channel, request)
@@ -228,7 +230,7 @@ def test_a_full_queue_says_back_off(cluster: ProcessCluster, client: Client) -> 
     """Beyond dense.max_waiting: RESOURCE_EXHAUSTED with the limit's name; nothing is half served."""
     with raw_channel(cluster) as channel:
         request = inference_pb2.GenerateRequest(
-            text="the", n=16, sampling={"max_tokens": 50, "ignore_eos": True}
+            text="the", n=16, sampling=types_pb2.SamplingParameters(max_tokens=50, ignore_eos=True)
         )
         status, message = status_of(channel, request)
     assert status == "RESOURCE_EXHAUSTED"
@@ -242,25 +244,30 @@ def test_a_deadline_ends_a_queued_request(
     readers = _occupy(client, MAX_BATCH, tokens=110)
     began_s = monotonic()
     with raw_channel(cluster) as channel:
-        request = inference_pb2.GenerateRequest(text="x", sampling={"max_tokens": 50, "ignore_eos": True})
+        request = inference_pb2.GenerateRequest(
+            text="x", sampling=types_pb2.SamplingParameters(max_tokens=50, ignore_eos=True)
+        )
         status, _ = status_of(channel, request, timeout_s=0.15)
     assert status == "DEADLINE_EXCEEDED"
     assert monotonic() - began_s < 0.65
     assert [len(reader.result().token_ids()) for reader in readers] == [110] * MAX_BATCH
 
 
-def test_preemption_changes_no_token(cluster: ProcessCluster, client: Client) -> None:
-    """Four sequences of which two fit: some are preempted, all end with the tokens they have alone."""
+def test_preemption_changes_no_token(cluster: ProcessCluster, client: Client, http: httpx.Client) -> None:
+    """Four sequences of which two fit: some are preempted, and counted; all end as they do alone."""
 
     def run(seed: int) -> tuple[list[int], int]:
         reading = whole(client, token_ids=random_prompt(20, seed), max_tokens=POOL_TOKENS // 2 - 40)
         return reading.token_ids(), reading.finished[0].timings.preemptions
 
     alone = [run(seed)[0] for seed in range(4)]
+    before = _samples(http)["vllm:num_preemptions_total", ""]
     with ThreadPoolExecutor(4) as executor:
         together = list(executor.map(run, range(4)))
     assert [tokens for tokens, _ in together] == alone
-    assert sum(preemptions for _, preemptions in together) >= 1
+    preemptions = sum(count for _, count in together)
+    assert preemptions >= 1
+    assert _samples(http)["vllm:num_preemptions_total", ""] == before + preemptions
 
 
 def _samples(http: httpx.Client) -> dict[tuple[str, str], float]:

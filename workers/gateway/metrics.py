@@ -63,6 +63,9 @@ class GatewayMetrics:
         self.request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Tokens generated per choice.", _TOKENS
         )
+        self._preemptions = self._counter(
+            "vllm:num_preemptions", "Times that finished sequences had lost their blocks to others."
+        )
         self._failures = Counter(
             "anabranch:request_failure",
             "Requests that ended with an error, by its reason.",
@@ -90,6 +93,7 @@ class GatewayMetrics:
         self._queue_time.observe(timings.queue_seconds)
         self._prefill_time.observe(timings.prefill_seconds)
         self._decode_time.observe(timings.decode_seconds)
+        self._preemptions.inc(timings.preemptions)
 
     def failed(self, reason: str) -> None:
         """A request ended with an error."""
