@@ -55,7 +55,7 @@ class Tally:
         if self.near_ties > NEAR_TIES_MOST * self.positions:
             found.append(f"{self.near_ties} near-ties in {self.positions} positions")
         if self.largest_difference is not None and not self.largest_difference <= LOGPROB_TOLERANCE:
-            found.append(f"log-probabilities differ by {self.largest_difference:.1e}")
+            found.append(f"log-probabilities differ by {self.largest_difference:.2e}")
         if not self.compared:
             found.append("nothing was compared")
         return found

@@ -63,7 +63,7 @@ def write(parts: Sequence[Part], commit: str, seconds: float, models: int) -> bo
 
 def _row(part: Part, passed: bool) -> str:
     tally = part.tally
-    difference = "-" if tally.largest_difference is None else f"{tally.largest_difference:.1e}"
+    difference = "-" if tally.largest_difference is None else f"{tally.largest_difference:.2e}"
     cells = (
         part.title,
         f"{tally.cases:,}",
