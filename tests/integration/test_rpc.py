@@ -13,15 +13,9 @@ from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference
 from cluster import errors, rpc
 from cluster.config import SecurityConfig, TlsConfig
 from tests.certificates import authority
+from tests.error_kinds import EVERY_KIND
 
 PLAIN = SecurityConfig()
-
-
-def _kinds(kind: type[errors.AnabranchError]) -> list[type[errors.AnabranchError]]:
-    return [child for direct in kind.__subclasses__() for child in [direct, *_kinds(direct)]]
-
-
-EVERY_KIND = _kinds(errors.AnabranchError)
 
 
 class Raising(control_pb2_grpc.ControlServiceServicer):

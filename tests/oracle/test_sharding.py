@@ -27,6 +27,7 @@ SHAPES = {
     "5-local": Shape(attention_workers=5, shard_tokens=16),
     "local arena that overflows": Shape(attention_workers=2, local_blocks=4),
 }
+_ROUNDS_MOST = 10
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +103,16 @@ def test_tokens_do_not_depend_on_the_batch(batch: int, folder: Path, references:
 def test_preemption_changes_no_token(shape: Shape, folder: Path, references: list[Reference]) -> None:
     """Arenas too small for the batch: sequences are preempted, recomputed, and end with the same tokens."""
     prompts, expected = [PROMPTS[0], PROMPTS[2], PROMPTS[4]], [references[0], references[2], references[4]]
+    preemptions = 0
     with DenseCluster(folder, shape) as cluster:
-        outputs = cluster.generate(request(prompt, COUNT) for prompt in prompts)
-    assert_same(outputs, expected)
-    assert sum(output.timings.preemptions for output in outputs if output.timings) > 0
+        # Whether somebody is preempted or waits instead depends on when room is answered: ask until one is.
+        for _ in range(_ROUNDS_MOST):
+            outputs = cluster.generate(request(prompt, COUNT) for prompt in prompts)
+            assert_same(outputs, expected)
+            preemptions += sum(output.timings.preemptions for output in outputs if output.timings)
+            if preemptions:
+                return
+    raise AssertionError(f"nobody was preempted in {_ROUNDS_MOST} rounds")
 
 
 @pytest.mark.parametrize(

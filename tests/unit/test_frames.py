@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster import errors
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, LaneBroken, VersionMismatch
 from cluster.types import Generation, KvGeometry, ShardId
+from tests.error_kinds import EVERY_KIND
 from workers.lanes import frames
 from workers.lanes.assembler import FrameAssembler, GrowingBuffer
 from workers.lanes.codec import Frame, FrameCodec, torch_dtype
@@ -117,11 +117,7 @@ def test_replies_survive() -> None:
     assert torch.equal(got.lse, reply.lse)
 
 
-def _kinds(kind: type[AnabranchError]) -> list[type[AnabranchError]]:
-    return [child for direct in kind.__subclasses__() for child in [direct, *_kinds(direct)]]
-
-
-@pytest.mark.parametrize("kind", _kinds(errors.AnabranchError), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.__name__)
 def test_every_error_survives_a_fault(kind: type[AnabranchError]) -> None:
     """Kind, message and metadata cross a lane."""
     lane = codec()
