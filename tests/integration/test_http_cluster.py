@@ -22,7 +22,7 @@ LONGEST = 4096
 BLOCK_TOKENS = 8
 POOL_TOKENS = 512
 TOKEN_BYTES = 512
-MAX_STREAMS = 10
+MAX_STREAMS = 8
 MAX_BATCH = 4
 MAX_WAITING = 8
 
@@ -215,7 +215,7 @@ def _occupy(client: Client, count: int, tokens: int) -> list[Reader]:
 
 def test_a_full_gateway_says_back_off(cluster: ProcessCluster, client: Client, http: httpx.Client) -> None:
     """Beyond gateway.max_streams: RESOURCE_EXHAUSTED, 429 with Retry-After; those open are all served."""
-    readers = _occupy(client, MAX_STREAMS, tokens=110)
+    readers = _occupy(client, MAX_STREAMS, tokens=160)
     wait_until(lambda: _gauge(http, "anabranch:streams_open") == MAX_STREAMS)
     refused = http.post("/v1/completions", json=COMPLETION)
     assert refused.status_code == 429
@@ -223,7 +223,7 @@ def test_a_full_gateway_says_back_off(cluster: ProcessCluster, client: Client, h
     assert _error(refused)["type"] == "rate_limit_error"
     with raw_channel(cluster) as channel:
         assert status_of(channel, inference_pb2.GenerateRequest(text="the"))[0] == "RESOURCE_EXHAUSTED"
-    assert [len(reader.result().token_ids()) for reader in readers] == [110] * len(readers)
+    assert [len(reader.result().token_ids()) for reader in readers] == [160] * len(readers)
 
 
 def test_a_full_queue_says_back_off(cluster: ProcessCluster, client: Client) -> None:
