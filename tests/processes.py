@@ -118,8 +118,10 @@ class ProcessCluster:
     def audits(self) -> Mapping[str, kv_pb2.AuditResponse]:
         """The account of every attention worker that runs, from the workers themselves."""
         accounts = {}
+        running = {worker_id: process.pid for worker_id, process in self.processes.items()}
         for member in self.members():
-            if member.role == inference_pb2.ROLE_ATTENTION and member.worker_id in self.processes:
+            is_running = running.get(member.worker_id) == member.process_id
+            if member.role == inference_pb2.ROLE_ATTENTION and is_running:
                 with rpc.channel(member.address, self.config.security.tls) as channel:
                     stub = kv_pb2_grpc.KvServiceStub(channel)
                     accounts[member.worker_id] = stub.Audit(kv_pb2.AuditRequest(), timeout=10)

@@ -19,6 +19,8 @@ from tests.processes import ProcessCluster, process_cluster
 from tests.serving import Reader, whole
 from workers.lanes.frames import TICKET_BYTES
 
+pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
+
 TOKENS = 200
 _END_S = 20.0
 PROMPTS = [random_prompt(30 + 20 * index, seed=index) for index in range(4)]

@@ -27,6 +27,8 @@ from cluster.errors import ConfigError, NotFound
 from controller.state import ClusterRecord, StateFolder, process_start
 from tests.integration.clusters import DEADLINE_S, alive, descendants
 
+pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
+
 _READY = re.compile(r"serving model: gRPC at 127\.0\.0\.1:\d+")
 
 

@@ -16,6 +16,8 @@ from controller.slots import Phase
 from controller.state import StateFolder
 from tests.integration.clusters import DEADLINE_S, alive, configured, descendants, joining, running
 
+pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
+
 
 def test_a_shutdown_call_drains_kills_and_leaves_nothing(tmp_path: Path) -> None:
     """Whoever obeys stops by itself; whoever ignores the drain is killed after the grace, and the exit

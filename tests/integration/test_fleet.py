@@ -18,6 +18,8 @@ from controller.events import SlotChanged
 from controller.slots import Phase
 from tests.integration.clusters import DEADLINE_S, RunningCluster, configured, joining, running
 
+pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
+
 MEMORY = {"anabranch-role": "memory"}
 
 

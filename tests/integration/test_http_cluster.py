@@ -18,6 +18,8 @@ from tests.models import random_prompt, tiny_model
 from tests.processes import ProcessCluster, process_cluster
 from tests.serving import Reader, http_client, raw_channel, status_of, wait_until, whole
 
+pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
+
 LONGEST = 4096
 BLOCK_TOKENS = 8
 POOL_TOKENS = 512
