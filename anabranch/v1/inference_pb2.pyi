@@ -175,7 +175,9 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """Model name; empty means the one served."""
     request_id: _builtins.str
-    """Unique among live requests; empty: drawn by the gateway and returned in the first event."""
+    """Unique among live requests, and not to be used again: the pool remembers ended ids for a while and
+    answers ALREADY_EXISTS. Empty: drawn by the gateway and returned in the first event.
+    """
     text: _builtins.str
     """Plain text."""
     n: _builtins.int
