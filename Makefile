@@ -1,10 +1,13 @@
 # Every target creates .venv by itself; nothing here needs root except test-system.
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 # The CPU build; set TORCH=torch for the CUDA build.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+# What pip does, without what it need not do.
+NEWS := sed -u '/already satisfied/d'
 
 .PHONY: demo test test-system check proto oracle-full clean help
 
@@ -14,8 +17,8 @@ help:  ## list the targets
 $(STAMP): pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (about a minute, longer on a first download) ..."
-	$(BIN)/pip install --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check $(TORCH) | $(NEWS)
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]' | $(NEWS)
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## serve a real model from a cluster on this machine and ask it two questions
