@@ -1,7 +1,8 @@
 """Rules for every test: one compute thread, and in CI no skip but for a missing GPU."""
 
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -20,3 +21,10 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"skipped in CI: {report.longrepr}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _log_of_its_own() -> Iterator[None]:
+    """Events never go to the captured output of a test that is over."""
+    yield
+    logging.getLogger("anabranch").handlers.clear()
