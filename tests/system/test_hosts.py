@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,21 +25,14 @@ def hosts() -> Iterator[tuple[Host, ...]]:
         yield made
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder both hosts see; each has its own /tmp."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="anabranch-") as name:
-        yield Path(name)
-
-
 @pytest.mark.parametrize("transport", ["tcp", "grpc"])
 def test_attention_on_another_host_gives_the_same_tokens(
-    hosts: tuple[Host, ...], folder: Path, transport: str
+    hosts: tuple[Host, ...], tmp_path: Path, transport: str
 ) -> None:
     """Over a lane between two hosts every token is the reference's, and the far host holds the cache."""
     near, far = hosts
-    model = tiny_model(folder / "model", "llama", tokenizer=True)
-    command = [sys.executable, "-m", "tests.system.two_hosts", str(model), str(folder), transport]
+    model = tiny_model(tmp_path / "model", "llama", tokenizer=True)
+    command = [sys.executable, "-m", "tests.system.two_hosts", str(model), str(tmp_path), transport]
     command += [near.address, far.namespace, far.address]
     driver = near.start(
         command,
