@@ -147,11 +147,11 @@ def _generate(model: Any, prompt: Sequence[int], count: int) -> Reference:
     inputs, cache = torch.tensor([list(prompt)]), None
     with torch.inference_mode():
         for _ in range(count):
-            answer = model(inputs, past_key_values=cache, use_cache=True)
+            answer = model(inputs, cache=cache, use_cache=True)
             best = answer.logits[0, -1].topk(2)
             tokens.append(int(best.indices[0]))
             gaps.append(float(best.values[0] - best.values[1]))
-            inputs, cache = torch.tensor([[tokens[-1]]]), answer.past_key_values
+            inputs, cache = torch.tensor([[tokens[-1]]]), answer.cache
     return Reference(tuple(tokens), tuple(gaps))
 
 

@@ -164,8 +164,8 @@ def _hidden_states(model: Any, prompt: Sequence[int]) -> Iterator[Tensor]:
     """[rows, hidden size] of the prompt, then of each generated token but the last."""
     inputs, past = torch.tensor([list(prompt)]), None
     for index in range(GENERATED_TOKENS):
-        answer = model.model(inputs, past_key_values=past, use_cache=True)
-        hidden, past = answer.last_hidden_state[0], answer.past_key_values
+        answer = model.model(inputs, cache=past, use_cache=True)
+        hidden, past = answer.last_hidden_state[0], answer.cache
         yield hidden
         if index < GENERATED_TOKENS - 1:
             inputs = model.lm_head(hidden[-1:]).argmax(-1)[None]
