@@ -12,6 +12,7 @@ from cluster.clock import ManualClock
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardRef, WorkerId
 from workers.attention.arena import Arena
 from workers.attention.prepared_step import PreparedStep
+from workers.attention.shard_blocks import CopyBlock
 from workers.attention.store import Store
 from workers.lanes.messages import PlanRow
 
@@ -24,11 +25,15 @@ def build_geometry(block_tokens: int = 4, layers: int = 2, head_size: int = 8) -
 
 
 def build_store(
-    blocks: int = 16, clock: ManualClock | None = None, geometry: KvGeometry | None = None
+    blocks: int = 16,
+    clock: ManualClock | None = None,
+    geometry: KvGeometry | None = None,
+    copy_block: CopyBlock | None = None,
 ) -> Store:
-    """An empty store whose leases last a second."""
+    """An empty store whose leases last a second; without `copy_block` nothing is shared."""
     geometry = geometry or build_geometry()
-    return Store(WorkerId("attention-0"), Epoch(7), geometry, blocks, LEASE_MS, clock or ManualClock())
+    clock = clock or ManualClock()
+    return Store(WorkerId("attention-0"), Epoch(7), geometry, blocks, LEASE_MS, clock, copy_block)
 
 
 def key(name: str = "a") -> SequenceKey:
@@ -47,6 +52,7 @@ class Memory:
 
     store: Store
     arena: Arena
+    clock: ManualClock
     written: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """(layer, shard id, position) -> key, value: [kv_heads, head_size] each."""
 
@@ -88,6 +94,7 @@ def build_memory(
     layers: int = 2,
     clock: ManualClock | None = None,
     device: str = "cpu",
+    sharing: bool = False,
 ) -> Memory:
     """An empty store and its arena, every number of which is NaN until it is written."""
     geometry = build_geometry(block_tokens, layers)
@@ -95,7 +102,9 @@ def build_memory(
     for layer in range(layers):
         arena.layer(layer).key.fill_(torch.nan)
         arena.layer(layer).value.fill_(torch.nan)
-    return Memory(build_store(blocks, clock, geometry), arena)
+    clock = clock or ManualClock()
+    copy_block = arena.copy_block if sharing else None
+    return Memory(build_store(blocks, clock, geometry, copy_block), arena, clock)
 
 
 def chunk(

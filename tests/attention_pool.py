@@ -34,6 +34,19 @@ class Pool:
         )
         return ShardId(call(self.stub.Reserve, request).shard.shard_id)
 
+    def acquire(self, sequence: SmallSequence, first: int, end: int, tenant: str = "") -> tuple[ShardId, int]:
+        """Begin a shard with what lies there of positions first..end; its id and tokens, or (0, 0)."""
+        request = kv_pb2.AcquireRequest(
+            believed=self.believed,
+            sequence=sequence_message(sequence.key),
+            generation=sequence.generation,
+            first_position=first,
+            token_ids=sequence.token_ids[first:end],
+            tenant=tenant,
+        )
+        found = call(self.stub.Acquire, request).shard
+        return ShardId(found.shard.shard_id), found.committed_tokens
+
     def release(self, sequence: SmallSequence, generation: int = 1) -> int:
         """Release; the blocks freed."""
         request = kv_pb2.ReleaseRequest(

@@ -95,11 +95,13 @@ class SmallSequence:
     seed: int
     length: int = 40
     generation: Generation = field(default=Generation(1))
+    name: str = ""
+    """Of the request, where two of the same contents are meant; default: by its seed."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (GEOMETRY.layers, self.length, GEOMETRY.kv_heads, GEOMETRY.head_size)
-        self.key = SequenceKey(f"request-{self.seed}")
+        self.key = SequenceKey(self.name or f"request-{self.seed}")
         self.keys = torch.randn(shape, generator=generator)
         self.values = torch.randn(shape, generator=generator)
         self.queries = torch.randn(

@@ -105,6 +105,7 @@ class Output:
     failure: AnabranchError | None = None
     timings: Timings | None = None
     handoff: bool = False
+    cached_tokens: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -168,7 +169,7 @@ class Listener:
             output.maps.append(delta.shard_map)
         output.finish, output.failure = delta.finish, delta.failure
         output.matched_token_id, output.handoff = delta.matched_token_id, delta.handoff
-        output.timings = delta.timings
+        output.timings, output.cached_tokens = delta.timings, delta.cached_tokens
 
 
 def request(
@@ -287,13 +288,13 @@ class DenseCluster:
                 self.epochs[worker],
                 f"127.0.0.1:{server.port}",
                 server.core.arena.blocks,
-                server.core.store.audit().free,
+                server.core.store.audit().available,
             )
             for worker, server in self.workers.items()
         ]
         if self.local is not None:
             store, blocks = self.local.store, self.local.arena.blocks
-            free = store.audit().free
+            free = store.audit().available
             found.append(AttentionMember(store.worker, store.epoch, "", blocks, free, is_local=True))
         return found
 

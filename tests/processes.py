@@ -132,7 +132,10 @@ class ProcessCluster:
         end_s = time.monotonic() + within_s
         while True:
             accounts = self.audits()
-            if all(account.blocks.free == account.blocks.capacity for account in accounts.values()):
+            if all(
+                account.blocks.free + account.blocks.sealed_cached == account.blocks.capacity
+                for account in accounts.values()
+            ):
                 return
             assert time.monotonic() < end_s, f"blocks are still held: {accounts}"
             with self._changed:

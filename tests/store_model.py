@@ -8,7 +8,7 @@ from cluster.clock import ManualClock
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
 from tests.attention_builders import LEASE_MS
 from workers.attention.prepared_step import PreparedStep
-from workers.attention.store import BlockAccount
+from workers.attention.shard_blocks import BlockAccount
 from workers.lanes.messages import PlanRow
 
 BLOCKS, BLOCK_TOKENS, LAYERS = 9, 3, 2

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.blocks import BlockHash
 from cluster.types import Epoch, Generation, SequenceKey, ShardRef, WorkerId
 from workers.lanes.messages import Lane
 
@@ -24,6 +25,16 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardPrefix:
+    """What gives a shard's blocks their identities: the tenant, and the identity of the block before it (None
+    while its tokens are not known, and at position 0).
+    """
+
+    tenant: str = ""
+    parent: BlockHash | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HeldShard:
     """A shard as its holder knows it; `committed_tokens` count from the shard's first position."""
 
@@ -31,6 +42,14 @@ class HeldShard:
     committed_tokens: int
     blocks: int
     generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Acquisition:
+    """What was found of a shard's tokens, and what is left."""
+
+    shard: HeldShard | None
+    blocks_available: int
 
 
 class AttentionPeer(Protocol):
@@ -42,13 +61,24 @@ class AttentionPeer(Protocol):
     epoch: Epoch
 
     def reserve(
-        self, key: SequenceKey, generation: Generation, first: int, end: int, tenant: str
+        self, key: SequenceKey, generation: Generation, first: int, end: int, prefix: ShardPrefix
     ) -> Reservation:
         """Reserve positions first..end, extending the own shard that ends at `first` if there is one."""
         ...
 
+    def acquire(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        first: int,
+        token_ids: Sequence[int],
+        prefix: ShardPrefix,
+    ) -> Acquisition:
+        """Begin a shard at `first` with what lies there already of its tokens."""
+        ...
+
     def release(self, key: SequenceKey, generation: Generation) -> int:
-        """Free all shards of a sequence; returns the blocks freed. Idempotent."""
+        """Free all shards of a sequence; returns how many blocks became available. Idempotent."""
         ...
 
     def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:

@@ -335,6 +335,7 @@ class SequenceDelta(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     HANDOFF_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Which life of it."""
     first_index: _builtins.int
@@ -345,6 +346,8 @@ class SequenceDelta(_message.Message):
     """The stop token that matched."""
     handoff: _builtins.bool
     """The worker drains: resubmit to another one."""
+    cached_tokens: _builtins.int
+    """Prompt tokens whose KV was found in the pool."""
     @_builtins.property
     def sequence(self) -> _types_pb2.SequenceKey:
         """Which."""
@@ -383,10 +386,11 @@ class SequenceDelta(_message.Message):
         failure: _types_pb2.Failure | None = ...,
         timings: _types_pb2.Timings | None = ...,
         handoff: _builtins.bool = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "_shard_map", b"_shard_map", "failure", b"failure", "matched_token_id", b"matched_token_id", "sequence", b"sequence", "shard_map", b"shard_map", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "_shard_map", b"_shard_map", "failure", b"failure", "finish_reason", b"finish_reason", "first_index", b"first_index", "generation", b"generation", "handoff", b"handoff", "logprobs", b"logprobs", "matched_token_id", b"matched_token_id", "sequence", b"sequence", "shard_map", b"shard_map", "timings", b"timings", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "_shard_map", b"_shard_map", "cached_tokens", b"cached_tokens", "failure", b"failure", "finish_reason", b"finish_reason", "first_index", b"first_index", "generation", b"generation", "handoff", b"handoff", "logprobs", b"logprobs", "matched_token_id", b"matched_token_id", "sequence", b"sequence", "shard_map", b"shard_map", "timings", b"timings", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_token_id: _TypeAlias = _typing.Literal["matched_token_id"]  # noqa: Y015
     _WhichOneofArgType__matched_token_id: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id"]  # noqa: Y015

@@ -32,6 +32,7 @@ class ReserveRequest(_message.Message):
     FIRST_POSITION_FIELD_NUMBER: _builtins.int
     END_POSITION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    PARENT_HASH_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Which life of it."""
     first_position: _builtins.int
@@ -40,6 +41,8 @@ class ReserveRequest(_message.Message):
     """One past the last position."""
     tenant: _builtins.str
     """Fixed part of block identities."""
+    parent_hash: _builtins.bytes
+    """Identity of the block before the shard, once its tokens are known; unused at position 0."""
     @_builtins.property
     def believed(self) -> _types_pb2.Believed:
         """Whom the caller means."""
@@ -57,10 +60,11 @@ class ReserveRequest(_message.Message):
         first_position: _builtins.int = ...,
         end_position: _builtins.int = ...,
         tenant: _builtins.str = ...,
+        parent_hash: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "end_position", b"end_position", "first_position", b"first_position", "generation", b"generation", "sequence", b"sequence", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "end_position", b"end_position", "first_position", b"first_position", "generation", b"generation", "parent_hash", b"parent_hash", "sequence", b"sequence", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -105,6 +109,94 @@ class ReserveResponse(_message.Message):
 Global___ReserveResponse: _TypeAlias = ReserveResponse  # noqa: Y015
 
 @_typing.final
+class AcquireRequest(_message.Message):
+    """The tokens of a shard that is to begin with what lies at a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BELIEVED_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PARENT_HASH_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """Which life of it."""
+    first_position: _builtins.int
+    """First position, a multiple of the block size."""
+    tenant: _builtins.str
+    """Fixed part of block identities."""
+    parent_hash: _builtins.bytes
+    """Identity of the block before the shard; unused at position 0."""
+    @_builtins.property
+    def believed(self) -> _types_pb2.Believed:
+        """Whom the caller means."""
+
+    @_builtins.property
+    def sequence(self) -> _types_pb2.SequenceKey:
+        """Whose KV."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens from there on, without the sequence's last."""
+
+    def __init__(
+        self,
+        *,
+        believed: _types_pb2.Believed | None = ...,
+        sequence: _types_pb2.SequenceKey | None = ...,
+        generation: _builtins.int = ...,
+        first_position: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tenant: _builtins.str = ...,
+        parent_hash: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "first_position", b"first_position", "generation", b"generation", "parent_hash", b"parent_hash", "sequence", b"sequence", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcquireRequest: _TypeAlias = AcquireRequest  # noqa: Y015
+
+@_typing.final
+class AcquireResponse(_message.Message):
+    """What was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONDER_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    BLOCKS_AVAILABLE_FIELD_NUMBER: _builtins.int
+    blocks_available: _builtins.int
+    """Blocks that could still be reserved."""
+    @_builtins.property
+    def responder(self) -> _types_pb2.Responder:
+        """Who answers."""
+
+    @_builtins.property
+    def shard(self) -> Global___HeldShard:
+        """The new shard, if any."""
+
+    def __init__(
+        self,
+        *,
+        responder: _types_pb2.Responder | None = ...,
+        shard: Global___HeldShard | None = ...,
+        blocks_available: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_shard", b"_shard", "responder", b"responder", "shard", b"shard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shard", b"_shard", "blocks_available", b"blocks_available", "responder", b"responder", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__shard: _TypeAlias = _typing.Literal["shard"]  # noqa: Y015
+    _WhichOneofArgType__shard: _TypeAlias = _typing.Literal["_shard", b"_shard"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shard) -> _WhichOneofReturnType__shard | None: ...
+
+Global___AcquireResponse: _TypeAlias = AcquireResponse  # noqa: Y015
+
+@_typing.final
 class ReleaseRequest(_message.Message):
     """What to free."""
 
@@ -147,7 +239,7 @@ class ReleaseResponse(_message.Message):
     RESPONDER_FIELD_NUMBER: _builtins.int
     BLOCKS_RELEASED_FIELD_NUMBER: _builtins.int
     blocks_released: _builtins.int
-    """Blocks given back."""
+    """Blocks that became available: not those that other sequences share."""
     @_builtins.property
     def responder(self) -> _types_pb2.Responder:
         """Who answers."""

@@ -40,6 +40,11 @@ class KvServiceStub:
                 request_serializer=anabranch_dot_v1_dot_kv__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=anabranch_dot_v1_dot_kv__pb2.ReserveResponse.FromString,
                 _registered_method=True)
+        self.Acquire = channel.unary_unary(
+                '/anabranch.v1.KvService/Acquire',
+                request_serializer=anabranch_dot_v1_dot_kv__pb2.AcquireRequest.SerializeToString,
+                response_deserializer=anabranch_dot_v1_dot_kv__pb2.AcquireResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/anabranch.v1.KvService/Release',
                 request_serializer=anabranch_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
@@ -75,6 +80,15 @@ class KvServiceServicer:
         """Reserves room for a range of positions, or extends the shard that ends where the range begins.
         Errors: RESOURCE_EXHAUSTED (no room: borrow elsewhere); FAILED_PRECONDITION (FENCED: a higher
         generation owns the sequence, or another epoch); UNAVAILABLE (draining).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Acquire(self, request, context):
+        """Begins a shard with what lies here already of its tokens: refers to the longest run of published blocks
+        and copies a living sequence's block behind them as far as it agrees. An empty answer means that nothing does.
+        Errors as Reserve.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +137,11 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.Reserve,
                     request_deserializer=anabranch_dot_v1_dot_kv__pb2.ReserveRequest.FromString,
                     response_serializer=anabranch_dot_v1_dot_kv__pb2.ReserveResponse.SerializeToString,
+            ),
+            'Acquire': grpc.unary_unary_rpc_method_handler(
+                    servicer.Acquire,
+                    request_deserializer=anabranch_dot_v1_dot_kv__pb2.AcquireRequest.FromString,
+                    response_serializer=anabranch_dot_v1_dot_kv__pb2.AcquireResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -178,6 +197,33 @@ class KvService:
             '/anabranch.v1.KvService/Reserve',
             anabranch_dot_v1_dot_kv__pb2.ReserveRequest.SerializeToString,
             anabranch_dot_v1_dot_kv__pb2.ReserveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Acquire(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.KvService/Acquire',
+            anabranch_dot_v1_dot_kv__pb2.AcquireRequest.SerializeToString,
+            anabranch_dot_v1_dot_kv__pb2.AcquireResponse.FromString,
             options,
             channel_credentials,
             insecure,

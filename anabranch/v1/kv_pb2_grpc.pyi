@@ -38,6 +38,11 @@ class KvServiceStub:
     Errors: RESOURCE_EXHAUSTED (no room: borrow elsewhere); FAILED_PRECONDITION (FENCED: a higher
     generation owns the sequence, or another epoch); UNAVAILABLE (draining).
     """
+    Acquire: _grpc.UnaryUnaryMultiCallable[_kv_pb2.AcquireRequest, _kv_pb2.AcquireResponse]
+    """Begins a shard with what lies here already of its tokens: refers to the longest run of published blocks
+    and copies a living sequence's block behind them as far as it agrees. An empty answer means that nothing does.
+    Errors as Reserve.
+    """
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]
     """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
     Renew: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]
@@ -60,6 +65,11 @@ class KvServiceAsyncStub(KvServiceStub):
     """Reserves room for a range of positions, or extends the shard that ends where the range begins.
     Errors: RESOURCE_EXHAUSTED (no room: borrow elsewhere); FAILED_PRECONDITION (FENCED: a higher
     generation owns the sequence, or another epoch); UNAVAILABLE (draining).
+    """
+    Acquire: _aio.UnaryUnaryMultiCallable[_kv_pb2.AcquireRequest, _kv_pb2.AcquireResponse]  # type: ignore[assignment]
+    """Begins a shard with what lies here already of its tokens: refers to the longest run of published blocks
+    and copies a living sequence's block behind them as far as it agrees. An empty answer means that nothing does.
+    Errors as Reserve.
     """
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
@@ -86,6 +96,17 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reserves room for a range of positions, or extends the shard that ends where the range begins.
         Errors: RESOURCE_EXHAUSTED (no room: borrow elsewhere); FAILED_PRECONDITION (FENCED: a higher
         generation owns the sequence, or another epoch); UNAVAILABLE (draining).
+        """
+
+    @_abc_1.abstractmethod
+    def Acquire(
+        self,
+        request: _kv_pb2.AcquireRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.AcquireResponse, _abc.Awaitable[_kv_pb2.AcquireResponse]]:
+        """Begins a shard with what lies here already of its tokens: refers to the longest run of published blocks
+        and copies a living sequence's block behind them as far as it agrees. An empty answer means that nothing does.
+        Errors as Reserve.
         """
 
     @_abc_1.abstractmethod

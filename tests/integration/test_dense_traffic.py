@@ -56,7 +56,13 @@ def test_a_decode_step_receives_the_same_bytes_at_500_and_3000_tokens(folder: Pa
     """By the kernel's count, the bytes received per decode step are equal for both contexts, and at most
     layers x rows x query heads x (head size + 2) x 4 + 4 KB from each worker (DESIGN 6b, Never fetched).
     """
-    shape = Shape(attention_workers=2, transports=("tcp",), shard_tokens=1600, step_tokens=256)
+    shape = Shape(
+        attention_workers=2,
+        transports=("tcp",),
+        shard_tokens=1600,
+        step_tokens=256,
+        overrides={"attention": {"prefix_sharing": False}},  # both requests of a context prefill it
+    )
     with DenseCluster(folder, shape) as cluster:
         spec = cluster.decoder.spec
         bound = spec.layers * spec.query_heads * (spec.head_size + 2) * 4 + FIXED_BYTES

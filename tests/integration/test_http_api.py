@@ -32,7 +32,12 @@ async def test_a_completion_and_its_stream_say_the_same(tmp_path: Path) -> None:
         "finish_reason": "length",
         "stop_reason": None,
     }
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25}
+    assert answer["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 20,
+        "total_tokens": 25,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [
         "length"

@@ -247,3 +247,47 @@ def test_rows_that_do_not_fit_the_plan_are_refused(pool: Pool, dense: DenseSide)
     dense.step(parts)
     part = (sequence, sequence.row(shard, 3, 1))
     assert_attended(dense.step([part]), [part])
+
+
+def test_shared_blocks_are_attended_where_they_lie(pool: Pool, dense: DenseSide) -> None:
+    """A second sequence of the same tokens acquires what is committed, refers to the sealed blocks and copies
+    the open one; it attends exactly its keys, goes on in room of its own, and outlives the first.
+    """
+    first, second = SmallSequence(1), SmallSequence(1, name="again")
+    shard = pool.reserve(first, 0, 40)
+    dense.step([(first, first.row(shard, 0, 14))])
+    assert pool.acquire(second, 0, 14) == (0, 0)
+    dense.step([(first, first.row(shard, 14, 1))])
+    found, tokens = pool.acquire(second, 0, 14)
+    assert tokens == 14
+    assert pool.audit().blocks.sealed_referenced == 3
+    assert pool.reserve(second, 14, 40) == found
+    part = (second, second.row(found, 14, 3))
+    assert_attended(dense.step([part]), [part])
+    pool.release(first)
+    part = (second, second.row(found, 17, 1))
+    assert_attended(dense.step([part]), [part])
+
+
+def test_shared_blocks_are_a_tenants_own(pool: Pool, dense: DenseSide) -> None:
+    """Another tenant finds nothing of the same tokens."""
+    first, second = SmallSequence(1), SmallSequence(1, name="again")
+    shard = pool.reserve(first, 0, 40)
+    dense.step([(first, first.row(shard, 0, 14))])
+    dense.step([(first, first.row(shard, 14, 1))])
+    assert pool.acquire(second, 0, 14, tenant="other") == (0, 0)
+    assert pool.acquire(second, 0, 14)[1] == 14
+
+
+def test_truncating_into_a_shared_block_drops_the_reference(pool: Pool, dense: DenseSide) -> None:
+    """A take-over that confirms part of a shared block keeps the blocks before it; the other sharer still
+    reads what it read.
+    """
+    first, second = SmallSequence(1), SmallSequence(1, name="again")
+    shard = pool.reserve(first, 0, 40)
+    dense.step([(first, first.row(shard, 0, 14))])
+    dense.step([(first, first.row(shard, 14, 1))])
+    pool.acquire(second, 0, 12)
+    assert pool.adopt(second, 2, second.token_ids[:7]) == [4]
+    part = (first, first.row(shard, 15, 1))
+    assert_attended(dense.step([part]), [part])

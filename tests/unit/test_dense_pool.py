@@ -17,6 +17,7 @@ from workers.attention.store import Store
 from workers.dense.holders import Held, Holders
 from workers.dense.inbox import Inbox
 from workers.dense.members import AttentionMember, MemberTable
+from workers.dense.prefixes import BlockChain
 from workers.dense.rooms import Rooms, RoomWanted
 from workers.dense.sequences import Placed, wire_generation
 
@@ -49,7 +50,7 @@ class Workers:
         self, first: int, end: int, generation: Generation = ONE, shards: tuple[Placed, ...] = ()
     ) -> tuple[Placed, ...]:
         """Reserve positions for `KEY`."""
-        return self.rooms.reserve(RoomWanted(KEY, generation, "", first, end, shards))
+        return self.rooms.reserve(RoomWanted(KEY, generation, BlockChain(GEOMETRY, ""), first, end, shards))
 
     def held(self) -> list[int]:
         """Blocks held at each worker."""

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.sampling import SamplingParameters
-from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
+from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.dense.deltas import Outbox
+from workers.dense.prefixes import BlockChain
 from workers.dense.sequences import LiveSequence, Placed, Stopwatch, Submission
 from workers.dense.step_layout import Chunk, StepLayout, WorkerPart, lay_out, workers_of
 
 CPU = torch.device("cpu")
+CHAIN = BlockChain(KvGeometry(1, 1, 1, 8, "float32", 4, "digest"), "")
 
 
 class Nobody:
@@ -39,7 +41,7 @@ def sequence(name: int, edges: list[int], workers: list[int]) -> LiveSequence:
     tokens = tuple(range(edges[-1]))
     parameters = SamplingParameters(seed=0, max_tokens=1)
     submission = Submission(SequenceKey(f"s{name}"), 1, tokens, (), parameters, 0, 1, 0, 0.0, "")
-    return LiveSequence(submission, Nobody(), Stopwatch(0.0), list(tokens), placed)
+    return LiveSequence(submission, Nobody(), Stopwatch(0.0), list(tokens), CHAIN, placed)
 
 
 @st.composite

@@ -7,7 +7,8 @@ import pytest
 from cluster.clock import ManualClock
 from cluster.errors import Fenced, InvalidRequest, ResourceExhausted, Unavailable
 from tests.attention_builders import LEASE_MS, build_memory, build_store, chunk, generation, key, reading
-from workers.attention.store import BlockAccount, Store
+from workers.attention.shard_blocks import BlockAccount
+from workers.attention.store import Store
 
 
 def free(store: Store) -> int:

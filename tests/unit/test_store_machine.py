@@ -19,7 +19,8 @@ from tests.attention_builders import LEASE_MS, generation, key
 from tests.store_model import BLOCK_TOKENS, BLOCKS, LAYERS, LEASE_S, Part, Step, StoreModel
 from workers.attention.arena import Arena
 from workers.attention.prepared_step import PreparedStep
-from workers.attention.store import BlockAccount, Store
+from workers.attention.shard_blocks import BlockAccount
+from workers.attention.store import Store
 from workers.lanes.messages import PlanRow
 
 GEOMETRY = KvGeometry(LAYERS, 1, 1, 1, "float32", BLOCK_TOKENS, "digest")

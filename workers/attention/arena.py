@@ -52,6 +52,11 @@ class Arena:
         keys.index_copy_(0, slots, key.to(keys))  # from where a lane's bytes arrived to where the cache lies
         values.index_copy_(0, slots, value.to(values))
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy one block's keys and values, all layers. Never allocates."""
+        self._key[:, target] = self._key[:, source]
+        self._value[:, target] = self._value[:, source]
+
 
 class BlockAllocator:
     """Hands out block ids, preferring runs: those right after a shard's last block, then the lowest run

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import grpc
 
 from anabranch.v1 import inference_pb2, kv_pb2, kv_pb2_grpc, types_pb2
 from anabranch.wire import sequence_key, sequence_message, shard_message
 from cluster import rpc
+from cluster.blocks import BlockHash
 from cluster.errors import Fenced
 from cluster.types import Generation, KvGeometry
-from workers.attention.store import BlockAccount, Store
-from workers.peer import HeldShard
+from workers.attention.shard_blocks import BlockAccount
+from workers.attention.store import Store
+from workers.peer import HeldShard, ShardPrefix
 
 
 class KvService(kv_pb2_grpc.KvServiceServicer):
@@ -32,12 +32,32 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
             Generation(request.generation),
             request.first_position,
             request.end_position,
+            _prefix(request),
         )
         return kv_pb2.ReserveResponse(
             responder=self._responder(),
             shard=shard_message(reservation.shard),
             lease_ms=reservation.lease_ms,
             blocks_available=reservation.blocks_available,
+        )
+
+    @rpc.unary
+    def Acquire(  # the name of the RPC
+        self, request: kv_pb2.AcquireRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.AcquireResponse:
+        """Begin a shard with what lies here already."""
+        self._check_epoch(request.believed)
+        found = self._store.acquire(
+            sequence_key(request.sequence),
+            Generation(request.generation),
+            request.first_position,
+            list(request.token_ids),
+            _prefix(request),
+        )
+        return kv_pb2.AcquireResponse(
+            responder=self._responder(),
+            shard=None if found.shard is None else _held(found.shard),
+            blocks_available=found.blocks_available,
         )
 
     @rpc.unary
@@ -67,7 +87,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         held = self._store.adopt(
             sequence_key(request.sequence), Generation(request.generation), list(request.token_ids)
         )
-        return kv_pb2.AdoptResponse(responder=self._responder(), shards=_held(held))
+        return kv_pb2.AdoptResponse(responder=self._responder(), shards=map(_held, held))
 
     @rpc.unary
     def Locate(  # the name of the RPC
@@ -75,7 +95,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
     ) -> kv_pb2.LocateResponse:
         """Show a sequence's shards."""
         held = self._store.locate(sequence_key(request.sequence))
-        return kv_pb2.LocateResponse(responder=self._responder(), shards=_held(held))
+        return kv_pb2.LocateResponse(responder=self._responder(), shards=map(_held, held))
 
     @rpc.unary
     def Audit(  # the name of the RPC
@@ -84,7 +104,9 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         """Show the account and every holding."""
         holdings = (
             kv_pb2.AuditResponse.Holding(
-                sequence=sequence_message(key), shards=_held(held), lease_remaining_ms=int(1000 * remaining_s)
+                sequence=sequence_message(key),
+                shards=map(_held, held),
+                lease_remaining_ms=int(1000 * remaining_s),
             )
             for key, held, remaining_s in self._store.holdings()
         )
@@ -115,13 +137,14 @@ def account_message(account: BlockAccount, geometry: KvGeometry) -> inference_pb
     )
 
 
-def _held(shards: Iterable[HeldShard]) -> Iterable[kv_pb2.HeldShard]:
-    return (
-        kv_pb2.HeldShard(
-            shard=shard_message(held.shard),
-            committed_tokens=held.committed_tokens,
-            blocks=held.blocks,
-            generation=held.generation,
-        )
-        for held in shards
+def _held(held: HeldShard) -> kv_pb2.HeldShard:
+    return kv_pb2.HeldShard(
+        shard=shard_message(held.shard),
+        committed_tokens=held.committed_tokens,
+        blocks=held.blocks,
+        generation=held.generation,
     )
+
+
+def _prefix(request: kv_pb2.ReserveRequest | kv_pb2.AcquireRequest) -> ShardPrefix:
+    return ShardPrefix(request.tenant, BlockHash(request.parent_hash) if request.parent_hash else None)

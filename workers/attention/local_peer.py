@@ -8,7 +8,7 @@ from cluster.types import Generation, SequenceKey
 from workers.attention.session import AttendSession
 from workers.attention.store import Store
 from workers.lanes.inproc import InProcessLane
-from workers.peer import HeldShard, Reservation
+from workers.peer import Acquisition, HeldShard, Reservation, ShardPrefix
 
 
 class LocalPeer:
@@ -26,10 +26,21 @@ class LocalPeer:
         generation: Generation,
         first: int,
         end: int,
-        tenant: str,  # noqa: ARG002  # part of block identities, which a private shard does not need
+        prefix: ShardPrefix,
     ) -> Reservation:
         """See `AttentionPeer.reserve`."""
-        return self._store.reserve(key, generation, first, end)
+        return self._store.reserve(key, generation, first, end, prefix)
+
+    def acquire(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        first: int,
+        token_ids: Sequence[int],
+        prefix: ShardPrefix,
+    ) -> Acquisition:
+        """See `AttentionPeer.acquire`."""
+        return self._store.acquire(key, generation, first, token_ids, prefix)
 
     def release(self, key: SequenceKey, generation: Generation) -> int:
         """See `AttentionPeer.release`."""

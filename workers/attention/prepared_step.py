@@ -131,7 +131,7 @@ def _resolve(store: Store, row: PlanRow) -> _Resolved:
     shard = store.shard(row.shard, generation)
     if row.count < 1 or row.start < 0 or (row.token_ids and len(row.token_ids) != row.count):
         raise InvalidRequest(f"{shard.key}: {row.count} rows at {row.start} with {len(row.token_ids)} ids")
-    shard.commit(row.start)
+    store.commit(shard, row.start)
     _check_visible(shard, row)
     if row.token_ids:
         shard.check_append(row.start, row.start + row.count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cluster.blocks import BlockHash
 from cluster.errors import Fenced
 from cluster.types import SequenceKey, ShardId
 
@@ -67,7 +68,8 @@ class Shard:
 
     Invariants: first <= committed <= end; len(token_ids) == committed - first; every block that holds
     a committed or pending position is in `blocks`. A write at a position >= committed overwrites, one
-    below is refused.
+    below is refused. The first len(hashes) blocks are full, committed and published: they may be other
+    shards' too, and nobody writes to them.
     """
 
     shard_id: ShardId
@@ -78,6 +80,14 @@ class Shard:
     blocks: list[int]
     token_ids: list[int] = field(default_factory=list)
     pending: PendingAppend | None = None
+    parent: BlockHash | None = None
+    """Identity of the block before `first`; None while unknown, and nothing is published then."""
+    hashes: list[BlockHash] = field(default_factory=list)
+
+    @property
+    def sealed(self) -> int:
+        """Full, committed blocks."""
+        return (self.committed - self.first) // self.block_tokens
 
     @property
     def committed(self) -> int:
@@ -126,6 +136,16 @@ class Shard:
         del self.token_ids[same:]
         self.pending = None
         return same == len(confirmed)
+
+    def hash_before(self, index: int) -> BlockHash | None:
+        """Identity of the block before the shard's block `index`; None where it is not published."""
+        if index == 0:
+            return self.parent
+        return self.hashes[index - 1] if index <= len(self.hashes) else None
+
+    def block_token_ids(self, index: int) -> list[int]:
+        """The committed tokens of a block, fewer than a block's where it is open."""
+        return self.token_ids[index * self.block_tokens : (index + 1) * self.block_tokens]
 
     def slot(self, position: int) -> int:
         """Flat slot of a position: block id x block_tokens + offset."""

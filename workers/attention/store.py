@@ -7,7 +7,6 @@ block is never freed under a kernel that reads it.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -16,25 +15,14 @@ from dataclasses import dataclass, field
 from cluster.clock import Clock
 from cluster.errors import Fenced, Internal, InvalidRequest, ResourceExhausted, Unavailable
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
-from workers.attention.arena import BlockAllocator
 from workers.attention.shard import Shard
+from workers.attention.shard_blocks import BlockAccount, CopyBlock, ShardBlocks
 from workers.attention.turns import Turns
-from workers.peer import HeldShard, Reservation
+from workers.peer import Acquisition, HeldShard, Reservation, ShardPrefix
 
 _FENCES_MOST = 65_536
 _NEVER = Generation(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockAccount:
-    """free + reserved + open + sealed_referenced + sealed_cached = capacity."""
-
-    capacity: int
-    free: int
-    reserved: int
-    open: int
-    sealed_referenced: int
-    sealed_cached: int
+_OF_NOBODY = ShardPrefix()
 
 
 @dataclass(slots=True, eq=False)
@@ -45,11 +33,6 @@ class Holding:
     generation: Generation
     lease_end_s: float
     shards: list[Shard] = field(default_factory=list)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of all shards."""
-        return sum(len(shard.blocks) for shard in self.shards)
 
 
 class Store:
@@ -64,10 +47,12 @@ class Store:
         worker: WorkerId,
         epoch: Epoch,
         geometry: KvGeometry,
-        blocks: int,
+        capacity: int,
         lease_ms: int,
         clock: Clock,
+        copy_block: CopyBlock | None = None,
     ) -> None:
+        """`capacity` in blocks. Without `copy_block` sequences share nothing."""
         self.worker = worker
         self.epoch = epoch
         self.geometry = geometry
@@ -81,14 +66,18 @@ class Store:
         self.empty.set()
         self._lease_ms = lease_ms
         self._clock = clock
-        self._capacity = blocks
-        self._allocator = BlockAllocator(blocks)
+        self._blocks = ShardBlocks(geometry, capacity, copy_block)
         self._holdings: dict[SequenceKey, Holding] = {}
-        self._shards: dict[ShardId, Shard] = {}
         self._fences: OrderedDict[SequenceKey, Generation] = OrderedDict()
-        self._shard_ids = itertools.count(1)
 
-    def reserve(self, key: SequenceKey, generation: Generation, first: int, end: int) -> Reservation:
+    def reserve(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        first: int,
+        end: int,
+        prefix: ShardPrefix = _OF_NOBODY,
+    ) -> Reservation:
         """Reserve positions first..end, extending the own shard that ends at `first` if there is one.
 
         A higher generation than the one that holds the sequence starts from nothing, in its blocks.
@@ -101,13 +90,45 @@ class Store:
             self._check_alive(key, generation)
             holding = self._holdings.get(key)
             if holding is None or holding.generation < generation:
-                holding = self._begin(key, generation, end - first)
+                holding = self._begin(key, generation, self.geometry.blocks_for(end - first))
             shard = self._extend(holding, first, end)
+            self._blocks.learn_parent(shard, prefix)
             holding.lease_end_s = self._lease_end()
-            return Reservation(self._ref(shard), self._lease_ms, self._allocator.free)
+            return Reservation(self._ref(shard), self._lease_ms, self._blocks.ledger.available)
+
+    def acquire(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        first: int,
+        token_ids: Sequence[int],
+        prefix: ShardPrefix = _OF_NOBODY,
+    ) -> Acquisition:
+        """Begin a shard at `first` with what lies here already of its `token_ids`, pinned under the
+        sequence's lease (see `ShardBlocks.acquire`). Raises as `reserve` does.
+        """
+        with self.turns:
+            self._check_alive(key, generation)
+            holding = self._holdings.get(key)
+            is_new = holding is None or holding.generation < generation
+            if not is_new:
+                assert holding is not None
+                self._check_apart(holding, first, first + len(token_ids))
+            elif self.draining:
+                raise _draining(self.worker)
+            shard = self._blocks.acquire(key, first, token_ids, prefix)
+            if shard is None:
+                return Acquisition(None, self._blocks.ledger.available)
+            if holding is None or is_new:
+                holding = self._begin(key, generation, 0)
+            holding.shards.append(shard)
+            holding.lease_end_s = self._lease_end()
+            return Acquisition(self._held_shard(holding, shard), self._blocks.ledger.available)
 
     def release(self, key: SequenceKey, generation: Generation) -> int:
-        """Free all shards of a sequence and fence its generation; returns the blocks freed. Idempotent."""
+        """Drop all shards of a sequence and fence its generation; returns how many blocks became available.
+        Idempotent.
+        """
         with self.turns:
             self._check_not_lower(key, generation)
             self._fence(key, generation)
@@ -150,10 +171,18 @@ class Store:
             holding = self._holdings.get(key)
             return self._held(holding) if holding else ()
 
+    def commit(self, shard: Shard, start: int) -> None:
+        """A row begins at `start`: what was appended before it is certain, and its full blocks are published.
+        The caller holds `turns`. Raises Fenced where layers are missing.
+        """
+        assert self.turns.is_mine
+        shard.commit(start)
+        self._blocks.publish(shard)
+
     def shard(self, shard_id: ShardId, generation: Generation) -> Shard:
         """A shard as a plan row names it; renews its lease. The caller holds `turns`. Raises Fenced."""
         assert self.turns.is_mine
-        shard = self._shards.get(shard_id)
+        shard = self._blocks.get(shard_id)
         if shard is None:
             raise Fenced(f"shard {shard_id} is not held by {self.worker}", shards=str(shard_id))
         holding = self._holdings[shard.key]
@@ -165,7 +194,8 @@ class Store:
     def is_held(self, shard: Shard, generation: Generation) -> bool:
         """Whether a shard is still here under that generation. The caller holds `turns`."""
         assert self.turns.is_mine
-        return shard.shard_id in self._shards and self._holdings[shard.key].generation == generation
+        is_here = self._blocks.get(shard.shard_id) is not None
+        return is_here and self._holdings[shard.key].generation == generation
 
     def expire(self) -> tuple[SequenceKey, ...]:
         """Free every sequence whose lease is over; returns them."""
@@ -181,17 +211,16 @@ class Store:
     def account(self) -> BlockAccount:
         """The account, from every shard's lengths."""
         with self.turns:
-            return self._account()
+            return self._blocks.account()
 
     def audit(self) -> BlockAccount:
         """The account, after a look at every block. Raises Internal where it does not add up."""
         with self.turns:
-            held = [block for shard in self._shards.values() for block in shard.blocks]
-            account = self._account()
+            account = self._blocks.account()
             states = (account.free, account.reserved, account.open)
             total = sum(states) + account.sealed_referenced + account.sealed_cached
-            if total != account.capacity or not self._allocator.are_all_used(held):
-                raise Internal(f"the blocks of {self.worker} do not add up: {account}, {len(held)} held")
+            if total != account.capacity or not self._blocks.is_consistent():
+                raise Internal(f"the blocks of {self.worker} do not add up: {account}")
             return account
 
     def holdings(self) -> tuple[tuple[SequenceKey, tuple[HeldShard, ...], float], ...]:
@@ -203,26 +232,17 @@ class Store:
                 for key, holding in self._holdings.items()
             )
 
-    def _account(self) -> BlockAccount:
-        opened = sealed = reserved = 0
-        for shard in self._shards.values():
-            full = (shard.committed - shard.first) // shard.block_tokens
-            touched = self.geometry.blocks_for(shard.written - shard.first)
-            sealed += full
-            opened += touched - full
-            reserved += len(shard.blocks) - touched
-        return BlockAccount(self._capacity, self._allocator.free, reserved, opened, sealed, 0)
-
-    def _begin(self, key: SequenceKey, generation: Generation, tokens: int) -> Holding:
-        """A new holding, in place of one of a lower generation, where a shard of `tokens` fits in what is
-        free then; otherwise the older one stays. Raises Unavailable, ResourceExhausted.
+    def _begin(self, key: SequenceKey, generation: Generation, wanted: int) -> Holding:
+        """A new holding, in place of one of a lower generation, where `wanted` blocks can be had then;
+        otherwise the older one stays. Raises Unavailable, ResourceExhausted.
         """
         if self.draining:
-            raise Unavailable(f"{self.worker} is draining; reserve elsewhere")
+            raise _draining(self.worker)
         older = self._holdings.get(key)
-        room = self._allocator.free + (older.blocks if older else 0)
-        if self.geometry.blocks_for(tokens) > room:
-            raise ResourceExhausted(f"{key}: {tokens} tokens asked for, {room} blocks can be had")
+        given_up = [block for shard in older.shards for block in shard.blocks] if older else []
+        room = self._blocks.ledger.available + self._blocks.ledger.releasable(given_up)
+        if wanted > room:
+            raise ResourceExhausted(f"{key}: {wanted} blocks asked for, {room} can be had")
         self._drop(key)
         holding = self._holdings[key] = Holding(key, generation, self._lease_end())
         self.empty.clear()
@@ -245,50 +265,44 @@ class Store:
         agrees = True
         for shard in sorted(holding.shards, key=_first_position):
             # Keys and values depend on every token before them: after one that differs nothing is right.
-            agrees = shard.truncate(token_ids if agrees else ()) and agrees
+            agrees = self._blocks.truncate(shard, token_ids if agrees else ()) and agrees
             if shard.committed == shard.first:
                 self._free(holding, shard)
         if not holding.shards:
             self._drop(holding.key)
 
     def _extend(self, holding: Holding, first: int, end: int) -> Shard:
+        self._check_apart(holding, first, end)
+        for shard in holding.shards:
+            if shard.end == first:
+                self._blocks.extend(shard, end)
+                return shard
+        shard = self._blocks.reserve(holding.key, first, end)
+        holding.shards.append(shard)
+        return shard
+
+    def _check_apart(self, holding: Holding, first: int, end: int) -> None:
         for shard in holding.shards:
             if shard.first < end and first < shard.end:
                 raise InvalidRequest(f"{holding.key}: {first}..{end} overlaps shard {shard.shard_id}")
-        for shard in holding.shards:
-            if shard.end == first:
-                wanted = self.geometry.blocks_for(end - shard.first) - len(shard.blocks)
-                shard.blocks += self._allocator.allocate(wanted, after=shard.blocks[-1])
-                shard.end = end
-                return shard
-        shard = Shard(
-            shard_id=ShardId(next(self._shard_ids)),
-            key=holding.key,
-            first=first,
-            end=end,
-            block_tokens=self.geometry.block_tokens,
-            blocks=self._allocator.allocate(self.geometry.blocks_for(end - first)),
-        )
-        holding.shards.append(shard)
-        self._shards[shard.shard_id] = shard
-        return shard
 
-    def _free(self, holding: Holding, shard: Shard) -> None:
+    def _free(self, holding: Holding, shard: Shard) -> int:
         holding.shards.remove(shard)
-        del self._shards[shard.shard_id]
-        self._allocator.give_back(shard.blocks)
         self.changes += 1
+        return self._blocks.free(shard)
 
     def _drop(self, key: SequenceKey) -> int:
+        """Drop all shards of a sequence, the last first, since a cached block is of use only while those
+        before it are; returns how many blocks became available.
+        """
         holding = self._holdings.pop(key, None)
         if holding is None:
             return 0
-        blocks = holding.blocks
-        for shard in list(holding.shards):
-            self._free(holding, shard)
+        shards = sorted(holding.shards, key=_first_position, reverse=True)
+        freed = sum(self._free(holding, shard) for shard in shards)
         if not self._holdings:
             self.empty.set()
-        return blocks
+        return freed
 
     def _fence(self, key: SequenceKey, generation: Generation) -> None:
         self._fences[key] = max(generation, self._fences.get(key, _NEVER))
@@ -297,16 +311,22 @@ class Store:
             self._fences.popitem(last=False)
 
     def _held(self, holding: Holding) -> tuple[HeldShard, ...]:
-        return tuple(
-            HeldShard(self._ref(shard), shard.committed - shard.first, len(shard.blocks), holding.generation)
-            for shard in sorted(holding.shards, key=_first_position)
-        )
+        shards = sorted(holding.shards, key=_first_position)
+        return tuple(self._held_shard(holding, shard) for shard in shards)
+
+    def _held_shard(self, holding: Holding, shard: Shard) -> HeldShard:
+        committed = shard.committed - shard.first
+        return HeldShard(self._ref(shard), committed, len(shard.blocks), holding.generation)
 
     def _ref(self, shard: Shard) -> ShardRef:
         return ShardRef(self.worker, self.epoch, shard.shard_id, shard.first, shard.end)
 
     def _lease_end(self) -> float:
         return self._clock() + self._lease_ms / 1000
+
+
+def _draining(worker: WorkerId) -> Unavailable:
+    return Unavailable(f"{worker} is draining; reserve elsewhere")
 
 
 def _first_position(shard: Shard) -> int:

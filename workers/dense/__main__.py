@@ -97,7 +97,9 @@ def _worker(context: RoleContext, decoder: Decoder, local: AttentionCore | None)
     store, blocks = local.store, local.arena.blocks
 
     def member() -> AttentionMember:
-        return AttentionMember(store.worker, store.epoch, "", blocks, store.audit().free, is_local=True)
+        return AttentionMember(
+            store.worker, store.epoch, "", blocks, store.account().available, is_local=True
+        )
 
     return DenseWorker(context.config, decoder, context.worker_id, context.epoch, (member, local.peer()))
 

@@ -50,6 +50,8 @@ class Delta:
     failure: AnabranchError | None = None
     timings: Timings | None = None
     handoff: bool = False
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was found in the pool."""
 
     @property
     def ends(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.clock import Clock, monotonic
 from cluster.config import Config
@@ -19,6 +19,7 @@ from workers.dense.members import AttentionMember, Connect
 from workers.dense.metrics import DenseMetrics
 from workers.dense.model import Decoder
 from workers.dense.pool import Pool
+from workers.dense.prefixes import PrefixIndex
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable, TableLimits
 from workers.dense.sequences import LiveSequence, Submission
@@ -77,8 +78,10 @@ class Engine:
             clock,
             self._inbox.post,
             self._lanes.leads_to,
+            decoder.spec.geometry(config.model.dtype, config.attention.block_tokens),
         )
-        self._submissions = Submissions(self._door, config.dense.max_waiting)
+        index = PrefixIndex() if config.attention.prefix_sharing else None
+        self._submissions = Submissions(self._door, config.dense.max_waiting, index)
         self._keeper = ShardKeeper(self._door)
         self._clock = clock
         self._step = 0
@@ -189,6 +192,7 @@ class Engine:
         """What the next step does; maps and refusals leave before it."""
         self._inbox.run(_CALLS_PER_STEP, _CALLS_BUDGET_S)
         self._table.expire_orphans()
+        self._submissions.release_followers()
         plan = self._scheduler.plan(self._clock())
         self._step = plan.step
         self._keeper.carry_out(plan)
@@ -242,12 +246,24 @@ class Engine:
             sequence.stopwatch.first_token_s = self._clock()
         token_id = sampled.token_id
         if sequence.submission.sampling.ends(token_id, self._eos_token_ids):
-            return lambda: self._table.finish(sequence, FinishReason.STOP, matched_token_id=token_id)
+            return lambda: self._finish(sequence, FinishReason.STOP, matched_token_id=token_id)
         sequence.append(token_id)
         if sequence.is_complete:
-            return lambda: self._table.finish(sequence, FinishReason.LENGTH, [sampled])
+            return lambda: self._finish(sequence, FinishReason.LENGTH, [sampled])
+        if sequence.output_count == 1:
+            self._submissions.remember(sequence)
         self._outbox.put(sequence.subscriber, sequence.delta([sampled]))
         return None
+
+    def _finish(
+        self,
+        sequence: LiveSequence,
+        reason: FinishReason,
+        tokens: Sequence[Sampled] = (),
+        matched_token_id: int | None = None,
+    ) -> None:
+        self._submissions.remember(sequence)
+        self._table.finish(sequence, reason, tokens, matched_token_id)
 
     def _time(self, outcome: StepOutcome) -> None:
         for chunk in outcome.chunks:

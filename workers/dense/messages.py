@@ -65,6 +65,7 @@ def delta_message(delta: Delta) -> dense_pb2.SequenceDelta:
         ],
         matched_token_id=delta.matched_token_id,
         handoff=delta.handoff,
+        cached_tokens=delta.cached_tokens,
     )
     if delta.shard_map is not None:
         message.shard_map.CopyFrom(shard_map_message(delta.shard_map))

@@ -30,6 +30,12 @@ class DenseMetrics:
             "Tokens whose KV cache was found on taking over.",
             registry=registry,
         )
+        self.prefix_queries = Counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the pool.", registry=registry
+        )
+        self.prefix_hits = Counter(
+            "vllm:prefix_cache_hits", "Prompt tokens whose KV was found in the pool.", registry=registry
+        )
         self.seconds = Counter("anabranch_dense_step_seconds", _SECONDS, ["part"], registry=registry)
         self.iteration_tokens = Counter(
             "vllm:iteration_tokens", "Tokens computed in steps.", registry=registry

@@ -16,7 +16,7 @@ from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, ShardRef, WorkerId
 from workers.dense.holders import Holders
 from workers.dense.members import AttentionMember, Connect, MemberTable
-from workers.dense.rooms import Adopted, Rooms, RoomWanted
+from workers.dense.rooms import Adopted, PrefixWanted, Rooms, RoomWanted
 from workers.dense.sequences import Placed
 from workers.lanes.messages import Lane
 from workers.peer import AttentionPeer
@@ -128,6 +128,10 @@ class Pool:
         with their whole ranges, none of them when there is no room, or Fenced.
         """
         self._in_order(wanted.key, lambda: answer(_answered(lambda: self._rooms.reserve(wanted))))
+
+    def acquire(self, wanted: PrefixWanted, answer: Callable[[Adopted | AnabranchError], None]) -> None:
+        """Pin what lies in the pool of a new sequence's prefix; answers what was found, or Fenced."""
+        self._in_order(wanted.key, lambda: answer(_answered(lambda: self._rooms.acquire(wanted))))
 
     def adopt(
         self,

@@ -15,7 +15,7 @@ from cluster.types import Generation, SequenceKey
 from workers.dense.members import AttentionMember
 from workers.lanes.dial import Caller, dial
 from workers.lanes.messages import Lane
-from workers.peer import HeldShard, Reservation
+from workers.peer import Acquisition, HeldShard, Reservation, ShardPrefix
 
 _TIMEOUT_S = 3.0
 """Of every call: the store answers from memory, so a longer silence means that it does not live."""
@@ -36,7 +36,7 @@ class RemotePeer:
         self._believed = types_pb2.Believed(epoch=member.epoch)
 
     def reserve(
-        self, key: SequenceKey, generation: Generation, first: int, end: int, tenant: str
+        self, key: SequenceKey, generation: Generation, first: int, end: int, prefix: ShardPrefix
     ) -> Reservation:
         """See `AttentionPeer.reserve`."""
         request = kv_pb2.ReserveRequest(
@@ -45,10 +45,33 @@ class RemotePeer:
             generation=generation,
             first_position=first,
             end_position=end,
-            tenant=tenant,
+            tenant=prefix.tenant,
+            parent_hash=prefix.parent or b"",
         )
         response = _call(lambda: self._stub.Reserve(request, timeout=_TIMEOUT_S))
         return Reservation(wire.shard_ref(response.shard), response.lease_ms, response.blocks_available)
+
+    def acquire(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        first: int,
+        token_ids: Sequence[int],
+        prefix: ShardPrefix,
+    ) -> Acquisition:
+        """See `AttentionPeer.acquire`."""
+        request = kv_pb2.AcquireRequest(
+            believed=self._believed,
+            sequence=wire.sequence_message(key),
+            generation=generation,
+            first_position=first,
+            token_ids=token_ids,
+            tenant=prefix.tenant,
+            parent_hash=prefix.parent or b"",
+        )
+        response = _call(lambda: self._stub.Acquire(request, timeout=_TIMEOUT_S))
+        shard = _held(response.shard) if response.HasField("shard") else None
+        return Acquisition(shard, response.blocks_available)
 
     def release(self, key: SequenceKey, generation: Generation) -> int:
         """See `AttentionPeer.release`."""
@@ -73,12 +96,12 @@ class RemotePeer:
             generation=generation,
             token_ids=token_ids,
         )
-        return _held(_call(lambda: self._stub.Adopt(request, timeout=_TIMEOUT_S)).shards)
+        return tuple(map(_held, _call(lambda: self._stub.Adopt(request, timeout=_TIMEOUT_S)).shards))
 
     def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
         """See `AttentionPeer.locate`."""
         request = kv_pb2.LocateRequest(sequence=wire.sequence_message(key))
-        return _held(_call(lambda: self._stub.Locate(request, timeout=_TIMEOUT_S)).shards)
+        return tuple(map(_held, _call(lambda: self._stub.Locate(request, timeout=_TIMEOUT_S)).shards))
 
     def open_lane(self) -> Lane:
         """See `AttentionPeer.open_lane`."""
@@ -96,8 +119,7 @@ def _call(call: Callable[[], _T]) -> _T:
         raise rpc.from_rpc(error) from error
 
 
-def _held(shards: Iterable[kv_pb2.HeldShard]) -> tuple[HeldShard, ...]:
-    return tuple(
-        HeldShard(wire.shard_ref(held.shard), held.committed_tokens, held.blocks, Generation(held.generation))
-        for held in shards
+def _held(held: kv_pb2.HeldShard) -> HeldShard:
+    return HeldShard(
+        wire.shard_ref(held.shard), held.committed_tokens, held.blocks, Generation(held.generation)
     )

@@ -12,6 +12,7 @@ from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.dense.holders import Held, Holders
 from workers.dense.members import MemberTable
+from workers.dense.prefixes import BlockChain, Source
 from workers.dense.sequences import Placed
 from workers.peer import HeldShard
 
@@ -24,10 +25,21 @@ class RoomWanted:
 
     key: SequenceKey
     generation: Generation
-    tenant: str
+    chain: BlockChain
     first: int
     end: int
     shards: tuple[Placed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixWanted:
+    """What lies at `sources`, in order, of a sequence's tokens without its last."""
+
+    key: SequenceKey
+    generation: Generation
+    chain: BlockChain
+    token_ids: tuple[int, ...]
+    sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +77,19 @@ class Rooms:
             shards[placed.identity] = granted[placed.identity] = placed
             position = allotment.end
         return tuple(granted.values())
+
+    def acquire(self, wanted: PrefixWanted) -> Adopted:
+        """Pin the longest prefix of a sequence that lies in the pool. Stops at the first worker that holds
+        less than was hoped for. Raises Fenced.
+        """
+        found: list[HeldShard] = []
+        for source in wanted.sources:
+            shard = self._acquire_at(wanted, source)
+            if shard is not None:
+                found.append(shard)
+            if shard is None or shard.shard.end < min(source.end, len(wanted.token_ids)):
+                break
+        return _without_overlaps(found)
 
     def adopt(
         self,
@@ -138,7 +163,8 @@ class Rooms:
         same_life = held is not None and held.epoch == allotment.epoch
         generation = held.generation if held is not None and same_life else wanted.generation
         try:
-            reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, wanted.tenant)
+            prefix = wanted.chain.prefix(_first_of_shard(wanted.shards, allotment))
+            reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, prefix)
         except ResourceExhausted:
             self._members.set_free(allotment.worker, allotment.epoch, 0)
             return None
@@ -157,11 +183,42 @@ class Rooms:
         self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
         return Placed(reservation.shard, generation)
 
+    def _acquire_at(self, wanted: PrefixWanted, source: Source) -> HeldShard | None:
+        """None where nothing lies, or the worker does not answer. Raises Fenced."""
+        peer = self._members.peer(source.worker, source.epoch)
+        tokens = wanted.token_ids[source.first : source.end]
+        if peer is None or not tokens:
+            return None
+        try:
+            found = peer.acquire(
+                wanted.key, wanted.generation, source.first, tokens, wanted.chain.prefix(source.first)
+            )
+        except Fenced:
+            raise
+        except AnabranchError as error:
+            self._holders.put(wanted.key, Held(peer.worker, peer.epoch, wanted.generation))
+            _log.warning(
+                "acquire_failed", request_id=wanted.key.request_id, peer=peer.worker, problem=error.message
+            )
+            return None
+        self._members.set_free(source.worker, source.epoch, found.blocks_available)
+        if found.shard is not None:
+            self._holders.put(wanted.key, Held(peer.worker, peer.epoch, wanted.generation))
+        return found.shard
+
     def _release_at(self, key: SequenceKey, held: Held) -> None:
         peer = self._members.peer(held.worker, held.epoch)
         if peer is not None:
             blocks = peer.release(key, held.generation)
             self._members.add_free(held.worker, held.epoch, blocks)
+
+
+def _first_of_shard(shards: Iterable[Placed], allotment: Allotment) -> int:
+    """Where the shard begins that an allotment grows; the allotment itself where it is a new one."""
+    for placed in shards:
+        if placed.shard.worker == allotment.worker and placed.shard.end == allotment.first:
+            return placed.shard.first
+    return allotment.first
 
 
 def _without_overlaps(found: Iterable[HeldShard]) -> Adopted:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from cluster.errors import AnabranchError
 from cluster.sampling import SamplingParameters
-from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
+from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.dense.deltas import Delta, FinishReason, Subscriber, Timings
+from workers.dense.prefixes import BlockChain
 from workers.dense.sampler import Sampled, SampleRow, TokenHistory
 
 _LIFE_BITS = 16
@@ -102,6 +103,8 @@ class LiveSequence:
     stopwatch: Stopwatch
     token_ids: list[int]
     """Prompt and output."""
+    chain: BlockChain
+    """Identities of its blocks, as far as they were asked for."""
     shards: tuple[Placed, ...] = ()
     life: int = 0
     """Fresh starts under this gateway generation: preemptions, and losses of shards."""
@@ -110,11 +113,15 @@ class LiveSequence:
     """Since when its gateway's stream is gone."""
     has_held: bool = False
     """Whether any reservation ever succeeded."""
+    cached_tokens: int = 0
+    """Of its prompt, found in the pool when it arrived."""
     void: dict[WorkerId, Generation] = field(default_factory=dict)
     """Per worker: what it granted under this wire generation or a lower one was given up."""
 
     @classmethod
-    def of(cls, submission: Submission, subscriber: Subscriber, now_s: float) -> LiveSequence:
+    def of(
+        cls, submission: Submission, subscriber: Subscriber, now_s: float, geometry: KvGeometry
+    ) -> LiveSequence:
         """A sequence as submitted."""
         penalized = submission.sampling.penalized
         return cls(
@@ -122,6 +129,7 @@ class LiveSequence:
             subscriber,
             Stopwatch(now_s),
             [*submission.prompt, *submission.output],
+            BlockChain(geometry, submission.tenant),
             history=TokenHistory(submission.prompt, submission.output) if penalized else None,
         )
 
@@ -225,6 +233,7 @@ class LiveSequence:
             failure,
             timings,
             handoff,
+            self.cached_tokens,
         )
 
 

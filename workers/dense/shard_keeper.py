@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from cluster.errors import (
-    AlreadyExists,
     AnabranchError,
     DeadlineExceeded,
-    Fenced,
     Internal,
     ResourceExhausted,
 )
@@ -18,7 +16,7 @@ from cluster.types import Generation, SequenceKey, WorkerId
 from workers.dense.lane_set import StepAborted
 from workers.dense.rooms import RoomWanted
 from workers.dense.sequences import LiveSequence, Placed
-from workers.dense.submissions import Door
+from workers.dense.submissions import Door, refusal
 
 _log = logger("dense.shards")
 
@@ -114,7 +112,7 @@ class ShardKeeper:
         wanted = RoomWanted(
             sequence.key,
             sequence.generation,
-            sequence.submission.tenant,
+            sequence.chain,
             request.first,
             request.end,
             sequence.shards,
@@ -129,7 +127,7 @@ class ShardKeeper:
         if not self._door.table.is_live(sequence):
             return  # its release was asked for after this reservation, and undid it
         if isinstance(answer, AnabranchError):
-            self._door.table.fail(sequence, _refusal(sequence, answer))
+            self._door.table.fail(sequence, refusal(sequence, answer))
             return
         usable = [
             placed
@@ -163,12 +161,3 @@ class ShardKeeper:
             peer=worker,
             tokens=tokens,
         )
-
-
-def _refusal(sequence: LiveSequence, error: AnabranchError) -> AnabranchError:
-    """Fenced before it ever held a block means that the id itself was in use a short while ago."""
-    if isinstance(error, Fenced) and not sequence.has_held:
-        return AlreadyExists(
-            f"request id {sequence.key.request_id} was in use a short while ago: choose another one"
-        )
-    return error

@@ -10,16 +10,20 @@ from cluster.clock import Clock
 from cluster.errors import AlreadyExists, AnabranchError, Fenced, ResourceExhausted, Unavailable
 from cluster.policies.scheduler import Scheduler
 from cluster.telemetry import logger
-from cluster.types import Epoch, WorkerId
+from cluster.types import Epoch, KvGeometry, SequenceKey, WorkerId
 from workers.dense.deltas import Delta, FinishReason, Outbox, Subscriber
 from workers.dense.metrics import DenseMetrics
 from workers.dense.pool import Pool
-from workers.dense.rooms import Adopted
+from workers.dense.prefixes import PrefixIndex, Source, sources_of
+from workers.dense.rooms import Adopted, PrefixWanted
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable
 from workers.dense.sequences import LiveSequence, Submission
 
 _log = logger("dense.submissions")
+
+_OUTPUTS_AT_CERTAIN_PROMPT = 2
+"""The step that computes the first output token's KV makes certain what was written before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +40,26 @@ class Door:
     clock: Clock
     post: Callable[[Callable[[], None]], None]
     leads_to: Callable[[WorkerId, Epoch], bool]
+    geometry: KvGeometry
 
 
 class Submissions:
     """Takes sequences in, or answers why not.
 
-    A resubmitted sequence first adopts what lies in the pool, which also fences whoever ran it before; it is
-    scheduled with what was found. What is found costs no computation.
+    A resubmitted sequence first adopts what lies in the pool, which also fences whoever ran it before. A new
+    one acquires what lies there of its prefix; the further choices of a request wait for the first, whose
+    prompt is theirs. Then it is scheduled with what was found, which costs no computation.
     """
 
-    def __init__(self, door: Door, max_waiting: int) -> None:
+    def __init__(self, door: Door, max_waiting: int, index: PrefixIndex | None) -> None:
+        """Without an `index` no sequence shares anything with another."""
         self.draining = False
         self._door = door
         self._max_waiting = max_waiting
-        self._adopting: set[LiveSequence] = set()
+        self._index = index
+        self._looking: set[LiveSequence] = set()
+        """Live, but not scheduled yet: the pool is asked, or their leader computes the prompt."""
+        self._followers: dict[LiveSequence, list[LiveSequence]] = {}
 
     def submit(self, submission: Submission, subscriber: Subscriber) -> None:
         """Admit a checked submission; a refusal is answered as the sequence's failure."""
@@ -59,7 +69,7 @@ class Submissions:
             self.refuse(submission, subscriber, error)
             return
         now_s = self._door.clock()
-        sequence = LiveSequence.of(submission, subscriber, now_s)
+        sequence = LiveSequence.of(submission, subscriber, now_s, self._door.geometry)
         if before is not None:
             self._take_over(before, sequence)
         self._door.table.admit(sequence)
@@ -68,7 +78,23 @@ class Submissions:
         elif submission.is_resumed or before is not None:
             self._adopt(sequence, before)
         else:
-            self._schedule(sequence, Adopted())
+            self._begin(sequence)
+
+    def remember(self, sequence: LiveSequence) -> None:
+        """What was computed of a sequence so far may serve others: note where its blocks lie."""
+        if self._index is not None:
+            sequence.chain.grow(sequence.token_ids)
+            self._index.remember(sequence.chain, sequence.shard_map())
+
+    def release_followers(self) -> None:
+        """Choices that waited for the first one of their request go on once its prompt is certain, or it is
+        gone.
+        """
+        for leader in [leader for leader in self._followers if not self._is_expected(leader)]:
+            for sequence in self._followers.pop(leader):
+                self._looking.discard(sequence)
+                if self._door.table.is_live(sequence):
+                    self._acquire(sequence, sources_of(leader.shard_map()))
 
     def refuse(self, submission: Submission, subscriber: Subscriber, error: AnabranchError) -> None:
         """Answer a submission with its failure."""
@@ -89,7 +115,7 @@ class Submissions:
             )
         if self.draining:
             raise Unavailable("the dense worker is draining: submit to another one")
-        if self._door.scheduler.waiting + len(self._adopting) >= self._max_waiting:
+        if self._door.scheduler.waiting + len(self._looking) >= self._max_waiting:
             raise ResourceExhausted(
                 f"{self._max_waiting} sequences wait (dense.max_waiting): retry later or elsewhere"
             )
@@ -121,10 +147,60 @@ class Submissions:
             tokens = [Sampled(token_id, gap=0.0) for token_id in token_ids]
             self._door.outbox.put(sequence.subscriber, sequence.delta(tokens))
 
+    def _begin(self, sequence: LiveSequence) -> None:
+        """A new sequence: with whatever lies in the pool of its prefix."""
+        if self._index is None:
+            self._schedule(sequence, Adopted())
+            return
+        leader = self._leader(sequence)
+        if leader is not None and self._is_expected(leader):
+            self._looking.add(sequence)
+            self._followers.setdefault(leader, []).append(sequence)
+        elif leader is not None:
+            self._acquire(sequence, sources_of(leader.shard_map()))
+        else:
+            sequence.chain.grow(sequence.token_ids[:-1])
+            self._acquire(sequence, self._index.sources(sequence.chain, self._door.leads_to))
+
+    def _leader(self, sequence: LiveSequence) -> LiveSequence | None:
+        """The first choice of the same request, if it lives here and began with the same prompt."""
+        first = self._door.table.live(SequenceKey(sequence.key.request_id))
+        if first is None or first is sequence or first.submission.prompt != sequence.submission.prompt:
+            return None
+        return first
+
+    def _is_expected(self, leader: LiveSequence) -> bool:
+        """Whether more of a leader's prompt is on the way: its last chunk is certain after the next step."""
+        return self._door.table.is_live(leader) and leader.output_count < _OUTPUTS_AT_CERTAIN_PROMPT
+
+    def _acquire(self, sequence: LiveSequence, sources: tuple[Source, ...]) -> None:
+        self._door.metrics.prefix_queries.inc(len(sequence.token_ids))
+        if not sources:
+            self._schedule(sequence, Adopted())
+            return
+        sequence.chain.grow(sequence.token_ids[:-1])
+        self._looking.add(sequence)
+        wanted = PrefixWanted(
+            sequence.key, sequence.generation, sequence.chain, tuple(sequence.token_ids[:-1]), sources
+        )
+        self._door.pool.acquire(
+            wanted, lambda answer: self._door.post(partial(self._acquired, sequence, answer))
+        )
+
+    def _acquired(self, sequence: LiveSequence, answer: Adopted | AnabranchError) -> None:
+        self._looking.discard(sequence)
+        if not self._door.table.is_live(sequence):
+            return
+        if isinstance(answer, AnabranchError):
+            self._door.table.fail(sequence, refusal(sequence, answer))
+            return
+        sequence.cached_tokens = self._schedule(sequence, answer)
+        self._door.metrics.prefix_hits.inc(sequence.cached_tokens)
+
     def _adopt(self, sequence: LiveSequence, before: LiveSequence | None) -> None:
         """Ask the pool for what survives. The last known token is computed in any case, for its logits."""
         known_map = before.shard_map() if before is not None else sequence.submission.shard_map
-        self._adopting.add(sequence)
+        self._looking.add(sequence)
         self._door.pool.adopt(
             sequence.key,
             sequence.generation,
@@ -134,15 +210,16 @@ class Submissions:
         )
 
     def _adopted(self, sequence: LiveSequence, answer: Adopted | AnabranchError) -> None:
-        self._adopting.discard(sequence)
+        self._looking.discard(sequence)
         if not self._door.table.is_live(sequence):
             return
         if isinstance(answer, AnabranchError):
             self._door.table.fail(sequence, answer)
         else:
-            self._schedule(sequence, answer)
+            self._door.metrics.adopted.inc(self._schedule(sequence, answer))
 
-    def _schedule(self, sequence: LiveSequence, adopted: Adopted) -> None:
+    def _schedule(self, sequence: LiveSequence, adopted: Adopted) -> int:
+        """Queue it with what was found as far as a lane leads there; returns how many tokens that is."""
         pairs = [
             (placed, committed)
             for placed, committed in zip(adopted.placed, adopted.committed, strict=True)
@@ -162,10 +239,19 @@ class Submissions:
             )
         except AnabranchError as error:
             self._door.table.fail(sequence, error)
-            return
+            return 0
         if sequence.orphaned_s is not None:
             self._door.scheduler.hold(sequence.key)
         if pairs:
             sequence.place(placed for placed, _ in pairs)
-            self._door.metrics.adopted.inc(sum(end - first for _, (first, end) in pairs))
             self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
+        return sum(end - first for _, (first, end) in pairs)
+
+
+def refusal(sequence: LiveSequence, error: AnabranchError) -> AnabranchError:
+    """Fenced before it ever held a block means that the id itself was in use a short while ago."""
+    if isinstance(error, Fenced) and not sequence.has_held:
+        return AlreadyExists(
+            f"request id {sequence.key.request_id} was in use a short while ago: choose another one"
+        )
+    return error

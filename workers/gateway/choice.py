@@ -84,6 +84,7 @@ class Choice:
         self._attempt = -1
         self.breaks_without_progress = 0
         self.refusals = 0
+        self.cached_tokens = 0
 
     @property
     def submitted(self) -> bool:
@@ -135,6 +136,7 @@ class Choice:
         if delta.HasField("shard_map"):
             self.shard_map = delta.shard_map
         fresh = tuple(delta.token_ids[known:])
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         piece = self.text.push(fresh)
         first_index = len(self.tokens)
         used = fresh[: piece.tokens_used]

@@ -159,6 +159,7 @@ class Answer:
         }
         self._outputs = [Output() for _ in range(prompts * choices)]
         self._prompt_tokens = 0
+        self._cached_tokens = 0
 
     def add(self, prompt: int, event: inference_pb2.GenerateResponse) -> Json | None:
         """Take an event of the prompt of that number; returns the choice for a chunk, if it makes one."""
@@ -166,6 +167,10 @@ class Answer:
         if kind == "started":
             self._prompt_tokens += event.started.prompt_tokens
             return None
+        if (
+            kind == "finished" and event.finished.choice == 0
+        ):  # the further choices share the first one's prompt
+            self._cached_tokens += event.finished.usage.cached_tokens
         news, choice = Output(), event.delta.choice if kind == "delta" else event.finished.choice
         index = prompt * self._choices + choice
         whole = self._outputs[index]
@@ -200,6 +205,7 @@ class Answer:
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
 
 

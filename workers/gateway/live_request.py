@@ -177,7 +177,9 @@ class LiveRequest:
         matched_token_id: int | None = None,
     ) -> None:
         usage = inference_pb2.Usage(
-            prompt_tokens=len(self.plan.prompt_token_ids), completion_tokens=len(choice.tokens)
+            prompt_tokens=len(self.plan.prompt_token_ids),
+            completion_tokens=len(choice.tokens),
+            cached_tokens=choice.cached_tokens,
         )
         finished = inference_pb2.Finished(
             choice=choice.index,
