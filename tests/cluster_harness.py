@@ -343,11 +343,11 @@ class DenseCluster:
         assert held == {}, f"blocks (free, all) still held: {held}"
 
 
-def counted(engine: Engine, name: str) -> float:
-    """The present value of one of an engine's counters."""
-    value = engine.metrics.registry.get_sample_value(f"{name}_total")
-    assert value is not None, name
-    return value
+def counted(engine: Engine, name: str, **labels: str) -> float:
+    """The present value of one of an engine's counters; one with labels exists once it was counted."""
+    value = engine.metrics.registry.get_sample_value(f"{name}_total", labels)
+    assert value is not None or labels, name
+    return value or 0.0
 
 
 def wait_until(condition: Callable[[], bool], within_s: float = WAIT_S) -> None:

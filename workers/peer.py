@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.blocks import BlockHash
-from cluster.types import Epoch, Generation, SequenceKey, ShardRef, WorkerId
+from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.lanes.messages import Lane
 
 
@@ -52,6 +52,18 @@ class Acquisition:
     blocks_available: int
 
 
+@dataclass(frozen=True, slots=True)
+class PullSource:
+    """Where committed KV is copied from: the holder's address, its shard, and which life holds it there; and
+    whether the copy begins with this piece.
+    """
+
+    address: str
+    shard: ShardRef
+    generation: Generation
+    begins: bool
+
+
 class AttentionPeer(Protocol):
     """One life of one attention worker. Calls block up to a deadline and raise errors of the tree:
     ResourceExhausted, Fenced, Unavailable. Safe to call from several threads, the lane excepted.
@@ -77,8 +89,24 @@ class AttentionPeer(Protocol):
         """Begin a shard at `first` with what lies there already of its tokens."""
         ...
 
+    def pull(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        first: int,
+        token_ids: Sequence[int],
+        prefix: ShardPrefix,
+        source: PullSource,
+    ) -> Acquisition:
+        """Copy committed KV of these tokens from another worker; see `KvService.Pull`."""
+        ...
+
     def release(self, key: SequenceKey, generation: Generation) -> int:
         """Free all shards of a sequence; returns how many blocks became available. Idempotent."""
+        ...
+
+    def release_shard(self, key: SequenceKey, generation: Generation, shard: ShardId) -> int:
+        """Free one shard of a sequence that goes on; returns how many blocks became available. Idempotent."""
         ...
 
     def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:

@@ -26,7 +26,7 @@ from anabranch.v1 import inference_pb2 as anabranch_dot_v1_dot_inference__pb2
 from anabranch.v1 import types_pb2 as anabranch_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61nabranch/v1/kv.proto\x12\x0c\x61nabranch.v1\x1a\x1c\x61nabranch/v1/inference.proto\x1a\x18\x61nabranch/v1/types.proto\"\xce\x01\n\x0eReserveRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\x14\n\x0c\x65nd_position\x18\x05 \x01(\r\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x13\n\x0bparent_hash\x18\x07 \x01(\x0c\"\x90\x01\n\x0fReserveResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12%\n\x05shard\x18\x02 \x01(\x0b\x32\x16.anabranch.v1.ShardRef\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x18\n\x10\x62locks_available\x18\x04 \x01(\x04\"\xcb\x01\n\x0e\x41\x63quireRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x13\n\x0bparent_hash\x18\x07 \x01(\x0c\"\x8e\x01\n\x0f\x41\x63quireResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12+\n\x05shard\x18\x02 \x01(\x0b\x32\x17.anabranch.v1.HeldShardH\x00\x88\x01\x01\x12\x18\n\x10\x62locks_available\x18\x03 \x01(\x04\x42\x08\n\x06_shard\"{\n\x0eReleaseRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\"V\n\x0fReleaseResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\x17\n\x0f\x62locks_released\x18\x02 \x01(\r\"f\n\x0cRenewRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.anabranch.v1.SequenceKey\"g\n\rRenewResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12*\n\x07unknown\x18\x02 \x03(\x0b\x32\x19.anabranch.v1.SequenceKey\"\x8c\x01\n\x0c\x41\x64optRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"d\n\rAdoptResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\'\n\x06shards\x18\x02 \x03(\x0b\x32\x17.anabranch.v1.HeldShard\"p\n\tHeldShard\x12%\n\x05shard\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.ShardRef\x12\x18\n\x10\x63ommitted_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\r\"<\n\rLocateRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\"e\n\x0eLocateResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\'\n\x06shards\x18\x02 \x03(\x0b\x32\x17.anabranch.v1.HeldShard\"\x0e\n\x0c\x41uditRequest\"\x9b\x02\n\rAuditResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12*\n\x06\x62locks\x18\x02 \x01(\x0b\x32\x1a.anabranch.v1.BlockAccount\x12\x35\n\x08holdings\x18\x03 \x03(\x0b\x32#.anabranch.v1.AuditResponse.Holding\x1a{\n\x07Holding\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\'\n\x06shards\x18\x02 \x03(\x0b\x32\x17.anabranch.v1.HeldShard\x12\x1a\n\x12lease_remaining_ms\x18\x03 \x01(\r2\xee\x03\n\tKvService\x12\x46\n\x07Reserve\x12\x1c.anabranch.v1.ReserveRequest\x1a\x1d.anabranch.v1.ReserveResponse\x12\x46\n\x07\x41\x63quire\x12\x1c.anabranch.v1.AcquireRequest\x1a\x1d.anabranch.v1.AcquireResponse\x12\x46\n\x07Release\x12\x1c.anabranch.v1.ReleaseRequest\x1a\x1d.anabranch.v1.ReleaseResponse\x12@\n\x05Renew\x12\x1a.anabranch.v1.RenewRequest\x1a\x1b.anabranch.v1.RenewResponse\x12@\n\x05\x41\x64opt\x12\x1a.anabranch.v1.AdoptRequest\x1a\x1b.anabranch.v1.AdoptResponse\x12\x43\n\x06Locate\x12\x1b.anabranch.v1.LocateRequest\x1a\x1c.anabranch.v1.LocateResponse\x12@\n\x05\x41udit\x12\x1a.anabranch.v1.AuditRequest\x1a\x1b.anabranch.v1.AuditResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61nabranch/v1/kv.proto\x12\x0c\x61nabranch.v1\x1a\x1c\x61nabranch/v1/inference.proto\x1a\x18\x61nabranch/v1/types.proto\"\xce\x01\n\x0eReserveRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\x14\n\x0c\x65nd_position\x18\x05 \x01(\r\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x13\n\x0bparent_hash\x18\x07 \x01(\x0c\"\x90\x01\n\x0fReserveResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12%\n\x05shard\x18\x02 \x01(\x0b\x32\x16.anabranch.v1.ShardRef\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x18\n\x10\x62locks_available\x18\x04 \x01(\x04\"\xcb\x01\n\x0e\x41\x63quireRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x13\n\x0bparent_hash\x18\x07 \x01(\x0c\"\x8e\x01\n\x0f\x41\x63quireResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12+\n\x05shard\x18\x02 \x01(\x0b\x32\x17.anabranch.v1.HeldShardH\x00\x88\x01\x01\x12\x18\n\x10\x62locks_available\x18\x03 \x01(\x04\x42\x08\n\x06_shard\"\xb3\x02\n\x0bPullRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x13\n\x0bparent_hash\x18\x07 \x01(\x0c\x12\x16\n\x0esource_address\x18\x08 \x01(\t\x12&\n\x06source\x18\t \x01(\x0b\x32\x16.anabranch.v1.ShardRef\x12\x19\n\x11source_generation\x18\n \x01(\r\x12\x0e\n\x06\x62\x65gins\x18\x0b \x01(\x08\"\x8b\x01\n\x0cPullResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12+\n\x05shard\x18\x02 \x01(\x0b\x32\x17.anabranch.v1.HeldShardH\x00\x88\x01\x01\x12\x18\n\x10\x62locks_available\x18\x03 \x01(\x04\x42\x08\n\x06_shard\"\x8c\x01\n\x0c\x46\x65tchRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12\x10\n\x08shard_id\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\x14\n\x0c\x65nd_position\x18\x05 \x01(\r\"W\n\rFetchResponse\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\"\x9f\x01\n\x0eReleaseRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x15\n\x08shard_id\x18\x04 \x01(\x04H\x00\x88\x01\x01\x42\x0b\n\t_shard_id\"V\n\x0fReleaseResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\x17\n\x0f\x62locks_released\x18\x02 \x01(\r\"f\n\x0cRenewRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.anabranch.v1.SequenceKey\"g\n\rRenewResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12*\n\x07unknown\x18\x02 \x03(\x0b\x32\x19.anabranch.v1.SequenceKey\"\x8c\x01\n\x0c\x41\x64optRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"d\n\rAdoptResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\'\n\x06shards\x18\x02 \x03(\x0b\x32\x17.anabranch.v1.HeldShard\"p\n\tHeldShard\x12%\n\x05shard\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.ShardRef\x12\x18\n\x10\x63ommitted_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\r\"<\n\rLocateRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\"e\n\x0eLocateResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\'\n\x06shards\x18\x02 \x03(\x0b\x32\x17.anabranch.v1.HeldShard\"\x0e\n\x0c\x41uditRequest\"\x9b\x02\n\rAuditResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12*\n\x06\x62locks\x18\x02 \x01(\x0b\x32\x1a.anabranch.v1.BlockAccount\x12\x35\n\x08holdings\x18\x03 \x03(\x0b\x32#.anabranch.v1.AuditResponse.Holding\x1a{\n\x07Holding\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\'\n\x06shards\x18\x02 \x03(\x0b\x32\x17.anabranch.v1.HeldShard\x12\x1a\n\x12lease_remaining_ms\x18\x03 \x01(\r2\xf1\x04\n\tKvService\x12\x46\n\x07Reserve\x12\x1c.anabranch.v1.ReserveRequest\x1a\x1d.anabranch.v1.ReserveResponse\x12\x46\n\x07\x41\x63quire\x12\x1c.anabranch.v1.AcquireRequest\x1a\x1d.anabranch.v1.AcquireResponse\x12=\n\x04Pull\x12\x19.anabranch.v1.PullRequest\x1a\x1a.anabranch.v1.PullResponse\x12\x42\n\x05\x46\x65tch\x12\x1a.anabranch.v1.FetchRequest\x1a\x1b.anabranch.v1.FetchResponse0\x01\x12\x46\n\x07Release\x12\x1c.anabranch.v1.ReleaseRequest\x1a\x1d.anabranch.v1.ReleaseResponse\x12@\n\x05Renew\x12\x1a.anabranch.v1.RenewRequest\x1a\x1b.anabranch.v1.RenewResponse\x12@\n\x05\x41\x64opt\x12\x1a.anabranch.v1.AdoptRequest\x1a\x1b.anabranch.v1.AdoptResponse\x12\x43\n\x06Locate\x12\x1b.anabranch.v1.LocateRequest\x1a\x1c.anabranch.v1.LocateResponse\x12@\n\x05\x41udit\x12\x1a.anabranch.v1.AuditRequest\x1a\x1b.anabranch.v1.AuditResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,30 +41,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACQUIREREQUEST']._serialized_end=655
   _globals['_ACQUIRERESPONSE']._serialized_start=658
   _globals['_ACQUIRERESPONSE']._serialized_end=800
-  _globals['_RELEASEREQUEST']._serialized_start=802
-  _globals['_RELEASEREQUEST']._serialized_end=925
-  _globals['_RELEASERESPONSE']._serialized_start=927
-  _globals['_RELEASERESPONSE']._serialized_end=1013
-  _globals['_RENEWREQUEST']._serialized_start=1015
-  _globals['_RENEWREQUEST']._serialized_end=1117
-  _globals['_RENEWRESPONSE']._serialized_start=1119
-  _globals['_RENEWRESPONSE']._serialized_end=1222
-  _globals['_ADOPTREQUEST']._serialized_start=1225
-  _globals['_ADOPTREQUEST']._serialized_end=1365
-  _globals['_ADOPTRESPONSE']._serialized_start=1367
-  _globals['_ADOPTRESPONSE']._serialized_end=1467
-  _globals['_HELDSHARD']._serialized_start=1469
-  _globals['_HELDSHARD']._serialized_end=1581
-  _globals['_LOCATEREQUEST']._serialized_start=1583
-  _globals['_LOCATEREQUEST']._serialized_end=1643
-  _globals['_LOCATERESPONSE']._serialized_start=1645
-  _globals['_LOCATERESPONSE']._serialized_end=1746
-  _globals['_AUDITREQUEST']._serialized_start=1748
-  _globals['_AUDITREQUEST']._serialized_end=1762
-  _globals['_AUDITRESPONSE']._serialized_start=1765
-  _globals['_AUDITRESPONSE']._serialized_end=2048
-  _globals['_AUDITRESPONSE_HOLDING']._serialized_start=1925
-  _globals['_AUDITRESPONSE_HOLDING']._serialized_end=2048
-  _globals['_KVSERVICE']._serialized_start=2051
-  _globals['_KVSERVICE']._serialized_end=2545
+  _globals['_PULLREQUEST']._serialized_start=803
+  _globals['_PULLREQUEST']._serialized_end=1110
+  _globals['_PULLRESPONSE']._serialized_start=1113
+  _globals['_PULLRESPONSE']._serialized_end=1252
+  _globals['_FETCHREQUEST']._serialized_start=1255
+  _globals['_FETCHREQUEST']._serialized_end=1395
+  _globals['_FETCHRESPONSE']._serialized_start=1397
+  _globals['_FETCHRESPONSE']._serialized_end=1484
+  _globals['_RELEASEREQUEST']._serialized_start=1487
+  _globals['_RELEASEREQUEST']._serialized_end=1646
+  _globals['_RELEASERESPONSE']._serialized_start=1648
+  _globals['_RELEASERESPONSE']._serialized_end=1734
+  _globals['_RENEWREQUEST']._serialized_start=1736
+  _globals['_RENEWREQUEST']._serialized_end=1838
+  _globals['_RENEWRESPONSE']._serialized_start=1840
+  _globals['_RENEWRESPONSE']._serialized_end=1943
+  _globals['_ADOPTREQUEST']._serialized_start=1946
+  _globals['_ADOPTREQUEST']._serialized_end=2086
+  _globals['_ADOPTRESPONSE']._serialized_start=2088
+  _globals['_ADOPTRESPONSE']._serialized_end=2188
+  _globals['_HELDSHARD']._serialized_start=2190
+  _globals['_HELDSHARD']._serialized_end=2302
+  _globals['_LOCATEREQUEST']._serialized_start=2304
+  _globals['_LOCATEREQUEST']._serialized_end=2364
+  _globals['_LOCATERESPONSE']._serialized_start=2366
+  _globals['_LOCATERESPONSE']._serialized_end=2467
+  _globals['_AUDITREQUEST']._serialized_start=2469
+  _globals['_AUDITREQUEST']._serialized_end=2483
+  _globals['_AUDITRESPONSE']._serialized_start=2486
+  _globals['_AUDITRESPONSE']._serialized_end=2769
+  _globals['_AUDITRESPONSE_HOLDING']._serialized_start=2646
+  _globals['_AUDITRESPONSE_HOLDING']._serialized_end=2769
+  _globals['_KVSERVICE']._serialized_start=2772
+  _globals['_KVSERVICE']._serialized_end=3397
 # @@protoc_insertion_point(module_scope)

@@ -197,6 +197,188 @@ class AcquireResponse(_message.Message):
 Global___AcquireResponse: _TypeAlias = AcquireResponse  # noqa: Y015
 
 @_typing.final
+class PullRequest(_message.Message):
+    """Committed KV to copy from another worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BELIEVED_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PARENT_HASH_FIELD_NUMBER: _builtins.int
+    SOURCE_ADDRESS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SOURCE_GENERATION_FIELD_NUMBER: _builtins.int
+    BEGINS_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """Which life of it, here."""
+    first_position: _builtins.int
+    """First position."""
+    tenant: _builtins.str
+    """Fixed part of block identities."""
+    parent_hash: _builtins.bytes
+    """Identity of the block before the shard, once its tokens are known; unused at position 0."""
+    source_address: _builtins.str
+    """Where the source's gRPC server listens."""
+    source_generation: _builtins.int
+    """Which life of the sequence holds it there."""
+    begins: _builtins.bool
+    """The copy's first piece, into a shard of its own; later ones extend the shard that ends where they begin."""
+    @_builtins.property
+    def believed(self) -> _types_pb2.Believed:
+        """Whom the caller means."""
+
+    @_builtins.property
+    def sequence(self) -> _types_pb2.SequenceKey:
+        """Whose KV."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens of the positions to copy."""
+
+    @_builtins.property
+    def source(self) -> _types_pb2.ShardRef:
+        """The shard to copy from."""
+
+    def __init__(
+        self,
+        *,
+        believed: _types_pb2.Believed | None = ...,
+        sequence: _types_pb2.SequenceKey | None = ...,
+        generation: _builtins.int = ...,
+        first_position: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tenant: _builtins.str = ...,
+        parent_hash: _builtins.bytes = ...,
+        source_address: _builtins.str = ...,
+        source: _types_pb2.ShardRef | None = ...,
+        source_generation: _builtins.int = ...,
+        begins: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "sequence", b"sequence", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begins", b"begins", "believed", b"believed", "first_position", b"first_position", "generation", b"generation", "parent_hash", b"parent_hash", "sequence", b"sequence", "source", b"source", "source_address", b"source_address", "source_generation", b"source_generation", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
+
+@_typing.final
+class PullResponse(_message.Message):
+    """What was copied, or was here already."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONDER_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    BLOCKS_AVAILABLE_FIELD_NUMBER: _builtins.int
+    blocks_available: _builtins.int
+    """Blocks that could still be reserved."""
+    @_builtins.property
+    def responder(self) -> _types_pb2.Responder:
+        """Who answers."""
+
+    @_builtins.property
+    def shard(self) -> Global___HeldShard:
+        """The shard that now ends with the copy; it may end before the positions asked for, where the source had not
+        committed more. Absent where it had nothing of them.
+        """
+
+    def __init__(
+        self,
+        *,
+        responder: _types_pb2.Responder | None = ...,
+        shard: Global___HeldShard | None = ...,
+        blocks_available: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_shard", b"_shard", "responder", b"responder", "shard", b"shard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shard", b"_shard", "blocks_available", b"blocks_available", "responder", b"responder", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__shard: _TypeAlias = _typing.Literal["shard"]  # noqa: Y015
+    _WhichOneofArgType__shard: _TypeAlias = _typing.Literal["_shard", b"_shard"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shard) -> _WhichOneofReturnType__shard | None: ...
+
+Global___PullResponse: _TypeAlias = PullResponse  # noqa: Y015
+
+@_typing.final
+class FetchRequest(_message.Message):
+    """Positions of a shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BELIEVED_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    END_POSITION_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.int
+    """The shard."""
+    generation: _builtins.int
+    """Which life of the sequence."""
+    first_position: _builtins.int
+    """First position."""
+    end_position: _builtins.int
+    """One past the last position; the sequence's steps before it are over."""
+    @_builtins.property
+    def believed(self) -> _types_pb2.Believed:
+        """Whom the caller means."""
+
+    def __init__(
+        self,
+        *,
+        believed: _types_pb2.Believed | None = ...,
+        shard_id: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        first_position: _builtins.int = ...,
+        end_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "end_position", b"end_position", "first_position", b"first_position", "generation", b"generation", "shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+
+@_typing.final
+class FetchResponse(_message.Message):
+    """Some of them, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    first_position: _builtins.int
+    """First position."""
+    count: _builtins.int
+    """How many."""
+    payload: _builtins.bytes
+    """Keys and values, [2, layers, count, kv_heads, head_size], little-endian, in the cache's element type."""
+    crc32c: _builtins.int
+    """CRC32C of first_position and count (uint32, little-endian) and payload."""
+    def __init__(
+        self,
+        *,
+        first_position: _builtins.int = ...,
+        count: _builtins.int = ...,
+        payload: _builtins.bytes = ...,
+        crc32c: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "crc32c", b"crc32c", "first_position", b"first_position", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchResponse: _TypeAlias = FetchResponse  # noqa: Y015
+
+@_typing.final
 class ReleaseRequest(_message.Message):
     """What to free."""
 
@@ -205,8 +387,11 @@ class ReleaseRequest(_message.Message):
     BELIEVED_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Which life of it."""
+    shard_id: _builtins.int
+    """Only this shard, and the sequence goes on; absent: all, and this life of it is over."""
     @_builtins.property
     def believed(self) -> _types_pb2.Believed:
         """Whom the caller means."""
@@ -221,12 +406,15 @@ class ReleaseRequest(_message.Message):
         believed: _types_pb2.Believed | None = ...,
         sequence: _types_pb2.SequenceKey | None = ...,
         generation: _builtins.int = ...,
+        shard_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "sequence", b"sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_shard_id", b"_shard_id", "believed", b"believed", "sequence", b"sequence", "shard_id", b"shard_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "generation", b"generation", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shard_id", b"_shard_id", "believed", b"believed", "generation", b"generation", "sequence", b"sequence", "shard_id", b"shard_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__shard_id: _TypeAlias = _typing.Literal["shard_id"]  # noqa: Y015
+    _WhichOneofArgType__shard_id: _TypeAlias = _typing.Literal["_shard_id", b"_shard_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shard_id) -> _WhichOneofReturnType__shard_id | None: ...
 
 Global___ReleaseRequest: _TypeAlias = ReleaseRequest  # noqa: Y015
 

@@ -45,6 +45,16 @@ class KvServiceStub:
                 request_serializer=anabranch_dot_v1_dot_kv__pb2.AcquireRequest.SerializeToString,
                 response_deserializer=anabranch_dot_v1_dot_kv__pb2.AcquireResponse.FromString,
                 _registered_method=True)
+        self.Pull = channel.unary_unary(
+                '/anabranch.v1.KvService/Pull',
+                request_serializer=anabranch_dot_v1_dot_kv__pb2.PullRequest.SerializeToString,
+                response_deserializer=anabranch_dot_v1_dot_kv__pb2.PullResponse.FromString,
+                _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/anabranch.v1.KvService/Fetch',
+                request_serializer=anabranch_dot_v1_dot_kv__pb2.FetchRequest.SerializeToString,
+                response_deserializer=anabranch_dot_v1_dot_kv__pb2.FetchResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/anabranch.v1.KvService/Release',
                 request_serializer=anabranch_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
@@ -89,6 +99,23 @@ class KvServiceServicer:
         """Begins a shard with what lies here already of its tokens: refers to the longest run of published blocks
         and copies a living sequence's block behind them as far as it agrees. An empty answer means that nothing does.
         Errors as Reserve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pull(self, request, context):
+        """Takes a copy of committed KV of a sequence from another worker: reserves the room, fetches, compares
+        checksums, and commits. The sequence's map is its dense worker's to change, afterwards. Nothing is kept of
+        positions that did not come. Errors: as Reserve; UNAVAILABLE (the source does not answer, or a checksum
+        differs).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request, context):
+        """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +169,16 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.Acquire,
                     request_deserializer=anabranch_dot_v1_dot_kv__pb2.AcquireRequest.FromString,
                     response_serializer=anabranch_dot_v1_dot_kv__pb2.AcquireResponse.SerializeToString,
+            ),
+            'Pull': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pull,
+                    request_deserializer=anabranch_dot_v1_dot_kv__pb2.PullRequest.FromString,
+                    response_serializer=anabranch_dot_v1_dot_kv__pb2.PullResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=anabranch_dot_v1_dot_kv__pb2.FetchRequest.FromString,
+                    response_serializer=anabranch_dot_v1_dot_kv__pb2.FetchResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -224,6 +261,60 @@ class KvService:
             '/anabranch.v1.KvService/Acquire',
             anabranch_dot_v1_dot_kv__pb2.AcquireRequest.SerializeToString,
             anabranch_dot_v1_dot_kv__pb2.AcquireResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pull(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.KvService/Pull',
+            anabranch_dot_v1_dot_kv__pb2.PullRequest.SerializeToString,
+            anabranch_dot_v1_dot_kv__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/anabranch.v1.KvService/Fetch',
+            anabranch_dot_v1_dot_kv__pb2.FetchRequest.SerializeToString,
+            anabranch_dot_v1_dot_kv__pb2.FetchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,14 @@ class KvServiceStub:
     and copies a living sequence's block behind them as far as it agrees. An empty answer means that nothing does.
     Errors as Reserve.
     """
+    Pull: _grpc.UnaryUnaryMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]
+    """Takes a copy of committed KV of a sequence from another worker: reserves the room, fetches, compares
+    checksums, and commits. The sequence's map is its dense worker's to change, afterwards. Nothing is kept of
+    positions that did not come. Errors: as Reserve; UNAVAILABLE (the source does not answer, or a checksum
+    differs).
+    """
+    Fetch: _grpc.UnaryStreamMultiCallable[_kv_pb2.FetchRequest, _kv_pb2.FetchResponse]
+    """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED)."""
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]
     """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
     Renew: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]
@@ -71,6 +79,14 @@ class KvServiceAsyncStub(KvServiceStub):
     and copies a living sequence's block behind them as far as it agrees. An empty answer means that nothing does.
     Errors as Reserve.
     """
+    Pull: _aio.UnaryUnaryMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]  # type: ignore[assignment]
+    """Takes a copy of committed KV of a sequence from another worker: reserves the room, fetches, compares
+    checksums, and commits. The sequence's map is its dense worker's to change, afterwards. Nothing is kept of
+    positions that did not come. Errors: as Reserve; UNAVAILABLE (the source does not answer, or a checksum
+    differs).
+    """
+    Fetch: _aio.UnaryStreamMultiCallable[_kv_pb2.FetchRequest, _kv_pb2.FetchResponse]  # type: ignore[assignment]
+    """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED)."""
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
     Renew: _aio.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]  # type: ignore[assignment]
@@ -108,6 +124,26 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         and copies a living sequence's block behind them as far as it agrees. An empty answer means that nothing does.
         Errors as Reserve.
         """
+
+    @_abc_1.abstractmethod
+    def Pull(
+        self,
+        request: _kv_pb2.PullRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.PullResponse, _abc.Awaitable[_kv_pb2.PullResponse]]:
+        """Takes a copy of committed KV of a sequence from another worker: reserves the room, fetches, compares
+        checksums, and commits. The sequence's map is its dense worker's to change, afterwards. Nothing is kept of
+        positions that did not come. Errors: as Reserve; UNAVAILABLE (the source does not answer, or a checksum
+        differs).
+        """
+
+    @_abc_1.abstractmethod
+    def Fetch(
+        self,
+        request: _kv_pb2.FetchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_pb2.FetchResponse], _abc.AsyncIterator[_kv_pb2.FetchResponse]]:
+        """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED)."""
 
     @_abc_1.abstractmethod
     def Release(

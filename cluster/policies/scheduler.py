@@ -78,6 +78,23 @@ class Scheduler:
         """How often the sequence was preempted."""
         return self._sequences[key].generation
 
+    def computed(self, key: SequenceKey) -> int:
+        """Positions from 0 on that have KV; the last step's are certain only after the next."""
+        return self._sequences[key].computed
+
+    def is_asking(self, key: SequenceKey) -> bool:
+        """Whether a request for room is on its way."""
+        return self._sequences[key].asked is not None
+
+    def freeze(self, key: SequenceKey) -> None:
+        """Plan no rows and ask for no room, keeping its place: its KV is moving. Idempotent."""
+        self._sequences[key].frozen = True
+
+    def thaw(self, key: SequenceKey) -> None:
+        """Go on after `freeze`. Unknown sequences are ignored."""
+        if key in self._sequences:
+            self._sequences[key].frozen = False
+
     def submit(
         self,
         key: SequenceKey,

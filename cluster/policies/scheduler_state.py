@@ -110,6 +110,7 @@ class SequenceState:
     retry_s: float = 0.0
     victim_s: float = 0.0
     alone_since_s: float | None = None
+    frozen: bool = False
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -126,6 +127,8 @@ class SequenceState:
 
         Room at the tail is wanted up to `goal_tokens` beyond, so that not every token asks again.
         """
+        if self.frozen:
+            return None
         enough = min(self.length + enough_tokens, self.max_length)
         gap = first_gap(self.room, self.computed, enough)
         if gap is None or gap[1] < enough:
@@ -135,6 +138,8 @@ class SequenceState:
     def row(self, budget_tokens: int) -> Row | None:
         """The next chunk within budget, one shard's room and the next hole; remembered as planned."""
         start = self.computed
+        if self.frozen:
+            return None
         end = min(self.length, start + budget_tokens, end_of_room(self.room, start))
         if self.ahead:
             end = min(end, self.ahead[0][0])

@@ -52,6 +52,16 @@ class Arena:
         keys.index_copy_(0, slots, key.to(keys))  # from where a lane's bytes arrived to where the cache lies
         values.index_copy_(0, slots, value.to(values))
 
+    def read(self, slots: Tensor) -> Tensor:
+        """A copy of slots in host memory, keys and values: [2, layers, rows, kv_heads, head_size]."""
+        parts = [torch.stack([part[slots] for part in layer]) for layer in self._slots]
+        return torch.stack(parts, 1).cpu()
+
+    def write(self, slots: Tensor, rows: Tensor) -> None:
+        """What `read` gave, into other slots."""
+        for layer, (key, value) in enumerate(zip(*rows, strict=True)):
+            self.append(layer, slots, key, value)
+
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block's keys and values, all layers. Never allocates."""
         self._key[:, target] = self._key[:, source]

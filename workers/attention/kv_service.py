@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import grpc
 
 from anabranch.v1 import inference_pb2, kv_pb2, kv_pb2_grpc, types_pb2
 from anabranch.wire import sequence_key, sequence_message, shard_message
 from cluster import rpc
 from cluster.blocks import BlockHash
+from cluster.config import TlsConfig
 from cluster.errors import Fenced
-from cluster.types import Generation, KvGeometry
+from cluster.types import Generation, KvGeometry, ShardId
+from workers.attention.arena import Arena
 from workers.attention.shard_blocks import BlockAccount
 from workers.attention.store import Store
+from workers.attention.transfer import Copy, Piece, fetch, pull
 from workers.peer import HeldShard, ShardPrefix
+
+_FETCH_S = 10.0
+"""Deadline of one copy from another worker: the dense worker asks for a small one at a time."""
 
 
 class KvService(kv_pb2_grpc.KvServiceServicer):
-    """Serves one store."""
+    """Serves one store and its arena; `tls` is that of channels to other attention workers."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, arena: Arena, tls: TlsConfig) -> None:
         self._store = store
+        self._arena = arena
+        self._tls = tls
 
     @rpc.unary
     def Reserve(  # the name of the RPC
@@ -61,12 +71,54 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         )
 
     @rpc.unary
+    def Pull(  # the name of the RPC
+        self, request: kv_pb2.PullRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.PullResponse:
+        """Copy committed KV from another worker."""
+        self._check_epoch(request.believed)
+        copy = Copy(
+            sequence_key(request.sequence),
+            Generation(request.generation),
+            request.first_position,
+            list(request.token_ids),
+            _prefix(request),
+            request.begins,
+        )
+        with rpc.channel(request.source_address, self._tls) as channel:
+            source = kv_pb2_grpc.KvServiceStub(channel)
+            pulled = pull(
+                self._store, self._arena, copy, lambda first: _fetched(source, request, first, copy.end)
+            )
+        return kv_pb2.PullResponse(
+            responder=self._responder(),
+            shard=None if pulled.shard is None else _held(pulled.shard),
+            blocks_available=pulled.blocks_available,
+        )
+
+    @rpc.stream
+    def Fetch(  # the name of the RPC
+        self, request: kv_pb2.FetchRequest, context: grpc.ServicerContext
+    ) -> Iterator[kv_pb2.FetchResponse]:
+        """Send committed positions of a shard."""
+        self._check_epoch(request.believed)
+        generation = Generation(request.generation)
+        shard, first, end = ShardId(request.shard_id), request.first_position, request.end_position
+        for piece in fetch(self._store, self._arena, shard, generation, first, end):
+            yield kv_pb2.FetchResponse(
+                first_position=piece.first, count=piece.count, payload=piece.payload, crc32c=piece.crc32c
+            )
+
+    @rpc.unary
     def Release(  # the name of the RPC
         self, request: kv_pb2.ReleaseRequest, context: grpc.ServicerContext
     ) -> kv_pb2.ReleaseResponse:
-        """Free a sequence's shards."""
+        """Free a sequence's shards, or one of them."""
         self._check_epoch(request.believed)
-        blocks = self._store.release(sequence_key(request.sequence), Generation(request.generation))
+        key, generation = sequence_key(request.sequence), Generation(request.generation)
+        if request.HasField("shard_id"):
+            blocks = self._store.release_shard(key, generation, ShardId(request.shard_id))
+        else:
+            blocks = self._store.release(key, generation)
         return kv_pb2.ReleaseResponse(responder=self._responder(), blocks_released=blocks)
 
     @rpc.unary
@@ -146,5 +198,23 @@ def _held(held: HeldShard) -> kv_pb2.HeldShard:
     )
 
 
-def _prefix(request: kv_pb2.ReserveRequest | kv_pb2.AcquireRequest) -> ShardPrefix:
+def _fetched(
+    source: kv_pb2_grpc.KvServiceStub, request: kv_pb2.PullRequest, first: int, end: int
+) -> Iterator[Piece]:
+    """The source's pieces from position `first` on. Raises what the source answers."""
+    fetch_request = kv_pb2.FetchRequest(
+        believed=types_pb2.Believed(epoch=request.source.epoch),
+        shard_id=request.source.shard_id,
+        generation=request.source_generation,
+        first_position=first,
+        end_position=end,
+    )
+    try:
+        for response in source.Fetch(fetch_request, timeout=_FETCH_S):
+            yield Piece(response.first_position, response.count, response.payload, response.crc32c)
+    except grpc.RpcError as error:
+        raise rpc.from_rpc(error) from error
+
+
+def _prefix(request: kv_pb2.ReserveRequest | kv_pb2.AcquireRequest | kv_pb2.PullRequest) -> ShardPrefix:
     return ShardPrefix(request.tenant, BlockHash(request.parent_hash) if request.parent_hash else None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from cluster.types import Generation, SequenceKey
+from cluster.errors import Unavailable
+from cluster.types import Generation, SequenceKey, ShardId
 from workers.attention.session import AttendSession
 from workers.attention.store import Store
 from workers.lanes.inproc import InProcessLane
-from workers.peer import Acquisition, HeldShard, Reservation, ShardPrefix
+from workers.peer import Acquisition, HeldShard, PullSource, Reservation, ShardPrefix
 
 
 class LocalPeer:
@@ -41,6 +42,22 @@ class LocalPeer:
     ) -> Acquisition:
         """See `AttentionPeer.acquire`."""
         return self._store.acquire(key, generation, first, token_ids, prefix)
+
+    def pull(
+        self,
+        key: SequenceKey,
+        generation: Generation,  # noqa: ARG002  # as below: a local arena takes no copies
+        first: int,
+        token_ids: Sequence[int],  # noqa: ARG002
+        prefix: ShardPrefix,  # noqa: ARG002
+        source: PullSource,
+    ) -> Acquisition:
+        """See `AttentionPeer.pull`."""
+        raise Unavailable(f"{key}: nothing is copied from {source.address} into a dense worker ({first}..)")
+
+    def release_shard(self, key: SequenceKey, generation: Generation, shard: ShardId) -> int:
+        """See `AttentionPeer.release_shard`."""
+        return self._store.release_shard(key, generation, shard)
 
     def release(self, key: SequenceKey, generation: Generation) -> int:
         """See `AttentionPeer.release`."""

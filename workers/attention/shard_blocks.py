@@ -130,6 +130,13 @@ class ShardBlocks:
         self.ledger.drop(shard.blocks[index:])
         del shard.blocks[index:]
 
+    def shrink(self, shard: Shard) -> None:
+        """Give back the blocks behind what is committed."""
+        kept = self._geometry.blocks_for(shard.committed - shard.first)
+        shard.end = shard.committed
+        self.ledger.drop(shard.blocks[kept:])
+        del shard.blocks[kept:]
+
     def free(self, shard: Shard) -> int:
         """The shard is gone; how many blocks became available."""
         del self._shards[shard.shard_id]

@@ -70,6 +70,11 @@ class Store:
         self._holdings: dict[SequenceKey, Holding] = {}
         self._fences: OrderedDict[SequenceKey, Generation] = OrderedDict()
 
+    @property
+    def available(self) -> int:
+        """Blocks that could be reserved."""
+        return self._blocks.ledger.available
+
     def reserve(
         self,
         key: SequenceKey,
@@ -77,8 +82,11 @@ class Store:
         first: int,
         end: int,
         prefix: ShardPrefix = _OF_NOBODY,
+        *,
+        apart: bool = False,
     ) -> Reservation:
-        """Reserve positions first..end, extending the own shard that ends at `first` if there is one.
+        """Reserve positions first..end, extending the own shard that ends at `first` if there is one and not
+        `apart`.
 
         A higher generation than the one that holds the sequence starts from nothing, in its blocks.
         Raises ResourceExhausted, Fenced, Unavailable (draining: nothing new begins here), InvalidRequest
@@ -91,10 +99,10 @@ class Store:
             holding = self._holdings.get(key)
             if holding is None or holding.generation < generation:
                 holding = self._begin(key, generation, self.geometry.blocks_for(end - first))
-            shard = self._extend(holding, first, end)
+            shard = self._extend(holding, first, end, apart)
             self._blocks.learn_parent(shard, prefix)
             holding.lease_end_s = self._lease_end()
-            return Reservation(self._ref(shard), self._lease_ms, self._blocks.ledger.available)
+            return Reservation(self._ref(shard), self._lease_ms, self.available)
 
     def acquire(
         self,
@@ -118,12 +126,12 @@ class Store:
                 raise _draining(self.worker)
             shard = self._blocks.acquire(key, first, token_ids, prefix)
             if shard is None:
-                return Acquisition(None, self._blocks.ledger.available)
+                return Acquisition(None, self.available)
             if holding is None or is_new:
                 holding = self._begin(key, generation, 0)
             holding.shards.append(shard)
             holding.lease_end_s = self._lease_end()
-            return Acquisition(self._held_shard(holding, shard), self._blocks.ledger.available)
+            return Acquisition(self._held_shard(holding, shard), self.available)
 
     def release(self, key: SequenceKey, generation: Generation) -> int:
         """Drop all shards of a sequence and fence its generation; returns how many blocks became available.
@@ -133,6 +141,45 @@ class Store:
             self._check_not_lower(key, generation)
             self._fence(key, generation)
             return self._drop(key)
+
+    def release_shard(self, key: SequenceKey, generation: Generation, shard_id: ShardId) -> int:
+        """Free one shard of a sequence that goes on elsewhere; returns how many blocks became available.
+        Idempotent. Raises Fenced.
+        """
+        with self.turns:
+            self._check_not_lower(key, generation)
+            holding = self._holdings.get(key)
+            shard = self._blocks.get(shard_id)
+            if holding is None or shard is None or shard.key != key or holding.generation > generation:
+                return 0
+            freed = self._free(holding, shard)
+            if not holding.shards:
+                self._drop(key)
+            return freed
+
+    def shrink(self, key: SequenceKey, generation: Generation, shard_id: ShardId) -> HeldShard | None:
+        """Give back a shard's room behind what is committed, and the shard where that is nothing; what is
+        left of it.
+        """
+        with self.turns:
+            holding, shard = self._holdings.get(key), self._blocks.get(shard_id)
+            if holding is None or shard is None or holding.generation != generation:
+                return None
+            if shard.committed == shard.first:
+                self._free(holding, shard)
+                return None
+            self._blocks.shrink(shard)
+            return self._held_shard(holding, shard)
+
+    def fill(self, shard: Shard, token_ids: Sequence[int]) -> None:
+        """Positions from the committed length on were written by a copy: they are certain. The caller holds
+        `turns`.
+        """
+        assert self.turns.is_mine
+        assert shard.pending is None
+        shard.token_ids += token_ids
+        assert shard.committed <= shard.end
+        self._blocks.publish(shard)
 
     def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
         """Renew leases; returns the sequences that hold nothing here."""
@@ -271,10 +318,10 @@ class Store:
         if not holding.shards:
             self._drop(holding.key)
 
-    def _extend(self, holding: Holding, first: int, end: int) -> Shard:
+    def _extend(self, holding: Holding, first: int, end: int, apart: bool) -> Shard:
         self._check_apart(holding, first, end)
         for shard in holding.shards:
-            if shard.end == first:
+            if shard.end == first and not apart:
                 self._blocks.extend(shard, end)
                 return shard
         shard = self._blocks.reserve(holding.key, first, end)

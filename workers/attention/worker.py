@@ -55,7 +55,8 @@ class AttentionWorker:
         """Form the arena and serve. Raises ConfigError when the arena cannot be had."""
         attention = self._config.attention
         self._core = AttentionCore(attention, attention.arena, geometry, self._worker, self._epoch)
-        kv_pb2_grpc.add_KvServiceServicer_to_server(KvService(self._core.store), self._server)
+        kv_service = KvService(self._core.store, self._core.arena, self._config.security.tls)
+        kv_pb2_grpc.add_KvServiceServicer_to_server(kv_service, self._server)
         offers = LaneOffers(self._listen(), rows_most(self._config, geometry))
         service = LaneService(self._core.store, self._core.session, self.lanes, offers)
         attention_pb2_grpc.add_AttentionServiceServicer_to_server(service, self._server)

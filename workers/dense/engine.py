@@ -18,6 +18,7 @@ from workers.dense.lane_set import LaneSet, StepAborted
 from workers.dense.members import AttentionMember, Connect
 from workers.dense.metrics import DenseMetrics
 from workers.dense.model import Decoder
+from workers.dense.mover import Mover
 from workers.dense.pool import Pool
 from workers.dense.prefixes import PrefixIndex
 from workers.dense.sampler import Sampled
@@ -83,6 +84,7 @@ class Engine:
         index = PrefixIndex() if config.attention.prefix_sharing else None
         self._submissions = Submissions(self._door, config.dense.max_waiting, index)
         self._keeper = ShardKeeper(self._door)
+        self._mover = Mover(self._door, config.placement.move_tokens)
         self._clock = clock
         self._step = 0
         self._stopping = False
@@ -127,6 +129,10 @@ class Engine:
     def acknowledge(self, key: SequenceKey, generation: int, timeout_s: float) -> None:
         """The gateway has a finished sequence's end."""
         self._inbox.offer(lambda: self._table.acknowledge(key, generation), timeout_s)
+
+    def move(self, key: SequenceKey, source: WorkerId, target: WorkerId) -> None:
+        """Move a sequence's first shard on `source` to `target`, while it goes on."""
+        self._inbox.post(lambda: self._mover.start(key, source, target))
 
     def disconnect(self, subscriber: Subscriber) -> None:
         """A gateway's stream is over."""
@@ -193,6 +199,7 @@ class Engine:
         self._inbox.run(_CALLS_PER_STEP, _CALLS_BUDGET_S)
         self._table.expire_orphans()
         self._submissions.release_followers()
+        self._mover.tick()
         plan = self._scheduler.plan(self._clock())
         self._step = plan.step
         self._keeper.carry_out(plan)

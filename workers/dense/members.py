@@ -120,6 +120,38 @@ class MemberTable:
             known = self._known.get(worker)
             return known.peer if known is not None and known.member.epoch == epoch else None
 
+    def remote_epoch(self, worker: WorkerId) -> Epoch | None:
+        """The life of a worker outside this process that is known now."""
+        with self._lock:
+            known = self._known.get(worker)
+            return None if known is None or known.member.is_local else known.member.epoch
+
+    def address(self, worker: WorkerId, epoch: Epoch) -> str:
+        """Where this life of a worker listens; empty when it is over."""
+        with self._lock:
+            known = self._known.get(worker)
+            return known.member.address if known is not None and known.member.epoch == epoch else ""
+
+    def draining(self) -> list[WorkerId]:
+        """Workers outside this process that take nothing new."""
+        with self._lock:
+            return [
+                worker
+                for worker, known in sorted(self._known.items())
+                if not known.member.is_admitting and not known.member.is_local
+            ]
+
+    def roomiest(self, apart_from: WorkerId) -> WorkerId | None:
+        """The usable, admitting worker outside this process that has most free blocks, if it has any."""
+        with self._lock:
+            found = [
+                (known.blocks_free, worker)
+                for worker, known in self._known.items()
+                if known.peer is not None and known.member.is_admitting and not known.member.is_local
+            ]
+        free, worker = max((item for item in found if item[1] != apart_from), default=(0, apart_from))
+        return worker if free > 0 else None
+
     def peers(self) -> list[AttentionPeer]:
         """All usable peers, in the order of their names."""
         with self._lock:

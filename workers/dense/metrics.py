@@ -30,6 +30,14 @@ class DenseMetrics:
             "Tokens whose KV cache was found on taking over.",
             registry=registry,
         )
+        self.moved = Counter(
+            "anabranch_dense_tokens_moved",
+            "Tokens whose KV cache was moved to another attention worker.",
+            registry=registry,
+        )
+        self.moves = Counter(
+            "anabranch_dense_moves", "Moves of shards that ended, by outcome.", ["outcome"], registry=registry
+        )
         self.prefix_queries = Counter(
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the pool.", registry=registry
         )

@@ -16,7 +16,7 @@ from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, ShardRef, WorkerId
 from workers.dense.holders import Holders
 from workers.dense.members import AttentionMember, Connect, MemberTable
-from workers.dense.rooms import Adopted, PrefixWanted, Rooms, RoomWanted
+from workers.dense.rooms import Adopted, PrefixWanted, PullWanted, Rooms, RoomWanted
 from workers.dense.sequences import Placed
 from workers.lanes.messages import Lane
 from workers.peer import AttentionPeer
@@ -148,6 +148,14 @@ class Pool:
             key,
             lambda: answer(_answered(lambda: self._rooms.adopt(key, generation, token_ids, shard_map))),
         )
+
+    def pull(self, wanted: PullWanted, answer: Callable[[Placed | None | AnabranchError], None]) -> None:
+        """Copy a piece of a shard to another worker; answers the copy so far."""
+        self._in_order(wanted.key, lambda: answer(_answered(lambda: self._rooms.pull(wanted))))
+
+    def release_shard(self, key: SequenceKey, placed: Placed, *, is_last: bool) -> None:
+        """Give back one shard of a sequence that goes on; see `Rooms.release_shard`."""
+        self._in_order(key, lambda: self._rooms.release_shard(key, placed, is_last))
 
     def release(self, key: SequenceKey) -> None:
         """Give back all room of a sequence."""

@@ -11,14 +11,17 @@ from anabranch import wire
 from anabranch.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 from cluster import rpc
 from cluster.config import TlsConfig
-from cluster.types import Generation, SequenceKey
+from cluster.types import Generation, SequenceKey, ShardId
 from workers.dense.members import AttentionMember
 from workers.lanes.dial import Caller, dial
 from workers.lanes.messages import Lane
-from workers.peer import Acquisition, HeldShard, Reservation, ShardPrefix
+from workers.peer import Acquisition, HeldShard, PullSource, Reservation, ShardPrefix
 
 _TIMEOUT_S = 3.0
 """Of every call: the store answers from memory, so a longer silence means that it does not live."""
+
+_PULL_S = 12.0
+"""Of a copy from another worker, which has its own, shorter deadline there."""
 
 _T = TypeVar("_T")
 
@@ -69,14 +72,47 @@ class RemotePeer:
             tenant=prefix.tenant,
             parent_hash=prefix.parent or b"",
         )
-        response = _call(lambda: self._stub.Acquire(request, timeout=_TIMEOUT_S))
-        shard = _held(response.shard) if response.HasField("shard") else None
-        return Acquisition(shard, response.blocks_available)
+        return _acquisition(_call(lambda: self._stub.Acquire(request, timeout=_TIMEOUT_S)))
+
+    def pull(
+        self,
+        key: SequenceKey,
+        generation: Generation,
+        first: int,
+        token_ids: Sequence[int],
+        prefix: ShardPrefix,
+        source: PullSource,
+    ) -> Acquisition:
+        """See `AttentionPeer.pull`."""
+        request = kv_pb2.PullRequest(
+            believed=self._believed,
+            sequence=wire.sequence_message(key),
+            generation=generation,
+            first_position=first,
+            token_ids=token_ids,
+            tenant=prefix.tenant,
+            parent_hash=prefix.parent or b"",
+            source_address=source.address,
+            source=wire.shard_message(source.shard),
+            source_generation=source.generation,
+            begins=source.begins,
+        )
+        return _acquisition(_call(lambda: self._stub.Pull(request, timeout=_PULL_S)))
 
     def release(self, key: SequenceKey, generation: Generation) -> int:
         """See `AttentionPeer.release`."""
+        return self._release(key, generation, None)
+
+    def release_shard(self, key: SequenceKey, generation: Generation, shard: ShardId) -> int:
+        """See `AttentionPeer.release_shard`."""
+        return self._release(key, generation, shard)
+
+    def _release(self, key: SequenceKey, generation: Generation, shard: ShardId | None) -> int:
         request = kv_pb2.ReleaseRequest(
-            believed=self._believed, sequence=wire.sequence_message(key), generation=generation
+            believed=self._believed,
+            sequence=wire.sequence_message(key),
+            generation=generation,
+            shard_id=shard,
         )
         return _call(lambda: self._stub.Release(request, timeout=_TIMEOUT_S)).blocks_released
 
@@ -117,6 +153,11 @@ def _call(call: Callable[[], _T]) -> _T:
         return call()
     except grpc.RpcError as error:
         raise rpc.from_rpc(error) from error
+
+
+def _acquisition(response: kv_pb2.AcquireResponse | kv_pb2.PullResponse) -> Acquisition:
+    shard = _held(response.shard) if response.HasField("shard") else None
+    return Acquisition(shard, response.blocks_available)
 
 
 def _held(held: kv_pb2.HeldShard) -> HeldShard:

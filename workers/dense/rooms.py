@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cluster.errors import AnabranchError, Fenced, ResourceExhausted
+from cluster.errors import AnabranchError, Fenced, ResourceExhausted, Unavailable
 from cluster.policies.placement import Allotment, PlacementPolicy, place
 from cluster.policies.ranges import Range
 from cluster.telemetry import logger
@@ -14,7 +14,7 @@ from workers.dense.holders import Held, Holders
 from workers.dense.members import MemberTable
 from workers.dense.prefixes import BlockChain, Source
 from workers.dense.sequences import Placed
-from workers.peer import HeldShard
+from workers.peer import AttentionPeer, HeldShard, PullSource, ShardPrefix
 
 _log = logger("dense.rooms")
 
@@ -40,6 +40,20 @@ class PrefixWanted:
     chain: BlockChain
     token_ids: tuple[int, ...]
     sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PullWanted:
+    """Tokens from `first` on, to be copied from the shard that holds them to a life of another worker."""
+
+    key: SequenceKey
+    generation: Generation
+    first: int
+    token_ids: tuple[int, ...]
+    prefix: ShardPrefix
+    source: Placed
+    target: tuple[WorkerId, Epoch]
+    begins: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +134,49 @@ class Rooms:
                 found += shards
         return _without_overlaps(found)
 
+    def pull(self, wanted: PullWanted) -> Placed | None:
+        """Let the target copy from the source; the copy with all it has by now, None where nothing came.
+        Raises what the target answers.
+        """
+        source = wanted.source
+        peer = self._members.peer(*wanted.target)
+        address = self._members.address(source.shard.worker, source.shard.epoch)
+        if peer is None or not address:
+            raise Unavailable(f"no way from {source.shard.worker} to {wanted.target[0]}")
+        generation = self._generation_at(wanted.key, peer, wanted.generation)
+        self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))  # also if the answer is lost
+        try:
+            found = peer.pull(
+                wanted.key,
+                generation,
+                wanted.first,
+                wanted.token_ids,
+                wanted.prefix,
+                PullSource(address, source.shard, source.generation, wanted.begins),
+            )
+        except AnabranchError:
+            self._members.set_free(peer.worker, peer.epoch, 0)  # until a heartbeat says otherwise
+            raise
+        self._members.set_free(peer.worker, peer.epoch, found.blocks_available)
+        return Placed(found.shard.shard, generation) if found.shard is not None else None
+
+    def release_shard(self, key: SequenceKey, placed: Placed, is_last: bool) -> None:
+        """Give back one shard; `is_last` where the sequence has no other on that worker."""
+        shard = placed.shard
+        if is_last:
+            self._holders.take_one(key, shard.worker)
+        peer = self._members.peer(shard.worker, shard.epoch)
+        if peer is None:
+            return
+        try:
+            blocks = peer.release_shard(key, placed.generation, shard.shard)
+        except AnabranchError as error:  # its lease ends by itself
+            _log.warning(
+                "release_failed", request_id=key.request_id, peer=shard.worker, problem=error.message
+            )
+            return
+        self._members.add_free(shard.worker, shard.epoch, blocks)
+
     def release(self, key: SequenceKey) -> None:
         """Give back all room of a sequence."""
         for held in self._holders.take(key):
@@ -158,10 +215,7 @@ class Rooms:
         peer = self._members.peer(allotment.worker, allotment.epoch)
         if peer is None:
             return None
-        held = self._holders.get(wanted.key, allotment.worker)
-        # A worker knows one generation of a sequence: its own shards grow under the one they have.
-        same_life = held is not None and held.epoch == allotment.epoch
-        generation = held.generation if held is not None and same_life else wanted.generation
+        generation = self._generation_at(wanted.key, peer, wanted.generation)
         try:
             prefix = wanted.chain.prefix(_first_of_shard(wanted.shards, allotment))
             reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, prefix)
@@ -182,6 +236,11 @@ class Rooms:
         self._members.set_free(allotment.worker, allotment.epoch, reservation.blocks_available)
         self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
         return Placed(reservation.shard, generation)
+
+    def _generation_at(self, key: SequenceKey, peer: AttentionPeer, new: Generation) -> Generation:
+        """A worker knows one generation of a sequence: the one of what it holds, or else a new one."""
+        held = self._holders.get(key, peer.worker)
+        return held.generation if held is not None and held.epoch == peer.epoch else new
 
     def _acquire_at(self, wanted: PrefixWanted, source: Source) -> HeldShard | None:
         """None where nothing lies, or the worker does not answer. Raises Fenced."""

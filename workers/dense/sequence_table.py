@@ -67,11 +67,7 @@ class SequenceTable:
 
     def holding_at(self, worker: WorkerId) -> list[LiveSequence]:
         """Live sequences with shards on a worker."""
-        return [
-            sequence
-            for sequence in self._live.values()
-            if any(placed.shard.worker == worker for placed in sequence.shards)
-        ]
+        return [sequence for sequence in self._live.values() if sequence.holds_at(worker)]
 
     def admit(self, sequence: LiveSequence) -> None:
         """A new sequence lives."""

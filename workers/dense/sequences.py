@@ -195,6 +195,15 @@ class LiveSequence:
             self.life += 1
         return lost
 
+    def holds_at(self, worker: WorkerId) -> bool:
+        """Whether any of its shards lies on a worker."""
+        return any(placed.shard.worker == worker for placed in self.shards)
+
+    def exchange(self, old: Placed, new: Placed | None) -> None:
+        """A shard moved: `new` lies elsewhere and is no longer than `old`."""
+        kept = [placed for placed in self.shards if placed is not old]
+        self.shards = tuple(sorted([*kept, *([new] if new else [])], key=_first_position))
+
     def is_void(self, placed: Placed) -> bool:
         """Whether a reservation belongs to a life that was given up before its answer came."""
         void = self.void.get(placed.shard.worker)

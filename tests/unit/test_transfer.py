@@ -1,0 +1,191 @@
+"""Copies of committed KV between two stores: whole and certain, or not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
+from cluster.types import ShardRef
+from tests.attention_builders import Memory, build_memory, chunk, generation, key, reading
+from workers.attention.prepared_step import PreparedStep
+from workers.attention.transfer import Copy, Piece, fetch, pull
+from workers.peer import HeldShard, ShardPrefix
+
+TENANT = ShardPrefix("tenant")
+
+
+def source_of(tokens: int) -> tuple[Memory, ShardRef]:
+    """A worker with a sequence of one shard, `tokens` of it committed."""
+    memory = build_memory(sharing=True)
+    shard = memory.store.reserve(key("a"), generation(1), 0, 30, TENANT).shard
+    memory.run(chunk(shard, 0, tokens))
+    memory.begin(chunk(shard, tokens, 1))
+    return memory, shard
+
+
+def copy_of(tokens: int, first: int = 0) -> Copy:
+    """What the target is to pull: token ids are positions."""
+    return Copy(key("a"), generation(1), first, range(first, first + tokens), TENANT, begins=first == 0)
+
+
+def pieces(source: Memory, shard: ShardRef, end: int) -> Callable[[int], Iterator[Piece]]:
+    """The source's pieces from any position on."""
+    return lambda first: fetch(source.store, source.arena, shard.shard, generation(1), first, end)
+
+
+def contents(memory: Memory, tokens: int) -> torch.Tensor:
+    """Keys and values of the sequence's first positions, as a step would read them."""
+    shard = memory.store.locate(key("a"))[0].shard
+    with memory.store.turns:
+        (span,) = PreparedStep(memory.store, memory.arena, [reading(shard, tokens)]).spans
+    layers = [memory.arena.layer(layer) for layer in range(memory.arena.geometry.layers)]
+    return torch.stack(
+        [part[list(span.blocks)].flatten(0, 1)[:tokens] for c in layers for part in (c.key, c.value)]
+    )
+
+
+def pulled(target: Memory, copy: Copy, fetch_from: Callable[[int], Iterable[Piece]]) -> HeldShard:
+    """A copy that must bring something."""
+    held = pull(target.store, target.arena, copy, fetch_from).shard
+    assert held is not None
+    return held
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 11, 16])
+def test_a_copy_is_the_source_bit_by_bit(tokens: int) -> None:
+    """Keys, values, committed length and identities arrive; the source keeps what it has."""
+    source, shard = source_of(tokens)
+    target = build_memory(sharing=True)
+    held = pulled(target, copy_of(tokens), pieces(source, shard, tokens))
+    assert (held.shard.first, held.shard.end, held.committed_tokens) == (0, tokens, tokens)
+    assert torch.equal(contents(target, tokens), contents(source, tokens))
+    assert target.store.audit().sealed_referenced == tokens // 4
+    assert source.committed("a") == [(0, tokens)]
+
+
+def test_pieces_grow_one_shard() -> None:
+    """Three pulls, cut inside blocks, give one shard."""
+    source, shard = source_of(14)
+    target = build_memory(sharing=True)
+    for first, count in ((0, 5), (5, 6), (11, 3)):
+        held = pulled(target, copy_of(count, first), pieces(source, shard, first + count))
+    assert (held.shard.first, held.shard.end, held.blocks) == (0, 14, 4)
+    assert torch.equal(contents(target, 14), contents(source, 14))
+
+
+def test_what_lies_there_already_is_not_fetched() -> None:
+    """Where another sequence of the tenant has the blocks, only what is missing is asked for."""
+    source, shard = source_of(14)
+    target = build_memory(sharing=True)
+    other = target.store.reserve(key("b"), generation(1), 0, 20, TENANT).shard
+    target.run(chunk(other, 0, 9))
+    target.begin(chunk(other, 9, 1))
+    asked = []
+
+    def fetch_from(first: int) -> Iterator[Piece]:
+        asked.append(first)
+        return pieces(source, shard, 14)(first)
+
+    pulled(target, copy_of(14), fetch_from)
+    assert asked == [9]
+    assert target.store.audit().sealed_referenced == 3
+
+
+def test_only_what_is_committed_comes() -> None:
+    """Of a chunk whose layers are not all there yet nothing is sent; the shard ends before it. Once they are,
+    asking for its end makes it certain.
+    """
+    source, shard = source_of(6)
+    late = chunk(shard, 6, 3)
+    step = source.begin(late)
+    source.append(step, [late], 0)
+    target = build_memory(sharing=True)
+    held = pulled(target, copy_of(9), pieces(source, shard, 9))
+    assert (held.shard.end, held.committed_tokens) == (6, 6)
+    source.append(step, [late], 1)
+    held = pulled(target, copy_of(3, 6), pieces(source, shard, 9))
+    assert (held.shard.end, held.committed_tokens) == (9, 9)
+    assert torch.equal(contents(target, 9), contents(source, 9))
+
+
+def _damaged(piece: Piece) -> list[Piece]:
+    return [replace(piece, payload=piece.payload[:-1] + bytes([piece.payload[-1] ^ 1]))]
+
+
+def _misplaced(piece: Piece) -> list[Piece]:
+    return [replace(piece, first=piece.first + 4)]
+
+
+def _short(piece: Piece) -> list[Piece]:
+    rows = torch.zeros(2, 2, piece.count, 1, 8)
+    return [Piece.of(piece.first, rows)]
+
+
+def _beyond(piece: Piece) -> list[Piece]:
+    return [piece, piece]
+
+
+@pytest.mark.parametrize(
+    ("harm", "error"),
+    [(_damaged, Unavailable), (_misplaced, Unavailable), (_short, InvalidRequest), (_beyond, Unavailable)],
+)
+def test_a_harmed_copy_is_never_read(
+    harm: Callable[[Piece], list[Piece]], error: type[AnabranchError]
+) -> None:
+    """Damaged, misplaced, misshapen or repeated pieces are refused; what is kept is right, nothing leaks."""
+    source, shard = source_of(11)
+    target = build_memory(sharing=True)
+
+    def fetch_from(first: int) -> Iterator[Piece]:
+        for piece in pieces(source, shard, 11)(first):
+            yield from harm(piece)
+
+    with pytest.raises(error):
+        pull(target.store, target.arena, copy_of(11), fetch_from)
+    kept = target.committed("a")
+    assert kept in ([], [(0, 11)])
+    if kept:
+        assert torch.equal(contents(target, 11), contents(source, 11))
+    target.store.release(key("a"), generation(1))
+    assert target.store.audit().available == 16
+
+
+def test_no_room_no_copy() -> None:
+    """The room is reserved before a byte moves: a full target asks the source for nothing."""
+    source, shard = source_of(11)
+    target = build_memory(blocks=2, sharing=True)
+
+    def fetch_from(_first: int) -> Iterator[Piece]:
+        raise AssertionError("nothing is to be fetched")
+
+    with pytest.raises(ResourceExhausted):
+        pull(target.store, target.arena, copy_of(11), fetch_from)
+    assert target.store.audit().free == 2
+    assert list(pieces(source, shard, 11)(0))
+
+
+def test_a_source_that_was_taken_over_gives_nothing() -> None:
+    """A fetch under a generation that is over is fenced, and the target keeps nothing."""
+    source, shard = source_of(11)
+    target = build_memory(sharing=True)
+    source.store.adopt(key("a"), generation(2), range(11))
+    with pytest.raises(Fenced):
+        pull(target.store, target.arena, copy_of(11), pieces(source, shard, 11))
+    assert target.store.audit().free == 16
+
+
+def test_a_copy_behind_an_own_shard_is_a_shard_of_its_own() -> None:
+    """The map names the shard before; the copy must be able to vanish without it."""
+    source, shard = source_of(12)
+    target = build_memory(sharing=True)
+    own = target.store.reserve(key("a"), generation(1), 0, 8, TENANT).shard
+    copy = Copy(key("a"), generation(1), 8, range(8, 12), TENANT, begins=True)
+    held = pulled(target, copy, pieces(source, shard, 12))
+    assert held.shard.shard != own.shard
+    target.store.release_shard(key("a"), generation(1), held.shard.shard)
+    assert [found.shard for found in target.store.locate(key("a"))] == [own]
+    target.store.audit()

@@ -1,0 +1,165 @@
+"""Moves shards between attention workers while their sequences go on. Used by the engine's thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from cluster.errors import AnabranchError
+from cluster.telemetry import logger
+from cluster.types import Epoch, SequenceKey, ShardId, WorkerId
+from workers.dense.rooms import PullWanted
+from workers.dense.sequences import LiveSequence, Placed
+from workers.dense.submissions import Door
+
+_log = logger("dense.mover")
+
+_MOVES_MOST = 2
+"""Shards under way at once, so that steps are not disturbed."""
+
+
+@dataclass(slots=True, eq=False)
+class _Move:
+    """One shard on its way.
+
+    copying: pieces of what is certain are pulled, one at a time; the sequence decodes on
+       |
+    frozen: the sequence takes no step and asks for no room; what is left, less than a piece, is pulled
+       |
+    switched: the map names the copy, the source's shard is freed, the sequence goes on
+    """
+
+    sequence: LiveSequence
+    source: tuple[WorkerId, Epoch, ShardId]
+    target: tuple[WorkerId, Epoch]
+    copy: Placed | None = None
+    waits: bool = False
+    """A piece is being pulled."""
+    is_last: bool = False
+    """The piece that was pulled frozen: whatever came, the switch follows."""
+
+
+class Mover:
+    """Carries out moves at step boundaries; empties attention workers that drain.
+
+    Committed KV never changes, so pieces are copied beside decoding. Only the last one stops its sequence,
+    for as long as it takes. What the source had not committed by then is computed again: a token, as a rule.
+    """
+
+    def __init__(self, door: Door, piece_tokens: int) -> None:
+        self._door = door
+        self._piece_tokens = piece_tokens
+        self._moves: list[_Move] = []
+
+    def start(self, key: SequenceKey, source: WorkerId, target: WorkerId) -> None:
+        """Begin to move the first shard that a sequence has on `source`; nothing where it has none, or is on
+        the way already, or either side is a dense worker's own arena.
+        """
+        members = self._door.pool.members
+        sequence, epoch = self._door.table.live(key), members.remote_epoch(target)
+        if sequence is None or epoch is None or any(move.sequence is sequence for move in self._moves):
+            return
+        for placed in sequence.shards:
+            if placed.shard.worker == source and members.remote_epoch(source) == placed.shard.epoch:
+                self._moves.append(_Move(sequence, placed.identity, (target, epoch)))
+                return
+
+    def tick(self) -> None:
+        """Take every move as far as it goes without waiting; begin to empty workers that drain."""
+        if len(self._moves) < _MOVES_MOST:
+            self._evacuate()
+        for move in [move for move in self._moves if not move.waits]:
+            self._advance(move)
+
+    def _evacuate(self) -> None:
+        members = self._door.pool.members
+        for worker in members.draining():
+            for sequence in self._door.table.holding_at(worker):
+                target = members.roomiest(apart_from=worker)
+                if target is None or len(self._moves) >= _MOVES_MOST:
+                    return
+                self.start(sequence.key, worker, target)
+
+    def _advance(self, move: _Move) -> None:
+        placed = self._placed(move)
+        if placed is None:
+            self._give_up(move)
+            return
+        key, scheduler = move.sequence.key, self._door.scheduler
+        done = placed.shard.first if move.copy is None else move.copy.shard.end
+        certain = max(placed.shard.first, min(placed.shard.end, scheduler.computed(key)))
+        if certain - done > self._piece_tokens:
+            self._pull(move, placed, done, done + self._piece_tokens)
+            return
+        scheduler.freeze(key)
+        if scheduler.is_asking(key):
+            return  # the answer may concern this very shard
+        if certain > done and not move.is_last:
+            move.is_last = True
+            self._pull(move, placed, done, certain)
+        else:
+            self._switch(move, placed)
+
+    def _placed(self, move: _Move) -> Placed | None:
+        """The shard to move as its sequence has it now; None when either is gone."""
+        if not self._door.table.is_live(move.sequence) or not self._door.leads_to(*move.target):
+            return None
+        return next((placed for placed in move.sequence.shards if placed.identity == move.source), None)
+
+    def _pull(self, move: _Move, placed: Placed, first: int, end: int) -> None:
+        sequence = move.sequence
+        sequence.chain.grow(sequence.token_ids[:end])
+        start = first if move.copy is None else move.copy.shard.first
+        wanted = PullWanted(
+            sequence.key,
+            sequence.generation,
+            first,
+            tuple(sequence.token_ids[first:end]),
+            sequence.chain.prefix(start),
+            placed,
+            move.target,
+            begins=move.copy is None,
+        )
+        move.waits = True
+        self._door.pool.pull(wanted, lambda answer: self._door.post(partial(self._pulled, move, answer)))
+
+    def _pulled(self, move: _Move, answer: Placed | None | AnabranchError) -> None:
+        move.waits = False
+        if isinstance(answer, AnabranchError):
+            _log.warning("move_failed", request_id=move.sequence.key.request_id, problem=answer.message)
+            self._give_up(move)
+        elif answer is not None:
+            move.copy = answer
+
+    def _switch(self, move: _Move, placed: Placed) -> None:
+        """The map names the copy from now on; what it lacks of the source's range is lost."""
+        sequence, key = move.sequence, move.sequence.key
+        reached = placed.shard.first if move.copy is None else move.copy.shard.end
+        sequence.exchange(placed, move.copy)
+        if reached < placed.shard.end:
+            self._door.scheduler.lost(key, [(reached, placed.shard.end)])
+        self._moves.remove(move)
+        self._door.scheduler.thaw(key)
+        self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
+        self._door.pool.release_shard(key, placed, is_last=not sequence.holds_at(placed.shard.worker))
+        self._door.metrics.moved.inc(reached - placed.shard.first)
+        self._door.metrics.moves.labels("done").inc()
+        _log.info(
+            "moved",
+            request_id=key.request_id,
+            choice=key.choice,
+            peer=placed.shard.worker,
+            target=move.target[0],
+            tokens=reached - placed.shard.first,
+        )
+
+    def _give_up(self, move: _Move) -> None:
+        """The sequence keeps what it has; a copy that nobody needs is freed."""
+        self._moves.remove(move)
+        self._door.metrics.moves.labels("given_up").inc()
+        sequence = move.sequence
+        if self._door.table.is_live(sequence):
+            self._door.scheduler.thaw(sequence.key)
+        if move.copy is not None:
+            is_last = not sequence.holds_at(move.copy.shard.worker)
+            self._door.pool.release_shard(sequence.key, move.copy, is_last=is_last)
