@@ -123,7 +123,7 @@ class Mover:
         move.waits = True
         self._door.pool.pull(wanted, lambda answer: self._door.post(partial(self._pulled, move, answer)))
 
-    def _pulled(self, move: _Move, answer: Placed | None | AnabranchError) -> None:
+    def _pulled(self, move: _Move, answer: Placed | AnabranchError | None) -> None:
         move.waits = False
         if isinstance(answer, AnabranchError):
             _log.warning("move_failed", request_id=move.sequence.key.request_id, problem=answer.message)

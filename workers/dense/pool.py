@@ -149,7 +149,7 @@ class Pool:
             lambda: answer(_answered(lambda: self._rooms.adopt(key, generation, token_ids, shard_map))),
         )
 
-    def pull(self, wanted: PullWanted, answer: Callable[[Placed | None | AnabranchError], None]) -> None:
+    def pull(self, wanted: PullWanted, answer: Callable[[Placed | AnabranchError | None], None]) -> None:
         """Copy a piece of a shard to another worker; answers the copy so far."""
         self._in_order(wanted.key, lambda: answer(_answered(lambda: self._rooms.pull(wanted))))
 
