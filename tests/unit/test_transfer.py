@@ -189,3 +189,65 @@ def test_a_copy_behind_an_own_shard_is_a_shard_of_its_own() -> None:
     target.store.release_shard(key("a"), generation(1), held.shard.shard)
     assert [found.shard for found in target.store.locate(key("a"))] == [own]
     target.store.audit()
+
+
+def test_a_later_piece_never_begins_a_shard() -> None:
+    """The copy so far was lost at the target (its lease, a fault): the next piece is refused, for a shard
+    that begins in the middle of the source's range would leave a hole nobody knows of.
+    """
+    source, shard = source_of(14)
+    target = build_memory(sharing=True)
+    pull(target.store, target.arena, copy_of(5), pieces(source, shard, 5))
+    target.store.release(key("a"), generation(1))
+    later = Copy(key("a"), generation(2), 5, range(5, 11), TENANT, begins=False)
+    with pytest.raises(AnabranchError):
+        pull(target.store, target.arena, later, pieces(source, shard, 11))
+    assert target.store.audit().available == 16
+
+
+def test_a_first_piece_that_fails_leaves_nothing() -> None:
+    """The caller was told of no shard, so it cannot give one up: acquired blocks and whole pieces go."""
+    source, shard = source_of(14)
+    target = build_memory(blocks=4, sharing=True)
+    other = target.store.reserve(key("b"), generation(1), 0, 16, TENANT).shard
+    target.run(chunk(other, 0, 9))
+    target.begin(chunk(other, 9, 1))
+    with pytest.raises(AnabranchError):
+        pull(target.store, target.arena, copy_of(14), pieces(source, shard, 14))
+    assert target.store.locate(key("a")) == ()
+
+
+def test_a_first_copy_that_breaks_half_way_leaves_nothing() -> None:
+    """As above, where the source stops to answer after a whole piece."""
+    source, shard = source_of(14)
+    target = build_memory(sharing=True)
+
+    def fetch_from(first: int) -> Iterator[Piece]:
+        yield from fetch(source.store, source.arena, shard.shard, generation(1), first, 8)
+        raise Unavailable("the source is gone")
+
+    with pytest.raises(Unavailable):
+        pull(target.store, target.arena, copy_of(14), fetch_from)
+    assert target.store.locate(key("a")) == ()
+
+
+def test_a_copy_behind_a_shard_in_use_is_refused() -> None:
+    """A confused peer pulls behind a tail that a step is writing to: the step's blocks stay its own."""
+    source, shard = source_of(14)
+    memory = build_memory(sharing=True)
+    own = memory.store.reserve(key("a"), generation(1), 0, 5, TENANT).shard
+    memory.run(chunk(own, 0, 4))
+    step = memory.begin(chunk(own, 4, 1))
+    with memory.store.turns:
+        before = list(memory.store.shard(own.shard, generation(1)).blocks)
+    with pytest.raises(AnabranchError):
+        pull(
+            memory.store,
+            memory.arena,
+            Copy(key("a"), generation(1), 5, range(5, 9), TENANT, begins=False),
+            pieces(source, shard, 9),
+        )
+    with memory.store.turns:
+        assert memory.store.shard(own.shard, generation(1)).blocks[: len(before)] == before
+    memory.append(step, [chunk(own, 4, 1)], 0)
+    memory.store.audit()

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from cluster.errors import Fenced, InvalidRequest, Unavailable
-from cluster.types import Generation, SequenceKey, ShardId
+from cluster.types import Generation, SequenceKey, ShardId, ShardRef
 from workers.attention.arena import Arena
 from workers.attention.shard import Shard
 from workers.attention.store import Store
-from workers.peer import Acquisition, ShardPrefix
+from workers.peer import Acquisition, HeldShard, ShardPrefix
 
 _PIECE_BYTES = 2**20
 """Most bytes of one piece: far below gRPC's limit, and one turn at the store."""
@@ -64,7 +64,7 @@ def fetch(
     with store.turns:
         shard = store.shard(shard_id, generation)
         with contextlib.suppress(Fenced):  # layers of the last step still on their way: without them, then
-            store.commit(shard, end)
+            shard.commit(end)  # without publishing: a step may be reading these very blocks
         end = min(end, shard.committed)
     if first < shard.first:
         raise shard.fenced(f"positions from {first} on are asked for, held are those from {shard.first} on")
@@ -97,27 +97,50 @@ class Copy:
 
 
 def pull(store: Store, arena: Arena, copy: Copy, fetch_from: Callable[[int], Iterable[Piece]]) -> Acquisition:
-    """Refer to what lies here already, reserve room for the rest, fetch it, and commit piece by piece. What a
-    broken copy brought is whole and stays until the caller gives it up. Raises as `Store.reserve`, and
-    Unavailable.
+    """Refer to what lies here already, reserve room for the rest, fetch it, and commit piece by piece. Raises
+    as `Store.reserve`, Fenced where the piece before is gone, and Unavailable.
+
+    Of a first piece that fails nothing stays, since nobody was told of its shard. What a later one brought
+    before it broke is whole and stays until the caller gives the copy up.
     """
-    position, is_new = copy.first, copy.begins
-    if copy.begins:
-        found = store.acquire(copy.key, copy.generation, copy.first, copy.token_ids, copy.prefix)
-        if found.shard is not None:
-            position, is_new = found.shard.shard.end, False
-        if position == copy.end:
-            return found
-    reserved = store.reserve(copy.key, copy.generation, position, copy.end, copy.prefix, apart=is_new)
+    with contextlib.ExitStack() as undo:
+        position, is_new = copy.first, copy.begins
+        if copy.begins:
+            found = store.acquire(copy.key, copy.generation, copy.first, copy.token_ids, copy.prefix)
+            if found.shard is not None:
+                position, is_new = found.shard.shard.end, False
+                undo.callback(store.release_shard, copy.key, copy.generation, found.shard.shard.shard)
+            if position == copy.end:
+                undo.pop_all()
+                return found
+        shard = store.reserve(copy.key, copy.generation, position, copy.end, copy.prefix, apart=is_new).shard
+        if copy.begins or shard.first == position:
+            undo.callback(store.release_shard, copy.key, copy.generation, shard.shard)
+        if not copy.begins and shard.first == position:
+            raise Fenced(f"{copy.key}: the copy that ended at {position} is gone", shards=str(shard.shard))
+        held = _fill(store, arena, copy, shard, position, fetch_from)
+        undo.pop_all()
+    return Acquisition(held, store.available)
+
+
+def _fill(
+    store: Store,
+    arena: Arena,
+    copy: Copy,
+    shard: ShardRef,
+    position: int,
+    fetch_from: Callable[[int], Iterable[Piece]],
+) -> HeldShard | None:
+    """Fetch and write what comes from `position` on; what the shard is then. Room for more is freed."""
     try:
         for piece in fetch_from(position):
             if piece.first != position or piece.first + piece.count > copy.end:
                 raise Unavailable(f"positions from {piece.first} on came where {position} was due")
-            _write(store, arena, reserved.shard.shard, copy, piece)
+            _write(store, arena, shard.shard, copy, piece)
             position += piece.count
     finally:
-        held = store.shrink(copy.key, copy.generation, reserved.shard.shard)
-    return Acquisition(held, store.available)
+        held = store.shrink(copy.key, copy.generation, shard.shard)
+    return held
 
 
 def _write(store: Store, arena: Arena, shard_id: ShardId, copy: Copy, piece: Piece) -> None:
@@ -125,8 +148,8 @@ def _write(store: Store, arena: Arena, shard_id: ShardId, copy: Copy, piece: Pie
     offset = piece.first - copy.first
     with store.turns:
         shard = store.shard(shard_id, copy.generation)
-        if shard.committed != piece.first:
-            raise shard.fenced(f"a copy of {piece.first}.. behind {shard.committed}")
+        if shard.committed != piece.first or shard.pending is not None:
+            raise shard.fenced(f"a copy of {piece.first}.. behind {shard.committed}, or where a step writes")
         arena.write(_slots(shard, piece.first, piece.first + piece.count, arena), rows)
         store.fill(shard, copy.token_ids[offset : offset + piece.count])
 
