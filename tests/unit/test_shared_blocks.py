@@ -156,6 +156,7 @@ def test_a_shard_behind_another_worker_shares_once_its_prefix_is_known() -> None
     memory.begin(chunk(shard, 13, 1))
     assert memory.store.acquire(key("b"), generation(1), 8, range(8, 13), known).shard is None
     memory.store.reserve(key("a"), generation(1), 16, 20, known)
+    memory.begin(chunk(shard, 13, 1))
     held = memory.store.acquire(key("b"), generation(1), 8, range(8, 13), known).shard
     assert held is not None
     assert (held.shard.first, held.committed_tokens) == (8, 5)
@@ -212,3 +213,21 @@ def test_a_lease_that_ends_frees_no_block_that_is_shared() -> None:
     assert memory.store.expire() == (key("a"),)
     torch.testing.assert_close(contents(memory, "b", 8), before)
     assert memory.store.audit().sealed_referenced == 2
+
+
+def test_no_block_changes_hands_under_a_step() -> None:
+    """While a step is on its way a reservation tells the identity of what lies before its shard: the blocks the step reads stay the sequence's until the step is over."""
+    memory = build_memory(sharing=True)
+    known = ShardPrefix("tenant", blocks.chain(blocks.root(GEOMETRY, "tenant"), range(8), 4)[-1])
+    first = memory.store.reserve(key("a"), generation(1), 8, 20, known).shard
+    memory.run(chunk(first, 8, 8))
+    memory.begin(chunk(first, 16, 1))  # publishes two blocks
+    second = memory.store.reserve(key("b"), generation(1), 8, 20, TENANT).shard
+    memory.run(chunk(second, 8, 8))
+    step = memory.begin(chunk(second, 16, 1))
+    (span,) = step.spans
+    memory.store.reserve(key("b"), generation(1), 20, 24, known)  # room ahead, asked for beside the step
+    other = memory.store.reserve(key("c"), generation(1), 0, 4 * memory.store.available).shard
+    with memory.store.turns:
+        taken = memory.store.shard(other.shard, generation(1)).blocks
+    assert not set(taken) & set(span.blocks)

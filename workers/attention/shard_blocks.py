@@ -77,8 +77,9 @@ class ShardBlocks:
             return None
         hashes = blocks.chain(before, token_ids, self._geometry.block_tokens)
         found = self.ledger.pin(hashes)
-        tokens = len(found) * self._geometry.block_tokens
-        behind = hashes[len(found) - 1] if found else before
+        pinned = len(found)
+        tokens = pinned * self._geometry.block_tokens
+        behind = hashes[pinned - 1] if found else before
         source, same = self._best_behind(behind, first + tokens, token_ids[tokens:])
         if same and self.ledger.available:
             assert self._copy_block is not None
@@ -89,14 +90,16 @@ class ShardBlocks:
             return None
         shard = self._add(key, first, first + tokens, found)
         shard.token_ids = list(token_ids[:tokens])
-        shard.parent, shard.hashes = before, hashes[: shard.sealed]
+        shard.parent, shard.hashes = before, hashes[:pinned]
+        self.publish(shard)
         return shard
 
     def learn_parent(self, shard: Shard, prefix: ShardPrefix) -> None:
-        """What lies before the shard has an identity, so from now on its sealed blocks have one too."""
+        """What lies before the shard has an identity: with its next commit its sealed blocks get one too. Not
+        now, for a step may be reading blocks that would give way to older ones.
+        """
         if shard.parent is None:
             shard.parent = self._before(shard.first, prefix)
-            self.publish(shard)
 
     def publish(self, shard: Shard) -> None:
         """Publish what became sealed. Where a block's identity was published before, the older block is
@@ -131,9 +134,9 @@ class ShardBlocks:
         del shard.blocks[index:]
 
     def shrink(self, shard: Shard) -> None:
-        """Give back the blocks behind what is committed."""
-        kept = self._geometry.blocks_for(shard.committed - shard.first)
-        shard.end = shard.committed
+        """Give back the blocks behind what is written."""
+        kept = self._geometry.blocks_for(shard.written - shard.first)
+        shard.end = shard.written
         self.ledger.drop(shard.blocks[kept:])
         del shard.blocks[kept:]
 
@@ -165,7 +168,7 @@ class ShardBlocks:
 
     def _best_behind(self, identity: BlockHash, position: int, token_ids: Sequence[int]) -> tuple[int, int]:
         """The block of a shard at `position`, behind `identity`, that begins with most of `token_ids`, and
-        with how many. One that begins with a block's worth would have been found by its own identity.
+        with how many: a block's worth where it is full, but not published yet.
         """
         best = (-1, 0)
         for shard in self._shards.values() if token_ids else ():
