@@ -226,7 +226,7 @@ class Scheduler:
         starved = [s for s in self._running if s.refused and s.starved]
         for stuck in sorted([*starved, *(s for s in self._waiting if s.refused)], key=_rank):
             runs = stuck in starved
-            if stuck.asked is not None:
+            if stuck.asked is not None or stuck.frozen:
                 if runs:
                     break
                 continue

@@ -216,7 +216,8 @@ def test_a_lease_that_ends_frees_no_block_that_is_shared() -> None:
 
 
 def test_no_block_changes_hands_under_a_step() -> None:
-    """While a step is on its way a reservation tells the identity of what lies before its shard: the blocks the step reads stay the sequence's until the step is over."""
+    """While a step is on its way a reservation tells the identity of what lies before its shard: the blocks
+    the step reads stay the sequence's until the step is over."""
     memory = build_memory(sharing=True)
     known = ShardPrefix("tenant", blocks.chain(blocks.root(GEOMETRY, "tenant"), range(8), 4)[-1])
     first = memory.store.reserve(key("a"), generation(1), 8, 20, known).shard

@@ -1,0 +1,35 @@
+"""Review: a frozen sequence costs nobody anything."""
+
+from __future__ import annotations
+
+from cluster.policies.scheduler import Scheduler, SchedulerLimits
+from cluster.types import SequenceKey
+
+
+def test_nobody_is_preempted_for_a_frozen_sequence() -> None:
+    """It was refused at the end of its room, and then its shard begins to move: it could not use what others
+    would give up.
+    """
+    limits = SchedulerLimits(8, 4, 8, reserve_ahead_tokens=2, max_sequence_length=64)
+    scheduler = Scheduler(limits)
+    first, second = SequenceKey("first"), SequenceKey("second")
+    for key in (first, second):
+        scheduler.submit(key, 2, 0, 1e9, 0.0, max_length=32)
+    now_s = 0.0
+    for _ in range(4):
+        plan = scheduler.plan(now_s)
+        for request in plan.room:
+            assert scheduler.granted(request, [(0, min(4, request.end))] if request.first == 0 else [(0, 4)])
+        scheduler.apply(plan, {row.key: 1 for row in plan.rows if row.samples})
+    plan = scheduler.plan(now_s)
+    for request in plan.room:
+        scheduler.refused(request, now_s)
+    scheduler.freeze(first)
+    preempted = []
+    for _ in range(3):
+        now_s += 0.1
+        plan = scheduler.plan(now_s)
+        preempted += plan.preempted
+        for request in plan.room:
+            scheduler.refused(request, now_s)
+    assert preempted == []
