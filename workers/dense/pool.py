@@ -153,9 +153,9 @@ class Pool:
         """Copy a piece of a shard to another worker; answers the copy so far."""
         self._in_order(wanted.key, lambda: answer(_answered(lambda: self._rooms.pull(wanted))))
 
-    def release_shard(self, key: SequenceKey, placed: Placed, *, is_last: bool) -> None:
+    def release_shard(self, key: SequenceKey, placed: Placed) -> None:
         """Give back one shard of a sequence that goes on; see `Rooms.release_shard`."""
-        self._in_order(key, lambda: self._rooms.release_shard(key, placed, is_last))
+        self._in_order(key, lambda: self._rooms.release_shard(key, placed))
 
     def release(self, key: SequenceKey) -> None:
         """Give back all room of a sequence."""

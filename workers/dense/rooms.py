@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cluster.errors import AnabranchError, Fenced, ResourceExhausted, Unavailable
+from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
 from cluster.policies.placement import Allotment, PlacementPolicy, place
 from cluster.policies.ranges import Range
 from cluster.telemetry import logger
@@ -84,7 +84,7 @@ class Rooms:
             allotment = self._next(position, wanted.end, shards.values(), refusing)
             if allotment is None:
                 break
-            placed = self._reserve_at(wanted, allotment)
+            placed = self._reserve_at(wanted, allotment, shards.values())
             if placed is None:
                 refusing.add(allotment.worker)
                 continue
@@ -154,22 +154,24 @@ class Rooms:
                 wanted.prefix,
                 PullSource(address, source.shard, source.generation, wanted.begins),
             )
-        except AnabranchError:
+        except ResourceExhausted:
             self._members.set_free(peer.worker, peer.epoch, 0)  # until a heartbeat says otherwise
             raise
         self._members.set_free(peer.worker, peer.epoch, found.blocks_available)
         return Placed(found.shard.shard, generation) if found.shard is not None else None
 
-    def release_shard(self, key: SequenceKey, placed: Placed, is_last: bool) -> None:
-        """Give back one shard; `is_last` where the sequence has no other on that worker."""
+    def release_shard(self, key: SequenceKey, placed: Placed) -> None:
+        """Give back one shard. Its worker is forgotten only where it says that it holds no other: one may
+        have been granted that the engine has not heard of yet.
+        """
         shard = placed.shard
-        if is_last:
-            self._holders.take_one(key, shard.worker)
         peer = self._members.peer(shard.worker, shard.epoch)
         if peer is None:
             return
         try:
             blocks = peer.release_shard(key, placed.generation, shard.shard)
+            if not peer.locate(key):
+                self._holders.take_one(key, shard.worker)
         except AnabranchError as error:  # its lease ends by itself
             _log.warning(
                 "release_failed", request_id=key.request_id, peer=shard.worker, problem=error.message
@@ -210,17 +212,26 @@ class Rooms:
         allotments = place(first, end, [placed.shard for placed in shards], spaces, self._policy)
         return allotments[0] if allotments else None
 
-    def _reserve_at(self, wanted: RoomWanted, allotment: Allotment) -> Placed | None:
+    def _reserve_at(
+        self, wanted: RoomWanted, allotment: Allotment, shards: Iterable[Placed]
+    ) -> Placed | None:
         """None where the worker refuses or does not answer. Raises Fenced."""
         peer = self._members.peer(allotment.worker, allotment.epoch)
         if peer is None:
             return None
         generation = self._generation_at(wanted.key, peer, wanted.generation)
+        first = _first_of_shard(shards, allotment)
+        prefix = wanted.chain.prefix(first)
         try:
-            prefix = wanted.chain.prefix(_first_of_shard(wanted.shards, allotment))
             reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, prefix)
+            if reservation.shard.first != first:
+                raise InvalidRequest(f"{peer.worker} has a shard from {reservation.shard.first} on as well")
         except ResourceExhausted:
             self._members.set_free(allotment.worker, allotment.epoch, 0)
+            return None
+        except InvalidRequest as error:
+            _log.warning("strays", request_id=wanted.key.request_id, peer=peer.worker, problem=error.message)
+            self._release_strays(wanted.key, peer, shards)
             return None
         except Fenced:
             raise
@@ -236,6 +247,18 @@ class Rooms:
         self._members.set_free(allotment.worker, allotment.epoch, reservation.blocks_available)
         self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
         return Placed(reservation.shard, generation)
+
+    def _release_strays(self, key: SequenceKey, peer: AttentionPeer, shards: Iterable[Placed]) -> None:
+        """Free what a worker holds of a sequence beside its `shards`: of an acquisition or a copy whose
+        answer was lost, say. Room there is asked for again.
+        """
+        named = {placed.identity for placed in shards}
+        try:
+            for held in peer.locate(key):
+                if (peer.worker, peer.epoch, held.shard.shard) not in named:
+                    peer.release_shard(key, held.generation, held.shard.shard)
+        except AnabranchError as error:
+            _log.warning("release_failed", request_id=key.request_id, peer=peer.worker, problem=error.message)
 
     def _generation_at(self, key: SequenceKey, peer: AttentionPeer, new: Generation) -> Generation:
         """A worker knows one generation of a sequence: the one of what it holds, or else a new one."""
