@@ -141,8 +141,8 @@ class MemberTable:
                 if not known.member.is_admitting and not known.member.is_local
             ]
 
-    def roomiest(self, apart_from: WorkerId) -> WorkerId | None:
-        """The usable, admitting worker outside this process that has most free blocks, if it has any."""
+    def roomiest(self, apart_from: WorkerId, blocks: int) -> WorkerId | None:
+        """The usable, admitting worker outside this process that has most free blocks, if it has `blocks`."""
         with self._lock:
             found = [
                 (known.blocks_free, worker)
@@ -150,7 +150,7 @@ class MemberTable:
                 if known.peer is not None and known.member.is_admitting and not known.member.is_local
             ]
         free, worker = max((item for item in found if item[1] != apart_from), default=(0, apart_from))
-        return worker if free > 0 else None
+        return worker if free >= blocks else None
 
     def peers(self) -> list[AttentionPeer]:
         """All usable peers, in the order of their names."""

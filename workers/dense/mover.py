@@ -75,10 +75,16 @@ class Mover:
         members = self._door.pool.members
         for worker in members.draining():
             for sequence in self._door.table.holding_at(worker):
-                target = members.roomiest(apart_from=worker)
-                if target is None or len(self._moves) >= _MOVES_MOST:
+                if len(self._moves) >= _MOVES_MOST:
                     return
-                self.start(sequence.key, worker, target)
+                target = members.roomiest(apart_from=worker, blocks=self._blocks_at(sequence, worker))
+                if target is not None:
+                    self.start(sequence.key, worker, target)
+
+    def _blocks_at(self, sequence: LiveSequence, worker: WorkerId) -> int:
+        """Blocks of a sequence's first shard on a worker: a target has room for all of it, or is none."""
+        shard = next(placed.shard for placed in sequence.shards if placed.shard.worker == worker)
+        return self._door.geometry.blocks_for(shard.end - shard.first)
 
     def _advance(self, move: _Move) -> None:
         placed = self._placed(move)
@@ -91,9 +97,9 @@ class Mover:
         if certain - done > self._piece_tokens:
             self._pull(move, placed, done, done + self._piece_tokens)
             return
-        scheduler.freeze(key)
         if scheduler.is_asking(key):
-            return  # the answer may concern this very shard
+            return  # the answer may concern this very shard; until it comes, which may be long, steps go on
+        scheduler.freeze(key)
         if certain > done and not move.is_last:
             move.is_last = True
             self._pull(move, placed, done, certain)
@@ -141,7 +147,7 @@ class Mover:
         self._moves.remove(move)
         self._door.scheduler.thaw(key)
         self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
-        self._door.pool.release_shard(key, placed, is_last=not sequence.holds_at(placed.shard.worker))
+        self._door.pool.release_shard(key, placed)
         self._door.metrics.moved.inc(reached - placed.shard.first)
         self._door.metrics.moves.labels("done").inc()
         _log.info(
@@ -161,5 +167,4 @@ class Mover:
         if self._door.table.is_live(sequence):
             self._door.scheduler.thaw(sequence.key)
         if move.copy is not None:
-            is_last = not sequence.holds_at(move.copy.shard.worker)
-            self._door.pool.release_shard(sequence.key, move.copy, is_last=is_last)
+            self._door.pool.release_shard(sequence.key, move.copy)
