@@ -160,11 +160,18 @@ class Mover:
         )
 
     def _give_up(self, move: _Move) -> None:
-        """The sequence keeps what it has; a copy that nobody needs is freed."""
+        """The sequence keeps what it has; a copy that nobody needs is freed. Where the sequence has nothing
+        else on the target all it may have there goes, known or not, and what it gets there later is a new
+        life's: the target may have fenced this one, with a lease that ended.
+        """
         self._moves.remove(move)
         self._door.metrics.moves.labels("given_up").inc()
-        sequence = move.sequence
-        if self._door.table.is_live(sequence):
+        sequence, (target, _) = move.sequence, move.target
+        is_live = self._door.table.is_live(sequence)
+        if is_live:
             self._door.scheduler.thaw(sequence.key)
-        if move.copy is not None:
+        if is_live and not sequence.holds_at(target):
+            sequence.begin_anew_at(target)
+            self._door.pool.renounce(sequence.key, target)
+        elif move.copy is not None:
             self._door.pool.release_shard(sequence.key, move.copy)

@@ -195,6 +195,11 @@ class LiveSequence:
             self.life += 1
         return lost
 
+    def begin_anew_at(self, worker: WorkerId) -> None:
+        """Whatever a worker granted outside the map so far is given up."""
+        self.void[worker] = self.generation
+        self.life += 1
+
     def holds_at(self, worker: WorkerId) -> bool:
         """Whether any of its shards lies on a worker."""
         return any(placed.shard.worker == worker for placed in self.shards)
