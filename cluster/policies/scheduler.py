@@ -13,7 +13,7 @@ from itertools import chain
 from math import inf
 
 from cluster.errors import AlreadyExists, DeadlineExceeded, ResourceExhausted
-from cluster.policies.ranges import Range
+from cluster.policies.ranges import Range, end_of_room
 from cluster.policies.scheduler_state import RoomRequest, Row, SchedulerLimits, SequenceState, StepPlan
 from cluster.types import SequenceKey
 
@@ -78,9 +78,10 @@ class Scheduler:
         """How often the sequence was preempted."""
         return self._sequences[key].generation
 
-    def computed(self, key: SequenceKey) -> int:
-        """Positions from 0 on that have KV; the last step's are certain only after the next."""
-        return self._sequences[key].computed
+    def computed_of(self, key: SequenceKey, wanted: Range) -> int:
+        """Up to where a range has KV, from its start on; the last step's is certain only after the next."""
+        sequence = self._sequences[key]
+        return min(wanted[1], end_of_room(((0, sequence.computed), *sequence.ahead), wanted[0]))
 
     def is_asking(self, key: SequenceKey) -> bool:
         """Whether a request for room is on its way."""

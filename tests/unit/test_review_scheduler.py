@@ -33,3 +33,13 @@ def test_nobody_is_preempted_for_a_frozen_sequence() -> None:
         for request in plan.room:
             scheduler.refused(request, now_s)
     assert preempted == []
+
+
+def test_what_survived_a_loss_counts_as_computed() -> None:
+    """Behind a hole KV is there as far as it survived; within the hole there is none."""
+    scheduler = Scheduler(SchedulerLimits(8, 4, 8, reserve_ahead_tokens=2, max_sequence_length=64))
+    key = SequenceKey("first")
+    shards = [(0, 8), (8, 16), (16, 24)]
+    scheduler.submit(key, 20, 0, 1e9, 0.0, max_length=32, room=shards, computed=[(0, 19)])
+    scheduler.lost(key, [(0, 8)])
+    assert [scheduler.computed_of(key, shard) for shard in shards] == [0, 16, 19]

@@ -14,6 +14,9 @@ from workers.dense.submissions import Door
 
 _log = logger("dense.mover")
 
+_RETRY_S = 0.5
+"""Pause after a move that failed, before others begin by themselves."""
+
 _MOVES_MOST = 2
 """Shards under way at once, so that steps are not disturbed."""
 
@@ -50,6 +53,7 @@ class Mover:
         self._door = door
         self._piece_tokens = piece_tokens
         self._moves: list[_Move] = []
+        self._retry_s = 0.0
 
     def start(self, key: SequenceKey, source: WorkerId, target: WorkerId) -> None:
         """Begin to move the first shard that a sequence has on `source`; nothing where it has none, or is on
@@ -66,7 +70,7 @@ class Mover:
 
     def tick(self) -> None:
         """Take every move as far as it goes without waiting; begin to empty workers that drain."""
-        if len(self._moves) < _MOVES_MOST:
+        if len(self._moves) < _MOVES_MOST and self._door.clock() >= self._retry_s:
             self._evacuate()
         for move in [move for move in self._moves if not move.waits]:
             self._advance(move)
@@ -93,7 +97,7 @@ class Mover:
             return
         key, scheduler = move.sequence.key, self._door.scheduler
         done = placed.shard.first if move.copy is None else move.copy.shard.end
-        certain = max(placed.shard.first, min(placed.shard.end, scheduler.computed(key)))
+        certain = scheduler.computed_of(key, (placed.shard.first, placed.shard.end))
         if certain - done > self._piece_tokens:
             self._pull(move, placed, done, done + self._piece_tokens)
             return
@@ -133,6 +137,7 @@ class Mover:
         move.waits = False
         if isinstance(answer, AnabranchError):
             _log.warning("move_failed", request_id=move.sequence.key.request_id, problem=answer.message)
+            self._retry_s = self._door.clock() + _RETRY_S
             self._give_up(move)
         elif answer is not None:
             move.copy = answer
