@@ -25,7 +25,7 @@ def test_nobody_is_preempted_for_a_frozen_sequence() -> None:
     for request in plan.room:
         scheduler.refused(request, now_s)
     scheduler.freeze(first)
-    preempted = []
+    preempted: list[SequenceKey] = []
     for _ in range(3):
         now_s += 0.1
         plan = scheduler.plan(now_s)
