@@ -1,4 +1,4 @@
-"""Review: moves that meet faults."""
+"""Moves that fail on the way: the sequence goes on, and the target stays usable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Review: a frozen sequence costs nobody anything."""
+"""What the scheduler does for shards that move: a frozen sequence costs nobody anything."""
 
 from __future__ import annotations
 
