@@ -114,16 +114,19 @@ def teacher_forced(shape_name: str, prompt_indices: Sequence[int]) -> Tally:
 
 
 def compare_scores(name: str, hidden: Tensor, expected: Reference) -> Tally:
-    """Account for the hidden states [rows, hidden size] of a text against the reference's scores."""
+    """Account for the hidden states [rows, hidden size] of a text against the reference's scores.
+
+    Best tokens against transformers in float32, log-probabilities against it in float64.
+    """
     ours = Scores.of(hidden, observed_decoder().logits, expected.scores.best)
     theirs = expected.scores
     sharp = theirs.gaps >= NEAR_TIE
     tally = Tally(1, len(sharp), int(sharp.sum()), expected.near_ties())
     wrong = (sharp & (ours.best != theirs.best)).nonzero()[:, 0].tolist()
     tally.demand(not wrong, f"{name}: other best tokens at positions {wrong[:10]}")
-    best = (ours.best_logprobs - theirs.best_logprobs).abs()
-    differences = torch.maximum(best, (ours.drawn_logprobs - theirs.drawn_logprobs).abs().amax(1))
+    differences = ours.differences(expected.exact)
     tally.differ(float(differences.max()))
+    tally.note_reference(expected.largest_difference())
     far = (~(differences <= LOGPROB_TOLERANCE)).nonzero()[:, 0].tolist()
     tally.demand(not far, f"{name}: log-probabilities too far at positions {far[:10]}")
     return tally
