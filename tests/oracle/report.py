@@ -26,9 +26,9 @@ part fails on any other token, on a log-probability further than {tolerance:g} f
 more than {share:.0%} of its positions are near-ties.
 
 * **References.** Greedy: transformers. Tokens are compared with its float32 (plainest attention),
-  log-probabilities with the same model on the same tokens in float64. In float32 transformers is itself no
-  nearer to that than ours: the column "of the float32 reference" has its largest difference. Sampled: the
-  same request alone, monolithic.
+  log-probabilities with the same model on the same tokens in float64: float32 would be a blurred yardstick,
+  and how far it is itself from float64 at most stands beside ours. Sampled: the same request alone,
+  monolithic.
 * **Free-running.** Log-probabilities are those of the chosen tokens, up to the first near-tie.
 * **Teacher-forced.** Prompt and reference tokens go through the cluster as one prompt, in chunks; the final
   hidden state of every position is kept, and compared are its best token, the log-probability of the
