@@ -67,8 +67,8 @@ class StoreModel:
     """What a store of `BLOCKS` blocks should be after the same calls."""
 
     clock: ManualClock
-    dead: dict[str, int] = field(default_factory=dict)
-    """The highest life that is over, by sequence."""
+    ended: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """The highest life that is over, and until when that counts, by sequence."""
     life: dict[str, int] = field(default_factory=dict)
     """The life that holds shards, by sequence."""
     lease: dict[str, float] = field(default_factory=dict)
@@ -87,7 +87,12 @@ class StoreModel:
 
     def alive(self, name: str) -> int:
         """The life that may speak."""
-        return self.life.get(name, self.dead.get(name, 0) + 1)
+        return self.life.get(name, max(0, self.dead(name)) + 1)
+
+    def dead(self, name: str) -> int:
+        """The highest life that is over, as far as it is remembered: for two leases."""
+        life, end_s = self.ended.get(name, (-1, 0.0))
+        return life if self.clock() < end_s else -1
 
     def renew_lease(self, name: str) -> None:
         """Its owner spoke."""
@@ -102,11 +107,11 @@ class StoreModel:
 
     def fence(self, name: str, life: int) -> None:
         """This life and all before it are over."""
-        self.dead[name] = max(life, self.dead.get(name, -1))
+        self.ended[name] = max(life, self.dead(name)), self.clock() + 2 * LEASE_S
 
     def is_fenced(self, name: str, life: int) -> bool:
         """Whether this life may neither begin nor take over."""
-        return life < self.life.get(name, 0) or life <= self.dead.get(name, -1)
+        return life < self.life.get(name, 0) or life <= self.dead(name)
 
     def reserve_error(self, name: str, life: int, first: int, end: int) -> type[AnabranchError] | None:
         """How a reservation fails."""

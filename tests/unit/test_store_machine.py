@@ -88,7 +88,7 @@ class StoreMachine(RuleBasedStateMachine):
         life = self.model.alive(name) + off
         if off >= 0 and rarely % 8:
             return
-        if life < self.model.life.get(name, self.model.dead.get(name, -1)):
+        if life < self.model.life.get(name, self.model.dead(name)):
             with pytest.raises(Fenced):
                 self.store.release(key(name), generation(life))
             return

@@ -21,6 +21,12 @@ from workers.attention.turns import Turns
 from workers.peer import Acquisition, HeldShard, Reservation, ShardPrefix
 
 _FENCES_MOST = 65_536
+_FENCE_LEASES = 2
+"""How many leases an ended life stays fenced. Who held the sequence asks every quarter of a lease whether it
+still does, and no call lives that long: after two leases nobody speaks for that life any more. (But for a
+process that was frozen for longer: what it frees then is computed again. No read can be wrong, since
+the id of a shard is never used twice.)
+"""
 _NEVER = Generation(-1)
 _OF_NOBODY = ShardPrefix()
 
@@ -38,8 +44,9 @@ class Holding:
 class Store:
     """The sequences of one arena.
 
-    A sequence's generation only rises: whoever speaks under a lower one than was seen is Fenced, also
-    after the sequence was released (the last `_FENCES_MOST` released ones are remembered).
+    A sequence's generation only rises: whoever speaks under a lower one than was seen is Fenced, also for
+    `_FENCE_LEASES` leases after the sequence ended (the last `_FENCES_MOST` of these are remembered). Then
+    its key may be used by a new request.
     """
 
     def __init__(
@@ -68,7 +75,8 @@ class Store:
         self._clock = clock
         self._blocks = ShardBlocks(geometry, capacity, copy_block)
         self._holdings: dict[SequenceKey, Holding] = {}
-        self._fences: OrderedDict[SequenceKey, Generation] = OrderedDict()
+        self._fences: OrderedDict[SequenceKey, tuple[Generation, float]] = OrderedDict()
+        """Generations that are over, and until when that is remembered; the first to be forgotten first."""
 
     @property
     def available(self) -> int:
@@ -297,13 +305,13 @@ class Store:
 
     def _check_not_lower(self, key: SequenceKey, generation: Generation) -> None:
         holding = self._holdings.get(key)
-        seen = holding.generation if holding else self._fences.get(key, _NEVER)
+        seen = holding.generation if holding else self._fenced(key)
         if generation < seen:
             raise Fenced(f"{key}: generation {generation} spoke after {seen}")
 
     def _check_alive(self, key: SequenceKey, generation: Generation) -> None:
         self._check_not_lower(key, generation)
-        if generation <= self._fences.get(key, _NEVER):
+        if generation <= self._fenced(key):
             raise Fenced(f"{key}: generation {generation} was released")
 
     def _take_over(self, holding: Holding, generation: Generation, token_ids: Sequence[int]) -> None:
@@ -352,10 +360,18 @@ class Store:
         return freed
 
     def _fence(self, key: SequenceKey, generation: Generation) -> None:
-        self._fences[key] = max(generation, self._fences.get(key, _NEVER))
+        end_s = self._clock() + _FENCE_LEASES * self._lease_ms / 1000
+        self._fences[key] = max(generation, self._fenced(key)), end_s
         self._fences.move_to_end(key)
-        while len(self._fences) > _FENCES_MOST:
+        while len(self._fences) > _FENCES_MOST or self._is_over(next(iter(self._fences))):
             self._fences.popitem(last=False)
+
+    def _fenced(self, key: SequenceKey) -> Generation:
+        """The highest generation of an ended life that may still be spoken for."""
+        return _NEVER if key not in self._fences or self._is_over(key) else self._fences[key][0]
+
+    def _is_over(self, key: SequenceKey) -> bool:
+        return self._fences[key][1] <= self._clock()
 
     def _held(self, holding: Holding) -> tuple[HeldShard, ...]:
         shards = sorted(holding.shards, key=_first_position)

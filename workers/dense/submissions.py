@@ -252,6 +252,6 @@ def refusal(sequence: LiveSequence, error: AnabranchError) -> AnabranchError:
     """Fenced before it ever held a block means that the id itself was in use a short while ago."""
     if isinstance(error, Fenced) and not sequence.has_held:
         return AlreadyExists(
-            f"request id {sequence.key.request_id} was in use a short while ago: choose another one"
+            f"request id {sequence.key.request_id} was in use a short while ago: choose another one, or wait"
         )
     return error
