@@ -147,6 +147,24 @@ class StoreModel:
             if not part.tokens:
                 del self.parts[shard]
 
+    def may_trim(self, name: str, life: int, keep_from: int) -> bool:
+        """Whether this life may give up what lies before a position."""
+        if life < self.life.get(name, self.dead(name)):
+            return False
+        cut = [part for part in self.of(name).values() if keep_from < part.end]
+        return self.life.get(name) != life or all(keep_from <= part.committed for part in cut)
+
+    def trim(self, name: str, life: int, keep_from: int) -> None:
+        """Whole blocks before a position are given up."""
+        if self.life.get(name) != life:
+            return
+        self.renew_lease(name)
+        for shard, part in self.of(name).items():
+            tokens = max(0, keep_from - part.first) // BLOCK_TOKENS * BLOCK_TOKENS
+            part.first, part.tokens = part.first + tokens, part.tokens[tokens:]
+            if part.end <= keep_from:
+                del self.parts[shard]
+
     def accept(self, row: PlanRow) -> bool:
         """Whether a row is served; commits what its start makes certain."""
         part = self.parts.get(row.shard)
@@ -159,7 +177,8 @@ class StoreModel:
                 return False
             part.tokens += pending.tokens[: row.start - pending.start]
             part.pending = None
-        if row.visible_first < row.visible_end and row.visible_end > part.committed:
+        sees = row.visible_first < row.visible_end
+        if sees and (row.visible_first < part.first or row.visible_end > part.committed):
             return False
         return not row.token_ids or (row.start == part.committed and row.start + row.count <= part.end)
 

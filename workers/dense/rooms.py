@@ -187,6 +187,23 @@ class Rooms:
                     "release_failed", request_id=key.request_id, peer=held.worker, problem=error.message
                 )
 
+    def trim(self, key: SequenceKey, workers: Iterable[WorkerId], keep_from: int) -> None:
+        """Give back what lies at these workers before a position. What a worker keeps because it does not
+        answer is given back by the next call, or with the rest.
+        """
+        for held in filter(None, (self._holders.get(key, worker) for worker in workers)):
+            peer = self._members.peer(held.worker, held.epoch)
+            if peer is None:
+                continue
+            try:
+                blocks = peer.trim(key, held.generation, keep_from)
+            except AnabranchError as error:
+                _log.warning(
+                    "trim_failed", request_id=key.request_id, peer=held.worker, problem=error.message
+                )
+            else:
+                self._members.add_free(held.worker, held.epoch, blocks)
+
     def abandon(self, key: SequenceKey) -> None:
         """Keep nothing of a sequence in mind, and free nothing."""
         self._holders.take(key)
@@ -217,7 +234,7 @@ class Rooms:
             return None
         generation = self._generation_at(wanted.key, peer, wanted.generation)
         try:
-            prefix = wanted.chain.prefix(_first_of_shard(wanted.shards, allotment))
+            prefix = wanted.chain.prefix(_known_start(wanted.shards, allotment))
             reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, prefix)
         except ResourceExhausted:
             self._members.set_free(allotment.worker, allotment.epoch, 0)
@@ -272,11 +289,13 @@ class Rooms:
             self._members.add_free(held.worker, held.epoch, blocks)
 
 
-def _first_of_shard(shards: Iterable[Placed], allotment: Allotment) -> int:
-    """Where the shard begins that an allotment grows; the allotment itself where it is a new one."""
+def _known_start(shards: Iterable[Placed], allotment: Allotment) -> int:
+    """Where the shard begins that an allotment grows; the allotment itself where it is a new one. 0, before
+    which nothing lies, for a trimmed shard: its worker may not have trimmed it yet, or not heard of it.
+    """
     for placed in shards:
         if placed.shard.worker == allotment.worker and placed.shard.end == allotment.first:
-            return placed.shard.first
+            return 0 if placed.is_trimmed else placed.shard.first
     return allotment.first
 
 
