@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -21,6 +22,8 @@ from workers.kernels.select import select
 
 _WAIT_S = 1800.0
 """A prompt of 3,000 tokens among sixteen others, on one busy core, takes minutes."""
+
+_teachers = itertools.count()
 
 _BASE = Shape(step_tokens=256, worker_blocks=480)
 SHAPES = {
@@ -67,19 +70,21 @@ class ObservedCluster(DenseCluster):
         """An engine over the observed decoder."""
         return Engine(self.config, observed_decoder(), select("auto", "cpu"), self.connect)
 
-    def run(self, given: Sequence[Sequence[int]], max_tokens: int) -> list[Output]:
+    def run(self, given: Sequence[Sequence[int]], max_tokens: int, tenant: str = "tenant") -> list[Output]:
         """Greedy outputs of prompts submitted together, with log-probabilities."""
-        submissions = [
-            self.submit(request(prompt, max_tokens, logprobs=0, deadline_s=_WAIT_S)) for prompt in given
-        ]
+        requests = [request(prompt, max_tokens, logprobs=0, deadline_s=_WAIT_S) for prompt in given]
+        submissions = [self.submit(replace(each, tenant=tenant)) for each in requests]
         wait_until(lambda: all(self.listener.output(each).is_over for each in submissions), _WAIT_S)
         return [self.listener.output(each) for each in submissions]
 
     def teacher_forced(self, token_ids: Sequence[int]) -> Tensor:
-        """[tokens, hidden size]: the final hidden state after each token of a given text."""
+        """[tokens, hidden size]: the final hidden state after each token of a given text.
+
+        A tenant of its own shares no blocks with anybody, so that every position is computed.
+        """
         hidden_at = observed_decoder().hidden_at
         hidden_at.clear()
-        (output,) = self.run([token_ids], 1)
+        (output,) = self.run([token_ids], 1, tenant=f"teacher-{next(_teachers)}")
         assert output.failure is None, str(output.failure)
         return torch.stack([hidden_at[position] for position in range(len(token_ids))])
 
