@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,6 +76,11 @@ class ModelSpec:
         return self.rope.original_length if self.rope.kind is RopeKind.DYNAMIC else self.context_length
 
     @property
+    def window_tokens(self) -> int | None:
+        """How many tokens a row sees at most in any layer, itself included; None: all."""
+        return widest_window(self.sliding_windows)
+
+    @property
     def digest(self) -> str:
         """SHA-256 in hexadecimal of all that determines KV: the "model and RoPE digest".
 
@@ -115,6 +120,12 @@ class ModelSpec:
         mlp += self.biases.mlp * (2 * self.intermediate_size + self.hidden_size)
         embeddings = (1 if self.tied_embeddings else 2) * self.vocabulary_size * self.hidden_size
         return self.layers * (attention + mlp + 2 * self.hidden_size) + embeddings + self.hidden_size
+
+
+def widest_window(windows: Sequence[int | None]) -> int | None:
+    """The widest of the layers' windows; None where a layer sees everything."""
+    sizes = [window for window in windows if window is not None]
+    return max(sizes) if len(sizes) == len(windows) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,16 @@ class Pool:
         )
         return call(self.stub.Release, request).blocks_released
 
+    def trim(self, sequence: SmallSequence, keep_from: int, generation: int = 1) -> int:
+        """Give back what lies before a position; the blocks that became available."""
+        request = kv_pb2.TrimRequest(
+            believed=self.believed,
+            sequence=sequence_message(sequence.key),
+            generation=generation,
+            keep_from_position=keep_from,
+        )
+        return call(self.stub.Trim, request).blocks_released
+
     def adopt(self, sequence: SmallSequence, generation: int, token_ids: tuple[int, ...]) -> list[int]:
         """Take over; the committed lengths."""
         request = kv_pb2.AdoptRequest(

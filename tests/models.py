@@ -108,10 +108,18 @@ def tiny_model(
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The folder's model as transformers runs it, with the plainest attention it has."""
+    """The folder's model as transformers runs it, with the plainest attention it has.
+
+    In float64 really all of it is: transformers' plain softmax and its norms compute in float32 whatever the
+    type, so attention is torch's there, and the norms are torch's of the same formula. (The angles of rope
+    stay float32: they are part of what the model is.)
+    """
+    is_exact = dtype is torch.float64
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager"
+        folder, dtype=dtype, attn_implementation="sdpa" if is_exact else "eager"
     )
+    if is_exact:
+        _norm_exactly(model)
     return model.eval()
 
 
@@ -122,10 +130,10 @@ def reference_tokens(folder: Path, prompts: Sequence[Sequence[int]], count: int)
 
 
 def reference_logits(folder: Path, token_ids: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """[tokens, vocabulary] float32: the logits after each of `token_ids`, all given."""
+    """[tokens, vocabulary]: the logits after each of `token_ids`, all given; float64 or else float32."""
     with torch.inference_mode():
         logits: Tensor = load_reference(folder, dtype)(torch.tensor([list(token_ids)])).logits[0]
-    return logits.to(torch.float32)
+    return logits if dtype is torch.float64 else logits.to(torch.float32)
 
 
 def random_prompt(length: int, seed: int, vocabulary_size: int = VOCABULARY_SIZE) -> list[int]:
@@ -138,6 +146,16 @@ def near_tie_share(logits: Tensor) -> float:
     """The share of rows of [rows, vocabulary] whose best two logits are a near-tie."""
     best = logits.topk(2, dim=-1).values
     return float((best[:, 0] - best[:, 1] < NEAR_TIE).float().mean())
+
+
+def _norm_exactly(model: Any) -> None:
+    """Replace each RMS norm by torch's, which computes in the type of its input."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
 
 
 def _generate(model: Any, prompt: Sequence[int], count: int) -> Reference:

@@ -67,8 +67,8 @@ class StoreModel:
     """What a store of `BLOCKS` blocks should be after the same calls."""
 
     clock: ManualClock
-    dead: dict[str, int] = field(default_factory=dict)
-    """The highest life that is over, by sequence."""
+    ended: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """The highest life that is over, and until when that counts, by sequence."""
     life: dict[str, int] = field(default_factory=dict)
     """The life that holds shards, by sequence."""
     lease: dict[str, float] = field(default_factory=dict)
@@ -87,7 +87,12 @@ class StoreModel:
 
     def alive(self, name: str) -> int:
         """The life that may speak."""
-        return self.life.get(name, self.dead.get(name, 0) + 1)
+        return self.life.get(name, max(0, self.dead(name)) + 1)
+
+    def dead(self, name: str) -> int:
+        """The highest life that is over, as far as it is remembered: for two leases."""
+        life, end_s = self.ended.get(name, (-1, 0.0))
+        return life if self.clock() < end_s else -1
 
     def renew_lease(self, name: str) -> None:
         """Its owner spoke."""
@@ -102,11 +107,11 @@ class StoreModel:
 
     def fence(self, name: str, life: int) -> None:
         """This life and all before it are over."""
-        self.dead[name] = max(life, self.dead.get(name, -1))
+        self.ended[name] = max(life, self.dead(name)), self.clock() + 2 * LEASE_S
 
     def is_fenced(self, name: str, life: int) -> bool:
         """Whether this life may neither begin nor take over."""
-        return life < self.life.get(name, 0) or life <= self.dead.get(name, -1)
+        return life < self.life.get(name, 0) or life <= self.dead(name)
 
     def reserve_error(self, name: str, life: int, first: int, end: int) -> type[AnabranchError] | None:
         """How a reservation fails."""
@@ -142,6 +147,24 @@ class StoreModel:
             if not part.tokens:
                 del self.parts[shard]
 
+    def may_trim(self, name: str, life: int, keep_from: int) -> bool:
+        """Whether this life may give up what lies before a position."""
+        if life < self.life.get(name, self.dead(name)):
+            return False
+        cut = [part for part in self.of(name).values() if keep_from < part.end]
+        return self.life.get(name) != life or all(keep_from <= part.committed for part in cut)
+
+    def trim(self, name: str, life: int, keep_from: int) -> None:
+        """Whole blocks before a position are given up."""
+        if self.life.get(name) != life:
+            return
+        self.renew_lease(name)
+        for shard, part in self.of(name).items():
+            tokens = max(0, keep_from - part.first) // BLOCK_TOKENS * BLOCK_TOKENS
+            part.first, part.tokens = part.first + tokens, part.tokens[tokens:]
+            if part.end <= keep_from:
+                del self.parts[shard]
+
     def accept(self, row: PlanRow) -> bool:
         """Whether a row is served; commits what its start makes certain."""
         part = self.parts.get(row.shard)
@@ -154,7 +177,8 @@ class StoreModel:
                 return False
             part.tokens += pending.tokens[: row.start - pending.start]
             part.pending = None
-        if row.visible_first < row.visible_end and row.visible_end > part.committed:
+        sees = row.visible_first < row.visible_end
+        if sees and (row.visible_first < part.first or row.visible_end > part.committed):
             return False
         return not row.token_ids or (row.start == part.committed and row.start + row.count <= part.end)
 

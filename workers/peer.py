@@ -109,6 +109,12 @@ class AttentionPeer(Protocol):
         """Free one shard of a sequence that goes on; returns how many blocks became available. Idempotent."""
         ...
 
+    def trim(self, key: SequenceKey, generation: Generation, keep_from: int) -> int:
+        """Give back whole blocks before a position that no row will see any more; returns how many became
+        available. Idempotent.
+        """
+        ...
+
     def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
         """Renew leases; returns the sequences that hold nothing here."""
         ...

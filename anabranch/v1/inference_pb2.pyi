@@ -175,8 +175,9 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """Model name; empty means the one served."""
     request_id: _builtins.str
-    """Unique among live requests, and not to be used again: the pool remembers ended ids for a while and
-    answers ALREADY_EXISTS. Empty: drawn by the gateway and returned in the first event.
+    """Unique among live requests. Free again two leases (attention.lease_ms) after its last request ended or
+    was refused; until then the pool remembers it and the answer is ALREADY_EXISTS. Empty: drawn by the
+    gateway and returned in the first event.
     """
     text: _builtins.str
     """Plain text."""

@@ -447,6 +447,72 @@ class ReleaseResponse(_message.Message):
 Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
 
 @_typing.final
+class TrimRequest(_message.Message):
+    """What is out of every window."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BELIEVED_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    KEEP_FROM_POSITION_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """Which life of it."""
+    keep_from_position: _builtins.int
+    """Whole blocks before this position are given back."""
+    @_builtins.property
+    def believed(self) -> _types_pb2.Believed:
+        """Whom the caller means."""
+
+    @_builtins.property
+    def sequence(self) -> _types_pb2.SequenceKey:
+        """Whose KV."""
+
+    def __init__(
+        self,
+        *,
+        believed: _types_pb2.Believed | None = ...,
+        sequence: _types_pb2.SequenceKey | None = ...,
+        generation: _builtins.int = ...,
+        keep_from_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "generation", b"generation", "keep_from_position", b"keep_from_position", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrimRequest: _TypeAlias = TrimRequest  # noqa: Y015
+
+@_typing.final
+class TrimResponse(_message.Message):
+    """What was given back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONDER_FIELD_NUMBER: _builtins.int
+    BLOCKS_RELEASED_FIELD_NUMBER: _builtins.int
+    blocks_released: _builtins.int
+    """Blocks that became available."""
+    @_builtins.property
+    def responder(self) -> _types_pb2.Responder:
+        """Who answers."""
+
+    def __init__(
+        self,
+        *,
+        responder: _types_pb2.Responder | None = ...,
+        blocks_released: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_released", b"blocks_released", "responder", b"responder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrimResponse: _TypeAlias = TrimResponse  # noqa: Y015
+
+@_typing.final
 class RenewRequest(_message.Message):
     """Sequences still wanted."""
 

@@ -60,6 +60,11 @@ class KvServiceStub:
                 request_serializer=anabranch_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=anabranch_dot_v1_dot_kv__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Trim = channel.unary_unary(
+                '/anabranch.v1.KvService/Trim',
+                request_serializer=anabranch_dot_v1_dot_kv__pb2.TrimRequest.SerializeToString,
+                response_deserializer=anabranch_dot_v1_dot_kv__pb2.TrimResponse.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/anabranch.v1.KvService/Renew',
                 request_serializer=anabranch_dot_v1_dot_kv__pb2.RenewRequest.SerializeToString,
@@ -128,6 +133,15 @@ class KvServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trim(self, request, context):
+        """Gives back the blocks before a position that no row will see any more, because every layer's window has
+        passed it. Idempotent. Errors: FAILED_PRECONDITION (FENCED: a higher generation owns the sequence, or
+        the position is not certain yet).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Renew(self, request, context):
         """Renews leases of many sequences; names those it does not hold. Idempotent.
         """
@@ -184,6 +198,11 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=anabranch_dot_v1_dot_kv__pb2.ReleaseRequest.FromString,
                     response_serializer=anabranch_dot_v1_dot_kv__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Trim': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trim,
+                    request_deserializer=anabranch_dot_v1_dot_kv__pb2.TrimRequest.FromString,
+                    response_serializer=anabranch_dot_v1_dot_kv__pb2.TrimResponse.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -342,6 +361,33 @@ class KvService:
             '/anabranch.v1.KvService/Release',
             anabranch_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
             anabranch_dot_v1_dot_kv__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.KvService/Trim',
+            anabranch_dot_v1_dot_kv__pb2.TrimRequest.SerializeToString,
+            anabranch_dot_v1_dot_kv__pb2.TrimResponse.FromString,
             options,
             channel_credentials,
             insecure,

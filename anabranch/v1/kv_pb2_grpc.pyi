@@ -53,6 +53,11 @@ class KvServiceStub:
     """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED)."""
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]
     """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
+    Trim: _grpc.UnaryUnaryMultiCallable[_kv_pb2.TrimRequest, _kv_pb2.TrimResponse]
+    """Gives back the blocks before a position that no row will see any more, because every layer's window has
+    passed it. Idempotent. Errors: FAILED_PRECONDITION (FENCED: a higher generation owns the sequence, or
+    the position is not certain yet).
+    """
     Renew: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]
     """Renews leases of many sequences; names those it does not hold. Idempotent."""
     Adopt: _grpc.UnaryUnaryMultiCallable[_kv_pb2.AdoptRequest, _kv_pb2.AdoptResponse]
@@ -89,6 +94,11 @@ class KvServiceAsyncStub(KvServiceStub):
     """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED)."""
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
+    Trim: _aio.UnaryUnaryMultiCallable[_kv_pb2.TrimRequest, _kv_pb2.TrimResponse]  # type: ignore[assignment]
+    """Gives back the blocks before a position that no row will see any more, because every layer's window has
+    passed it. Idempotent. Errors: FAILED_PRECONDITION (FENCED: a higher generation owns the sequence, or
+    the position is not certain yet).
+    """
     Renew: _aio.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]  # type: ignore[assignment]
     """Renews leases of many sequences; names those it does not hold. Idempotent."""
     Adopt: _aio.UnaryUnaryMultiCallable[_kv_pb2.AdoptRequest, _kv_pb2.AdoptResponse]  # type: ignore[assignment]
@@ -152,6 +162,17 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.ReleaseResponse, _abc.Awaitable[_kv_pb2.ReleaseResponse]]:
         """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
+
+    @_abc_1.abstractmethod
+    def Trim(
+        self,
+        request: _kv_pb2.TrimRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.TrimResponse, _abc.Awaitable[_kv_pb2.TrimResponse]]:
+        """Gives back the blocks before a position that no row will see any more, because every layer's window has
+        passed it. Idempotent. Errors: FAILED_PRECONDITION (FENCED: a higher generation owns the sequence, or
+        the position is not certain yet).
+        """
 
     @_abc_1.abstractmethod
     def Renew(

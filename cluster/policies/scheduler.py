@@ -31,7 +31,7 @@ class Scheduler:
           |      +---------+ -----------------------------------------> +---------+
           +----> | WAITING |                                            | RUNNING | --+ rows, room asked for
                  +---------+ <----------------------------------------- +---------+ <-+ ahead, holes refilled
-                    ^   |        preempted: loses room and counter        |
+                    ^   |  preempted, begins anew: loses room and counter |
               resume|   | hold                                      hold  |
                  +---------+ <--------------------------------------------+
                  |  HELD   |  keeps all it has, takes no step
@@ -75,7 +75,7 @@ class Scheduler:
         return len(self._held)
 
     def generation(self, key: SequenceKey) -> int:
-        """How often the sequence was preempted."""
+        """How often the sequence had to begin anew."""
         return self._sequences[key].generation
 
     def computed_of(self, key: SequenceKey, wanted: Range) -> int:
@@ -111,7 +111,8 @@ class Scheduler:
         """Queue a sequence of `length` known tokens (prompt and outputs so far) that ends by `max_length`.
 
         `room` are shards it already has and `computed` the committed ranges in them, both from adoption. The
-        last known token is always computed (again), so adopt with all tokens but the last.
+        last known token is always computed (again), so adopt with all tokens but the last. What of them no
+        row will see has `expired`.
         Raises AlreadyExists, DeadlineExceeded (over on arrival) and ResourceExhausted (queue full).
         """
         assert 0 < length < max_length <= self.limits.max_sequence_length, (key, length, max_length)
@@ -124,7 +125,8 @@ class Scheduler:
                 f"{self.limits.max_waiting} sequences wait (dense.max_waiting): retry later or elsewhere"
             )
         self._arrivals += 1
-        sequence = SequenceState(key, priority, self._arrivals, length, max_length, deadline_s)
+        window = self.limits.window_tokens
+        sequence = SequenceState(key, priority, self._arrivals, length, max_length, deadline_s, window)
         sequence.give(room)
         sequence.commit(computed)
         self._sequences[key] = sequence
@@ -175,13 +177,30 @@ class Scheduler:
             sequence.asked, sequence.refused = None, True
             sequence.retry_s = now_s + self.limits.room_retry_s
 
-    def lost(self, key: SequenceKey, ranges: Sequence[Range]) -> None:
+    def lost(self, key: SequenceKey, ranges: Sequence[Range]) -> bool:
         """KV and room of `ranges` are gone. The counter falls back to the hole and jumps over what survived.
 
-        Nothing is sampled until it is back at the end. Unknown sequences are ignored.
+        Nothing is sampled until it is back at the end. True: it went on past expired tokens that the hole
+        needs, so it gave up all its room and begins anew under a higher generation. What no row will see has
+        `expired`, and is no hole. Unknown sequences are ignored.
         """
-        if key in self._sequences:
-            self._sequences[key].lose(ranges)
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.lose(ranges):
+            return False
+        self._begin_anew(sequence)
+        return True
+
+    def needed_from(self, key: SequenceKey) -> int:
+        """The first position that any row still to be computed sees: 0 without windows."""
+        return self._sequences[key].needed_from
+
+    def expired_before(self, key: SequenceKey) -> int:
+        """What lies before this position has left the sequence's room, and counts as computed."""
+        return self._sequences[key].expired
+
+    def expire_before(self, key: SequenceKey, position: int) -> None:
+        """Give back room and KV of what lies before `position`, at most `needed_from`; it is no hole."""
+        self._sequences[key].expire_before(position)
 
     def hold(self, key: SequenceKey) -> None:
         """Stop stepping, keep everything (its client's gateway is gone). Unknown sequences are ignored."""
@@ -263,10 +282,15 @@ class Scheduler:
         running = (s for s in self._running if s.room and s.rank > stuck.rank)
         return max(chain(running, waiting), key=_rank, default=None if self._is_first(stuck) else stuck)
 
+    def _begin_anew(self, sequence: SequenceState) -> None:
+        """It has nothing any more; if it ran, it waits for room."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            insort(self._waiting, sequence, key=_rank)
+        sequence.reset()
+
     def _preempt(self, victim: SequenceState, winner: SequenceState, now_s: float) -> None:
-        self._leave(victim)
-        victim.reset()
-        insort(self._waiting, victim, key=_rank)
+        self._begin_anew(victim)
         self.preemptions += 1
         if victim is not winner:
             winner.retry_s = now_s

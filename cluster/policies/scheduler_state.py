@@ -16,7 +16,8 @@ class SchedulerLimits:
     `reserve_ahead_tokens`: room asked for beyond the known tokens. `room_retry_s`: pause after a refusal
     before room is asked for again, and between two preemptions for the same sequence. `room_patience_s`:
     how long a sequence is refused with nobody else holding room here before it is exhausted; frees
-    are asynchronous and other dense workers share the pool, so one refusal proves nothing.
+    are asynchronous and other dense workers share the pool, so one refusal proves nothing. `window_tokens`:
+    the row at p sees p - window_tokens + 1 .. p and nothing before, in every layer; None: it sees all.
     """
 
     step_tokens: int
@@ -26,12 +27,14 @@ class SchedulerLimits:
     max_sequence_length: int
     room_retry_s: float = 0.05
     room_patience_s: float = 5.0
+    window_tokens: int | None = None
 
     def __post_init__(self) -> None:
         assert 0 < self.max_batch <= self.step_tokens, "each running sequence takes a token of a step"
         assert self.max_waiting > 0
         assert self.reserve_ahead_tokens > 0
         assert self.room_retry_s > 0
+        assert self.window_tokens is None or self.window_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +90,12 @@ class StepPlan:
 class SequenceState:
     """One sequence's progress; owned by the scheduler.
 
-    Invariant: 0 <= computed < length <= max_length; [0, computed) and the ranges of `ahead` lie in `room`.
+    Invariant: 0 <= expired <= computed < length <= max_length; [expired, computed) and the ranges of `ahead`
+    lie in `room`, which has nothing before `expired`; no row still to be computed sees anything there.
 
-        0          computed     ahead[0]        length    room[-1].end   max_length
-        |=============|............|======|.........|...............|..........|
-          KV is there   hole: next  survived a loss   reserved ahead
+        0     expired      computed     ahead[0]        length    room[-1].end   max_length
+        |---------|===========|............|======|.........|...............|..........|
+       out of window  KV is there  hole: next  survived a loss  reserved ahead
     """
 
     key: SequenceKey
@@ -100,7 +104,9 @@ class SequenceState:
     length: int
     max_length: int
     deadline_s: float
+    window_tokens: int | None = None
     generation: int = 0
+    expired: int = 0
     computed: int = 0
     ahead: tuple[Range, ...] = ()
     room: tuple[Range, ...] = ()
@@ -121,6 +127,11 @@ class SequenceState:
     def starved(self) -> bool:
         """There is no room for the next position."""
         return end_of_room(self.room, self.computed) == self.computed
+
+    @property
+    def needed_from(self) -> int:
+        """The first position that a row still to be computed sees."""
+        return self._seen_from(self.computed)
 
     def wants(self, enough_tokens: int, goal_tokens: int) -> Range | None:
         """The first positions without room, if less than `enough_tokens` beyond the known ones have it.
@@ -158,27 +169,50 @@ class SequenceState:
         assert self.computed < self.length
 
     def commit(self, ranges: Sequence[Range]) -> None:
-        """KV is at exactly `ranges`. The last known token is always run again: its logits are needed."""
+        """KV is at exactly `ranges`. The last known token is always run again: its logits are needed.
+
+        The counter goes to the end of the last range from which one can go on; without one, to 0. What lies
+        before that range is out of every window: missing there is no hole, and what is there has expired.
+        """
         present = join((first, min(end, self.length - 1)) for first, end in ranges if first < self.length - 1)
-        at_start = bool(present) and present[0][0] == 0
-        self.computed = present[0][1] if at_start else 0
-        self.ahead = present[1:] if at_start else present
+        usable = [index for index, (first, end) in enumerate(present) if first <= self._seen_from(end)]
+        self.expired, self.computed, self.ahead = 0, 0, present
+        if usable:
+            (self.expired, self.computed), self.ahead = present[usable[-1]], present[usable[-1] + 1 :]
+        self.room = subtract(self.room, [(0, self.expired)])
 
     def give(self, ranges: Sequence[Range]) -> None:
-        """Room was granted: shards with their whole ranges."""
-        for added in ranges:
-            self.room = insert(self.room, added)
+        """Room was granted: shards with their whole ranges, as their workers know them."""
+        for first, end in ranges:
+            if end > self.expired:
+                self.room = insert(self.room, (max(first, self.expired), end))
         self.refused, self.alone_since_s = False, None
 
-    def lose(self, ranges: Sequence[Range]) -> None:
-        """The KV and the room of `ranges` are gone; a chunk under way counts for nothing."""
-        committed = subtract(((0, self.computed), *self.ahead), ranges)
+    def expire_before(self, position: int) -> None:
+        """KV and room of what lies before `position`, which no row sees any more, are given back."""
+        assert self.expired <= position <= self.needed_from, (self.key, position, self.needed_from)
+        self.expired = position
+        self.room = subtract(self.room, [(0, position)])
+
+    def lose(self, ranges: Sequence[Range]) -> bool:
+        """The KV and the room of `ranges` are gone; a chunk under way counts for nothing.
+
+        False: a hole sees what has expired. Then nothing of what is left is of use: everything depends on
+        all before it, so computing begins at 0.
+        """
+        committed = subtract(((self.expired, self.computed), *self.ahead), ranges)
+        had_expired = self.expired > 0
         self.room = subtract(self.room, ranges)
         self.planned = None
         self.commit(committed)
+        return self.expired > 0 or not had_expired
 
     def reset(self) -> None:
-        """Preemption: a new generation that has nothing."""
+        """A new generation that has nothing."""
         self.generation += 1
-        self.computed, self.ahead, self.room = 0, (), ()
+        self.expired, self.computed, self.ahead, self.room = 0, 0, (), ()
         self.asked = self.planned = None
+
+    def _seen_from(self, position: int) -> int:
+        """The first position that the row at `position` sees."""
+        return 0 if self.window_tokens is None else max(0, position - self.window_tokens + 1)

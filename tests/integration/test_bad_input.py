@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
@@ -12,14 +12,15 @@ import pytest
 
 from anabranch import Client
 from anabranch.v1 import inference_pb2, inference_pb2_grpc, types_pb2
-from cluster.errors import Cancelled
+from cluster.errors import AlreadyExists, Cancelled
 from tests.models import random_prompt, reference_tokens, tiny_model
 from tests.processes import ProcessCluster, process_cluster
-from tests.serving import Reader, ending, raw_channel, status_of, whole
+from tests.serving import Reader, ending, raw_channel, status_of, wait_until, whole
 from tests.tokenizer import VOCABULARY_SIZE
 
 LONGEST = 1024
 REQUEST_BYTES_MAX = 64 * 1024
+LEASE_MS = 3000
 PROMPT = random_prompt(40, seed=4)
 TOKENS = 32
 
@@ -38,6 +39,7 @@ def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         "attention.block_tokens": 8,
         "placement.shard_tokens": 32,
         "gateway.max_request_bytes": REQUEST_BYTES_MAX,
+        "attention.lease_ms": LEASE_MS,
     }
     with process_cluster(model, tmp_path_factory.mktemp("run"), overrides) as cluster:
         yield cluster
@@ -202,6 +204,27 @@ def test_a_live_id_cannot_be_taken(cluster: ProcessCluster, client: Client) -> N
         status, message = status_of(channel, _request(request_id="twice"))
         assert (status, "twice" in message) == ("ALREADY_EXISTS", True)
         assert len(first.result().token_ids()) == 300
+
+
+def test_an_id_can_be_used_again_after_two_leases(cluster: ProcessCluster, client: Client) -> None:
+    """An ended request's id is refused while late words for it may be on the way; then it is free, and the
+    new request of this id is answered as under any other.
+    """
+    whole(client, token_ids=random_prompt(50, seed=5), max_tokens=4, request_id="again")  # at both workers
+    ended_s = monotonic()
+    answers: list[Sequence[int]] = []
+
+    def is_free() -> bool:
+        try:
+            answers.append(whole(client, token_ids=PROMPT[:5], max_tokens=4, request_id="again").token_ids())
+        except AlreadyExists:
+            return False
+        return True
+
+    assert not is_free()
+    wait_until(is_free, 4 * LEASE_MS / 1000)
+    assert monotonic() - ended_s > LEASE_MS / 1000
+    assert answers == [whole(client, token_ids=PROMPT[:5], max_tokens=4).token_ids()]
 
 
 def test_hanging_up_frees_blocks_within_a_second(cluster: ProcessCluster, client: Client) -> None:

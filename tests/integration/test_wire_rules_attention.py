@@ -16,6 +16,7 @@ from cluster.errors import (
 from cluster.types import Generation, ShardId
 from tests.attention_pool import Pool
 from tests.attention_worker import (
+    BLOCKS,
     GEOMETRY,
     DenseHost,
     DenseSide,
@@ -127,6 +128,31 @@ def test_visible_beyond_committed_fails_closed(
     assert caught.value.metadata["shards"] == str(shard)
     dense.encoder.forget(0)
     part = (sound, sound.row(other, 12, 1))
+    assert_attended(dense.step([part]), [part])
+
+
+def test_trim_gives_back_what_no_row_sees(pool: Pool, dense: DenseSide) -> None:
+    """Whole blocks before a certain position can be had again, and only those; the rest is attended as
+    before; what is gone cannot be seen, and what is not certain yet, or another's, cannot be given up.
+    """
+    sequence = SmallSequence(1)
+    shard = pool.reserve(sequence, 0, 40)
+    dense.step([(sequence, sequence.row(shard, 0, 30))])
+    with pytest.raises(Fenced, match="not certain"):
+        pool.trim(sequence, 17)
+    dense.step([(sequence, sequence.row(shard, 30, 1))])
+    with pytest.raises(Fenced):
+        pool.trim(sequence, 17, generation=0)
+    assert pool.trim(sequence, 18) == 4
+    assert pool.trim(sequence, 18) == pool.trim(sequence, 5) == 0
+    blocks = pool.audit().blocks
+    assert blocks.free + blocks.sealed_cached == BLOCKS - 6
+    part = (sequence, sequence.row(shard, 31, 1, visible=(18, 31)))
+    assert_attended(dense.step([part]), [part])
+    with pytest.raises(Fenced, match=r"15\.\.32"):
+        dense.step([(sequence, sequence.row(shard, 32, 1, visible=(15, 32)))], layers=[0])
+    dense.encoder.forget(0)
+    part = (sequence, sequence.row(shard, 32, 1, visible=(16, 32)))
     assert_attended(dense.step([part]), [part])
 
 

@@ -14,7 +14,10 @@ NEAR_TIES_MOST = 0.02
 """A part with more positions that float32 cannot decide would prove nothing."""
 
 LOGPROB_TOLERANCE = 1e-4
-"""Natural log-probabilities in float32, the real model's included."""
+"""Natural log-probabilities computed in float32, the real model's included, from transformers' in float64.
+
+Transformers in float32 is no yardstick for them: at tokens of log-probability -45 it is itself as far away.
+"""
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Tally:
     near_ties: int = 0
     largest_difference: float | None = None
     """Between log-probabilities; None where none were compared."""
+    reference_difference: float | None = None
+    """The largest one of the reference in float32 from itself in float64, for comparison; None: not known."""
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
@@ -37,12 +42,18 @@ class Tally:
         self.near_ties += other.near_ties
         if other.largest_difference is not None:
             self.differ(other.largest_difference)
+        if other.reference_difference is not None:
+            self.note_reference(other.reference_difference)
         self.problems += other.problems
 
     def differ(self, difference: float) -> None:
         """A log-probability was found this far from the reference's."""
         wide = math.inf if math.isnan(difference) else difference
         self.largest_difference = max(wide, self.largest_difference or 0.0)
+
+    def note_reference(self, difference: float) -> None:
+        """So far is a log-probability of the float32 reference from that of the float64 one."""
+        self.reference_difference = max(difference, self.reference_difference or 0.0)
 
     def demand(self, holds: bool, problem: str) -> None:
         """Note a problem unless the claim holds."""
@@ -63,11 +74,21 @@ class Tally:
 
 @dataclass(frozen=True)
 class Expected:
-    """A free-running reference: per token its id, its lead on the second best, its log-probability."""
+    """A free-running reference: per token its id, its lead on the second best, its log-probability.
+
+    Tokens and leads are computed in float32, `logprobs` in float64 where the reference is transformers;
+    `rounded_logprobs` are the same in float32.
+    """
 
     tokens: Sequence[int]
     gaps: Sequence[float]
     logprobs: Sequence[float] = ()
+    rounded_logprobs: Sequence[float] = ()
+
+    def beginning(self, count: int) -> Expected:
+        """The first `count` tokens of it."""
+        logprobs = (self.logprobs[:count], self.rounded_logprobs[:count])
+        return Expected(self.tokens[:count], self.gaps[:count], *logprobs)
 
     def sharp_length(self) -> int:
         """Tokens before the first near-tie."""
@@ -92,7 +113,9 @@ def compare(name: str, output: Output, expected: Expected) -> Tally:
         )
     elif expected.logprobs:
         for ours, theirs in zip(output.logprobs[:sharp], expected.logprobs, strict=False):
-            tally.differ(float("inf") if ours is None else abs(ours - theirs))
+            tally.differ(math.inf if ours is None else abs(ours - theirs))
+        for rounded, exact in zip(expected.rounded_logprobs[:sharp], expected.logprobs, strict=False):
+            tally.note_reference(abs(rounded - exact))
     return tally
 
 

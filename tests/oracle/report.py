@@ -14,16 +14,21 @@ from pathlib import Path
 from tests.oracle.matrix import LOGPROB_TOLERANCE, NEAR_TIES_MOST, Tally
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+_TREE = RESULTS.parents[2]
+_RESULTS_IN_TREE = RESULTS.relative_to(_TREE)
 
 _HEADER = """\
 # Token equality: the last full run
 
-Written by `make oracle-full`. Everything is float32. A free-running comparison stops at the first near-tie of
-the reference (the best two within 1e-3); a teacher-forced one leaves out near-ties and goes on. A part fails
-on any other token, on a log-probability further than {tolerance:g} from the reference's, or if more than
-{share:.0%} of its positions are near-ties.
+Written by `make oracle-full`. Everything of ours is float32. A free-running comparison stops at the first
+near-tie of the reference (the best two within 1e-3); a teacher-forced one leaves out near-ties and goes on. A
+part fails on any other token, on a log-probability further than {tolerance:g} from the reference's, or if
+more than {share:.0%} of its positions are near-ties.
 
-* **References.** Greedy: transformers, plainest attention. Sampled: the same request alone, monolithic.
+* **References.** Greedy: transformers. Tokens are compared with its float32 (plainest attention),
+  log-probabilities with the same model on the same tokens in float64: float32 would be a blurred yardstick,
+  and how far it is itself from float64 at most stands beside ours. Sampled: the same request alone,
+  monolithic.
 * **Free-running.** Log-probabilities are those of the chosen tokens, up to the first near-tie.
 * **Teacher-forced.** Prompt and reference tokens go through the cluster as one prompt, in chunks; the final
   hidden state of every position is kept, and compared are its best token, the log-probability of the
@@ -50,8 +55,9 @@ def write(parts: Sequence[Part], commit: str, seconds: float, models: int) -> bo
         _HEADER.format(tolerance=LOGPROB_TOLERANCE, share=NEAR_TIES_MOST, cases=models),
         *_circumstances(commit, seconds),
         "",
-        "| part | cases | positions | compared | near-ties | largest log-probability difference | result |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        "| part | cases | positions | compared | near-ties | largest log-probability difference "
+        "| of the float32 reference | result |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
         *(_row(part, not verdicts[part.title]) for part in parts),
     ]
     problems = [f"* {title}: {problem}" for title, found in verdicts.items() for problem in found]
@@ -63,17 +69,21 @@ def write(parts: Sequence[Part], commit: str, seconds: float, models: int) -> bo
 
 def _row(part: Part, passed: bool) -> str:
     tally = part.tally
-    difference = "-" if tally.largest_difference is None else f"{tally.largest_difference:.2e}"
     cells = (
         part.title,
         f"{tally.cases:,}",
         f"{tally.positions:,}",
         f"{tally.compared:,}",
         f"{tally.near_ties:,}",
-        difference,
+        _difference(tally.largest_difference),
+        _difference(tally.reference_difference),
         "passed" if passed else "**failed**",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _difference(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
 
 
 def _circumstances(commit: str, seconds: float) -> list[str]:
@@ -88,16 +98,16 @@ def _circumstances(commit: str, seconds: float) -> list[str]:
 
 
 def commit_now() -> str:
-    """The commit the tree stands at, and whether files of the product differ from it; ask before the run."""
+    """The commit the tree stands at, and whether any file but the results differs from it; ask before the
+    run.
+    """
     commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "workers", "cluster", "anabranch")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{_RESULTS_IN_TREE}")
     return f"{commit} with changes not committed" if changed else commit
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=RESULTS.parent.parent.parent, capture_output=True, text=True
-    )
+    done = subprocess.run(["git", *arguments], cwd=_TREE, capture_output=True, text=True)
     return done.stdout.strip() or ("unknown" if done.returncode else "")
 
 

@@ -1,4 +1,4 @@
-"""What transformers makes of SmolLM2: its tokens, and its log-probabilities at every position.
+"""What transformers makes of SmolLM2: its tokens in float32, its log-probabilities in float64, everywhere.
 
 References are kept in the user's cache under a hash of the model's files and the prompt; `refresh` (of the
 command `python -m tests.oracle.full --refresh`) computes them anew.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Scores:
         """
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for start in range(0, len(hidden), _ROWS_AT_ONCE):
-            logits = logits_of(hidden[start : start + _ROWS_AT_ONCE]).to(torch.float32)
+            logits = logits_of(hidden[start : start + _ROWS_AT_ONCE])
             leaders = logits.topk(2, dim=-1)
             asked = leaders.indices[:, 0] if best is None else best[start : start + len(logits)]
             logprobs = logits.log_softmax(-1)
@@ -76,22 +76,24 @@ class Scores:
         columns = zip(*parts, strict=True)
         return cls(*(torch.cat(list(column)) for column in columns))
 
-    def save(self, path: Path) -> None:
-        """Write the scores; the file appears complete or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        safetensors.torch.save_file(
-            {name: tensor.contiguous() for name, tensor in vars(self).items()}, partial
-        )
-        partial.replace(path)
+    def differences(self, other: Scores) -> Tensor:
+        """[rows] float64: the largest difference of log-probabilities from another model's, row by row."""
+        best = (self.best_logprobs.double() - other.best_logprobs.double()).abs()
+        drawn = (self.drawn_logprobs.double() - other.drawn_logprobs.double()).abs()
+        return torch.maximum(best, drawn.amax(1))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A prompt and what transformers says: one row of `scores` per token of `inputs`."""
+    """A prompt and what transformers says: one row of scores per token of `inputs`.
+
+    `scores` are those of float32, which decides the tokens; `exact` those of float64 on the same inputs, its
+    `best_logprobs` of float32's best tokens.
+    """
 
     prompt: list[int]
     scores: Scores
+    exact: Scores
 
     @property
     def inputs(self) -> list[int]:
@@ -102,12 +104,38 @@ class Reference:
         """The free-running part: the generated tokens."""
         first = len(self.prompt) - 1
         scores = self.scores
-        columns = (scores.best, scores.gaps, scores.best_logprobs)
+        columns = (scores.best, scores.gaps, self.exact.best_logprobs, scores.best_logprobs)
         return Expected(*(column[first:].tolist() for column in columns))
 
     def near_ties(self) -> int:
         """Positions that float32 does not decide."""
         return int((self.scores.gaps < NEAR_TIE).sum())
+
+    def largest_difference(self) -> float:
+        """How far float32 is from float64 at most: what a comparison with float32 could not tell apart."""
+        return float(self.scores.differences(self.exact).max())
+
+    def save(self, path: Path) -> None:
+        """Write the scores; the file appears complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        tensors = {
+            f"{name}.{column}": tensor.contiguous()
+            for name, scores in (("scores", self.scores), ("exact", self.exact))
+            for column, tensor in vars(scores).items()
+        }
+        safetensors.torch.save_file(tensors, partial)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, prompt: list[int]) -> Reference:
+        """Read what `save` wrote."""
+        tensors = safetensors.torch.load_file(path)
+        columns = [field.name for field in fields(Scores)]
+        scores, exact = (
+            Scores(*(tensors[f"{name}.{column}"] for column in columns)) for name in ("scores", "exact")
+        )
+        return cls(prompt, scores, exact)
 
 
 @cache
@@ -128,12 +156,12 @@ def prompts() -> list[list[int]]:
 
 def reference(prompt: Sequence[int], refresh: bool = False) -> Reference:
     """The reference of one prompt, from the cache where it is there and `refresh` is not asked for."""
-    settings = f"{list(prompt)} {GENERATED_TOKENS} {DRAWN_TOKENS}".encode()
+    settings = f"{list(prompt)} {GENERATED_TOKENS} {DRAWN_TOKENS} and float64".encode()
     key = hashlib.sha256(bytes.fromhex(model_hash()) + settings).hexdigest()
     path = cache_folder() / "oracle" / f"{key}.safetensors"
     if refresh or not path.exists():
-        _compute(prompt).save(path)
-    return Reference(list(prompt), Scores(**safetensors.torch.load_file(path)))
+        _compute(list(prompt)).save(path)
+    return Reference.load(path, list(prompt))
 
 
 @cache
@@ -148,16 +176,19 @@ def model_hash() -> str:
 
 
 @cache
-def _transformers_model() -> Any:
-    return load_reference(smollm2_folder())
+def _transformers_model(dtype: torch.dtype) -> Any:
+    return load_reference(smollm2_folder(), dtype)
 
 
-def _compute(prompt: Sequence[int]) -> Scores:
-    """Decode greedily with a cache, keeping the final hidden state of every position."""
-    model = _transformers_model()
+def _compute(prompt: list[int]) -> Reference:
+    """Decode greedily with a cache, keeping the final hidden state of every position; then in float64."""
+    model, exact_model = _transformers_model(torch.float32), _transformers_model(torch.float64)
     with torch.inference_mode():
         hidden = torch.cat(list(_hidden_states(model, prompt)))
-        return Scores.of(hidden, model.lm_head)
+        scores = Scores.of(hidden, model.lm_head)
+        text = torch.tensor([Reference(prompt, scores, scores).inputs])
+        exact_hidden = exact_model.model(text, use_cache=False).last_hidden_state[0]
+        return Reference(prompt, scores, Scores.of(exact_hidden, exact_model.lm_head, scores.best))
 
 
 def _hidden_states(model: Any, prompt: Sequence[int]) -> Iterator[Tensor]:

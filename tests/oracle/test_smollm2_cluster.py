@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.cluster_harness import Shape
-from tests.oracle.matrix import Expected, Tally, compare
+from tests.oracle.matrix import Tally, compare
 from tests.oracle.smollm2_part import ObservedCluster, compare_scores
 from tests.oracle.smollm2_references import Reference, prompts, reference
 from tests.smollm2 import smollm2_folder
@@ -34,12 +34,6 @@ def references() -> list[Reference]:
     return [reference(prompts()[index]) for index in (TEXT, CHAT)]
 
 
-def first_tokens(expected: Expected) -> Expected:
-    """The beginning of a free-running reference."""
-    count = GENERATED_TOKENS
-    return Expected(expected.tokens[:count], expected.gaps[:count], expected.logprobs[:count])
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_real_model_over_shards_equals_transformers(name: str, references: list[Reference]) -> None:
     """Greedy tokens of a batch, then every position of a text that is given, log-probabilities included."""
@@ -51,7 +45,7 @@ def test_the_real_model_over_shards_equals_transformers(name: str, references: l
         tally.add(compare_scores(f"chat over {name}", cluster.teacher_forced(chat.inputs), chat))
         cluster.wait_all_free()
     for output, each in zip(outputs, references, strict=True):
-        tally.add(compare(name, output, first_tokens(each.expected())))
+        tally.add(compare(name, output, each.expected().beginning(GENERATED_TOKENS)))
     assert tally.verdict() == []
     assert tally.compared >= len(references[-1].inputs) + GENERATED_TOKENS
     workers = {shard.worker for shard in outputs[0].maps[-1]}

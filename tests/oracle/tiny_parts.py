@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cluster.types import SequenceKey
 from tests.cluster_harness import DenseCluster, Output, Shape, request
 from tests.models import Reference, random_prompt, reference_logits, reference_tokens, tiny_model
@@ -195,10 +197,15 @@ def _references(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Expected
 
 
 def _with_logprobs(folder: Path, prompt: Sequence[int], found: Reference) -> Expected:
-    """The log-probabilities come from another run of the model: one pass over the whole text."""
-    logits = reference_logits(folder, [*prompt, *found.tokens[:-1]])[len(prompt) - 1 :]
-    chosen = [logits[index].log_softmax(-1)[token] for index, token in enumerate(found.tokens)]
-    return Expected(found.tokens, found.gaps, [float(value) for value in chosen])
+    """The log-probabilities come from other runs of the model: one pass each over the whole text."""
+    text = [*prompt, *found.tokens[:-1]]
+    exact, rounded = (
+        reference_logits(folder, text, dtype)[len(prompt) - 1 :].log_softmax(-1)
+        for dtype in (torch.float64, torch.float32)
+    )
+    chosen = torch.tensor(found.tokens)[:, None]
+    columns = (logprobs.gather(1, chosen)[:, 0].tolist() for logprobs in (exact, rounded))
+    return Expected(found.tokens, found.gaps, *columns)
 
 
 def _scaled(shape: Shape, step_tokens: int, block_tokens: int) -> Shape:

@@ -1,4 +1,4 @@
-"""The scheduler against a model: a pool of a few tokens, answers that come late, losses, holds, aborts."""
+"""The scheduler against a model: a pool of a few tokens, late answers, losses, holds, aborts, windows."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ PRIORITIES = st.integers(0, 2)
 
 @dataclass
 class Truth:
-    """What a sequence really has: positions with KV, shards, and known tokens."""
+    """What a sequence really has: positions with KV, shards, and known tokens. `expired`: out of window."""
 
     length: int
     max_length: int
     deadline_s: float
     rank: tuple[int, int]
     generation: int = 0
+    expired: int = 0
     present: set[int] = field(default_factory=set)
     shards: list[tuple[int, int]] = field(default_factory=list)
 
@@ -41,6 +42,32 @@ class Truth:
     def room(self) -> int:
         """Tokens held in the pool."""
         return sum(end - first for first, end in self.shards)
+
+    def hole(self) -> int:
+        """The first position to compute."""
+        return next(p for p in range(self.expired, self.length) if p not in self.present)
+
+    def expire_before(self, position: int) -> None:
+        """What lies before is given back."""
+        self.expired = position
+        self.present = {p for p in self.present if p >= position}
+        self.shards = [(max(first, position), end) for first, end in self.shards if end > position]
+
+    def begin_anew(self) -> None:
+        """Everything is given back."""
+        self.generation, self.expired, self.present, self.shards = self.generation + 1, 0, set(), []
+
+    def go_on(self, window: int) -> bool:
+        """After a change, from the last run of KV whose next row sees nothing before it: what is before
+        expires. Without one, from 0; False where something has expired already.
+        """
+        known = {p for p in self.present if p < self.length - 1}
+        for start in sorted((p for p in known if p - 1 not in known), reverse=True):
+            end = next(p for p in range(start, self.length) if p not in known)
+            if start <= max(0, end - window + 1):
+                self.expire_before(start)
+                return True
+        return self.expired == 0
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -53,10 +80,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch=st.integers(1, 4),
         ahead=st.integers(1, 6),
         pool_tokens=st.integers(10, 80),
+        window=st.none() | st.integers(2, 12),
     )
-    def start(self, step_tokens: int, max_batch: int, ahead: int, pool_tokens: int) -> None:
+    def start(
+        self, step_tokens: int, max_batch: int, ahead: int, pool_tokens: int, window: int | None
+    ) -> None:
         """A scheduler and an empty pool."""
-        self.limits = SchedulerLimits(step_tokens, max_batch, 6, ahead, 60, 0.05, 0.5)
+        self.limits = SchedulerLimits(step_tokens, max_batch, 6, ahead, 60, 0.05, 0.5, window)
+        self.window = window or self.limits.max_sequence_length
         self.scheduler = Scheduler(self.limits)
         self.pool_tokens = pool_tokens
         self.now_s = 0.0
@@ -104,6 +135,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         truth = Truth(length, length + more, FOREVER_S, (1, self.submitted), shards=shards)
         truth.present = {p for a, b in committed for p in range(a, b) if p < length - 1}
+        assert truth.go_on(self.window)
         self.truth[key] = truth
 
     @rule(seconds=st.sampled_from([0.01, 0.06, 0.2]))
@@ -143,7 +175,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             truth.shards.append((shard[0], first))
         truth.present -= set(range(first, shard[1]))
         self.flying.pop(key, None)
-        self.scheduler.lost(key, [(first, shard[1])])
+        begins_anew = self.scheduler.lost(key, [(first, shard[1])])
+        assert begins_anew == (not truth.go_on(self.window))
+        if begins_anew:
+            truth.begin_anew()
+            self.asked.pop(key, None)
+
+    @precondition(lambda self: self.truth)
+    @rule(data=st.data())
+    def expire(self, data: st.DataObject) -> None:
+        """What no row will see is given back."""
+        key = data.draw(st.sampled_from(sorted(self.truth)))
+        truth = self.truth[key]
+        needed = self.scheduler.needed_from(key)
+        assert needed == max(0, truth.hole() - self.window + 1)
+        position = data.draw(st.integers(truth.expired, needed))
+        self.scheduler.expire_before(key, position)
+        truth.expire_before(position)
 
     @precondition(lambda self: set(self.truth) - self.held)
     @rule(data=st.data())
@@ -172,8 +220,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for key in (*self.plan.expired, *self.plan.exhausted):
             self.forget(key)
         for key in self.plan.preempted:
-            truth = self.truth[key]
-            truth.generation, truth.present, truth.shards = truth.generation + 1, set(), []
+            self.truth[key].begin_anew()
             self.asked.pop(key, None)
         self.flying = {row.key: row for row in self.plan.rows}
         for request in self.plan.room:
@@ -240,10 +287,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             end = row.start + row.count
             assert row.generation == truth.generation
             assert row.count > 0
-            assert row.start == next(p for p in range(truth.length) if p not in truth.present)
+            assert row.start == truth.hole()
+            seen = range(max(0, row.start - self.window + 1), row.start)
+            assert truth.present.issuperset(seen), "every row sees all it should"
             assert truth.present.isdisjoint(range(row.start, end))
             assert any(first <= row.start and end <= last for first, last in truth.shards)
-            assert row.samples == (truth.present | set(range(row.start, end)) == set(range(truth.length)))
+            whole = truth.present.issuperset({*range(truth.expired, truth.length)} - {*range(row.start, end)})
+            assert row.samples == whole
 
     @invariant()
     def counts_agree(self) -> None:
@@ -252,6 +302,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scheduler.running <= self.limits.max_batch
             known = self.scheduler.running + self.scheduler.waiting + self.scheduler.held
             assert known == len(self.truth)
+            assert all(self.scheduler.expired_before(key) == t.expired for key, t in self.truth.items())
 
     def end(self, key: SequenceKey) -> None:
         """Finish a sequence on both sides."""

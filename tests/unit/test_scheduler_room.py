@@ -270,6 +270,21 @@ def test_patience_begins_anew() -> None:
     assert is_given_up(4.7)
 
 
+def test_a_shard_that_grows_does_not_bring_back_what_expired() -> None:
+    """A worker that has not heard of a trim yet answers with the whole range of its shard."""
+    subject = scheduler(window_tokens=8)
+    submit(subject, A, 20)
+    grant(subject, subject.plan(0.0))
+    apply(subject, subject.plan(0.0))
+    assert (subject.needed_from(A), subject.expired_before(A)) == (9, 0)
+    apply(subject, subject.plan(0.0))
+    (wanted,) = subject.plan(0.0).room
+    subject.expire_before(A, 12)
+    assert subject.granted(wanted, [(0, wanted.end)])
+    assert subject.lost(A, [(16, wanted.end)]) is True, "position 16 sees 9 to 15"
+    assert spans(admitted(subject).rows) == [("a", 0, 16)]
+
+
 def test_the_first_in_rank_waits_rather_than_giving_way() -> None:
     """When only a held sequence has room besides, giving its own up would help nobody."""
     subject = pressed(A)

@@ -327,6 +327,41 @@ def test_the_fences_are_bounded() -> None:
     store.reserve(key("0"), generation(1), 0, 4)
 
 
+def test_a_key_is_free_again_two_leases_after_its_end() -> None:
+    """An ended life stays fenced as long as somebody may speak for it; then a new one begins from 1, and what
+    is late after all, under the id of a shard of the old one, does not reach it.
+    """
+    memory = build_memory(clock=ManualClock())
+    store = memory.store
+    old = memory.reserve("a", 0, 8, life=5)
+    memory.run(chunk(old, 0, 5, life=5))
+    store.release(key(), generation(5))
+    memory.clock.advance(2 * LEASE_MS / 1000 - 0.1)
+    for late in (generation(1), generation(5)):
+        with pytest.raises(Fenced, match=r"released|after"):
+            store.reserve(key(), late, 0, 4)
+        with pytest.raises(Fenced):
+            store.adopt(key(), late, range(5))
+    memory.clock.advance(0.2)
+    new = memory.reserve("a", 0, 8, life=1)
+    memory.run(chunk(new, 0, 3))
+    with pytest.raises(Fenced, match="not held"):
+        memory.begin(chunk(old, 5, 1, life=5))
+    memory.begin(reading(new, 3))
+    assert memory.committed("a") == [(0, 3)]
+
+
+def test_a_fence_that_is_seen_again_lasts_anew() -> None:
+    """Two leases count from the last time an ended life was fenced, and only the highest counts."""
+    store = build_store(clock=(clock := ManualClock()))
+    store.release(key(), generation(5))
+    clock.advance(1.5 * LEASE_MS / 1000)
+    store.release(key(), generation(6))
+    clock.advance(1.5 * LEASE_MS / 1000)
+    with pytest.raises(Fenced):
+        store.reserve(key(), generation(6), 0, 4)
+
+
 def test_a_shard_is_looked_up_within_a_turn() -> None:
     """Looking a shard up without the turn is a bug: it could be freed before it is read."""
     store = build_store()

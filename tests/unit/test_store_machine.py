@@ -88,7 +88,7 @@ class StoreMachine(RuleBasedStateMachine):
         life = self.model.alive(name) + off
         if off >= 0 and rarely % 8:
             return
-        if life < self.model.life.get(name, self.model.dead.get(name, -1)):
+        if life < self.model.life.get(name, self.model.dead(name)):
             with pytest.raises(Fenced):
                 self.store.release(key(name), generation(life))
             return
@@ -116,11 +116,26 @@ class StoreMachine(RuleBasedStateMachine):
         if self.model.life.get(name, life) < life:
             self.model.truncate(name, tokens)
             self.model.life[name] = life
-        if self.model.of(name):
+            if not self.model.of(name):
+                self.model.drop(name)
+        if name in self.model.life:
             self.model.renew_lease(name)
             self.known += [(shard, life) for shard in self.model.of(name)]
-        else:
-            self.model.drop(name)
+
+    @rule(name=NAMES, off=OFFS, pick=PICK)
+    def trim(self, name: str, off: int, pick: int) -> None:
+        """Whole blocks before a position come back, if it is certain and no lower life speaks."""
+        life = self.model.alive(name) + off
+        if off >= 0 and pick % 3:
+            return
+        keep_from = pick % 13
+        if not self.model.may_trim(name, life, keep_from):
+            with pytest.raises(Fenced):
+                self.store.trim(key(name), generation(life), keep_from)
+            return
+        free = self.model.free()
+        self.model.trim(name, life, keep_from)
+        assert self.store.trim(key(name), generation(life), keep_from) == self.model.free() - free
 
     @precondition(lambda self: self.model.parts)
     @rule(

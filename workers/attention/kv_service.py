@@ -122,6 +122,17 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.ReleaseResponse(responder=self._responder(), blocks_released=blocks)
 
     @rpc.unary
+    def Trim(  # the name of the RPC
+        self, request: kv_pb2.TrimRequest, context: grpc.ServicerContext
+    ) -> kv_pb2.TrimResponse:
+        """Give back what no row will see."""
+        self._check_epoch(request.believed)
+        blocks = self._store.trim(
+            sequence_key(request.sequence), Generation(request.generation), request.keep_from_position
+        )
+        return kv_pb2.TrimResponse(responder=self._responder(), blocks_released=blocks)
+
+    @rpc.unary
     def Renew(  # the name of the RPC
         self, request: kv_pb2.RenewRequest, context: grpc.ServicerContext
     ) -> kv_pb2.RenewResponse:

@@ -63,6 +63,10 @@ class LocalPeer:
         """See `AttentionPeer.release`."""
         return self._store.release(key, generation)
 
+    def trim(self, key: SequenceKey, generation: Generation, keep_from: int) -> int:
+        """See `AttentionPeer.trim`."""
+        return self._store.trim(key, generation, keep_from)
+
     def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
         """See `AttentionPeer.renew`."""
         return self._store.renew(keys)

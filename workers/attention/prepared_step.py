@@ -20,10 +20,18 @@ from workers.partials import Partial
 
 @dataclass(frozen=True, slots=True)
 class _Resolved:
-    """A plan row's shard, and the generation it was named under."""
+    """A plan row's shard, the generation it was named under, and the first position it sees."""
 
     shard: Shard
     generation: Generation
+    sees_from: int
+
+    @property
+    def is_trimmed(self) -> bool:
+        """Whether the shard gave up something the row sees. What it writes is still there: a trim never
+        reaches beyond what is certain, an append never below it.
+        """
+        return self.sees_from < self.shard.first
 
 
 class PreparedStep:
@@ -76,8 +84,8 @@ class PreparedStep:
     ) -> Partial:
         """Attend `query` (all rows of the step) over `spans`, some or all of the step's. Raises Fenced."""
         if self._leave_out_lost():
-            lost = [shard.fenced("was released or taken over during a step") for shard in self._lost]
-            raise _joined(lost)
+            what = "was released or taken over, or trimmed, during a step"
+            raise _joined([shard.fenced(what) for shard in self._lost])
         scale = self._arena.geometry.head_size**-0.5
         result = kernel.attend(query.to(self._arena.device), spans, self._arena.layer(layer), scale, window)
         return Partial(result.out, result.lse)
@@ -87,8 +95,12 @@ class PreparedStep:
         if self._changes != self._store.changes:
             self._changes = self._store.changes
             held = [self._store.is_held(row.shard, row.generation) for row in self._resolved]
-            self._lost = [row.shard for row, is_held in zip(self._resolved, held, strict=True) if not is_held]
-            if self._lost:
+            self._lost = [
+                row.shard
+                for row, is_held in zip(self._resolved, held, strict=True)
+                if not is_held or row.is_trimmed
+            ]
+            if not all(held):
                 kept = [
                     is_held for is_held, count in zip(held, self._appended, strict=True) for _ in range(count)
                 ]
@@ -135,7 +147,8 @@ def _resolve(store: Store, row: PlanRow) -> _Resolved:
     _check_visible(shard, row)
     if row.token_ids:
         shard.check_append(row.start, row.start + row.count)
-    return _Resolved(shard, generation)
+    sees = row.visible_first < row.visible_end
+    return _Resolved(shard, generation, row.visible_first if sees else row.start)
 
 
 def _check_visible(shard: Shard, row: PlanRow) -> None:

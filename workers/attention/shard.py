@@ -137,6 +137,17 @@ class Shard:
         self.pending = None
         return same == len(confirmed)
 
+    def trim(self, keep_from: int) -> list[int]:
+        """Give up the whole blocks before a certain position; returns them. Raises Fenced."""
+        if keep_from > self.committed:
+            raise self.fenced(f"{keep_from} is not certain yet, only what lies before {self.committed}")
+        count = max(0, keep_from - self.first) // self.block_tokens
+        given_up = self.blocks[:count]
+        self.parent = self.hash_before(count)
+        self.first += count * self.block_tokens
+        del self.blocks[:count], self.hashes[:count], self.token_ids[: count * self.block_tokens]
+        return given_up
+
     def hash_before(self, index: int) -> BlockHash | None:
         """Identity of the block before the shard's block `index`; None where it is not published."""
         if index == 0:

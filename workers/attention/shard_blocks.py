@@ -127,6 +127,10 @@ class ShardBlocks:
         del shard.hashes[shard.sealed :]
         return agrees
 
+    def trim(self, shard: Shard, keep_from: int) -> int:
+        """See `Shard.trim`; how many blocks became available. Published ones stay as a cache."""
+        return self.ledger.drop(shard.trim(keep_from))
+
     def _end_before(self, shard: Shard, index: int) -> None:
         shard.end = shard.first + index * shard.block_tokens
         del shard.token_ids[shard.end - shard.first :]

@@ -8,20 +8,18 @@ block is never freed under a kernel that reads it.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.clock import Clock
 from cluster.errors import Fenced, Internal, InvalidRequest, ResourceExhausted, Unavailable
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
+from workers.attention.fences import Fences
 from workers.attention.shard import Shard
 from workers.attention.shard_blocks import BlockAccount, CopyBlock, ShardBlocks
 from workers.attention.turns import Turns
 from workers.peer import Acquisition, HeldShard, Reservation, ShardPrefix
 
-_FENCES_MOST = 65_536
-_NEVER = Generation(-1)
 _OF_NOBODY = ShardPrefix()
 
 
@@ -38,8 +36,8 @@ class Holding:
 class Store:
     """The sequences of one arena.
 
-    A sequence's generation only rises: whoever speaks under a lower one than was seen is Fenced, also
-    after the sequence was released (the last `_FENCES_MOST` released ones are remembered).
+    A sequence's generation only rises: whoever speaks under a lower one than was seen is Fenced, also for
+    some time after the sequence ended (see `Fences`).
     """
 
     def __init__(
@@ -58,7 +56,9 @@ class Store:
         self.geometry = geometry
         self.turns = Turns()
         self.changes = 0
-        """Grows when a shard is freed or its owner changes: while it stands still, what was held is held."""
+        """Grows when a shard is freed or trimmed, or its owner changes: while it stands still, what was held
+        is held.
+        """
         self.leases_expired = 0
         self.draining = False
         self.empty = threading.Event()
@@ -68,7 +68,7 @@ class Store:
         self._clock = clock
         self._blocks = ShardBlocks(geometry, capacity, copy_block)
         self._holdings: dict[SequenceKey, Holding] = {}
-        self._fences: OrderedDict[SequenceKey, Generation] = OrderedDict()
+        self._fences = Fences(lease_ms, clock)
 
     @property
     def available(self) -> int:
@@ -139,7 +139,7 @@ class Store:
         """
         with self.turns:
             self._check_not_lower(key, generation)
-            self._fence(key, generation)
+            self._fences.raise_to(key, generation)
             return self._drop(key)
 
     def release_shard(self, key: SequenceKey, generation: Generation, shard_id: ShardId) -> int:
@@ -181,6 +181,29 @@ class Store:
         assert shard.committed <= shard.end
         self._blocks.publish(shard)
 
+    def trim(self, key: SequenceKey, generation: Generation, keep_from: int) -> int:
+        """Give up whole blocks before `keep_from`, which no row of the sequence sees any more; returns how
+        many became available. A sequence of which nothing is left here keeps its lease and its generation.
+        Idempotent. Raises Fenced, also where `keep_from` is not certain yet.
+
+        A step under way was planned for rows at or behind those the position was computed from, so what it
+        sees lies at `keep_from` or behind it. `PreparedStep` looks all the same, and fails closed.
+        """
+        with self.turns:
+            self._check_not_lower(key, generation)
+            holding = self._holdings.get(key)
+            if holding is None or holding.generation < generation:
+                return 0
+            freed = 0
+            for shard in sorted(holding.shards, key=_first_position, reverse=True):
+                if shard.end <= keep_from:
+                    freed += self._free(holding, shard)
+                else:  # the one that may refuse comes before any that is freed
+                    freed += self._blocks.trim(shard, keep_from)
+            holding.lease_end_s = self._lease_end()
+            self.changes += 1
+            return freed
+
     def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
         """Renew leases; returns the sequences that hold nothing here."""
         with self.turns:
@@ -203,7 +226,7 @@ class Store:
         """
         with self.turns:
             self._check_alive(key, generation)
-            self._fence(key, Generation(generation - 1))
+            self._fences.raise_to(key, Generation(generation - 1))
             holding = self._holdings.get(key)
             if holding is None:
                 return ()
@@ -250,7 +273,7 @@ class Store:
             now_s = self._clock()
             over = [key for key, holding in self._holdings.items() if holding.lease_end_s <= now_s]
             for key in over:
-                self._fence(key, self._holdings[key].generation)
+                self._fences.raise_to(key, self._holdings[key].generation)
                 self._drop(key)
             self.leases_expired += len(over)
             return tuple(over)
@@ -297,13 +320,13 @@ class Store:
 
     def _check_not_lower(self, key: SequenceKey, generation: Generation) -> None:
         holding = self._holdings.get(key)
-        seen = holding.generation if holding else self._fences.get(key, _NEVER)
+        seen = holding.generation if holding else self._fences.highest(key)
         if generation < seen:
             raise Fenced(f"{key}: generation {generation} spoke after {seen}")
 
     def _check_alive(self, key: SequenceKey, generation: Generation) -> None:
         self._check_not_lower(key, generation)
-        if generation <= self._fences.get(key, _NEVER):
+        if generation <= self._fences.highest(key):
             raise Fenced(f"{key}: generation {generation} was released")
 
     def _take_over(self, holding: Holding, generation: Generation, token_ids: Sequence[int]) -> None:
@@ -350,12 +373,6 @@ class Store:
         if not self._holdings:
             self.empty.set()
         return freed
-
-    def _fence(self, key: SequenceKey, generation: Generation) -> None:
-        self._fences[key] = max(generation, self._fences.get(key, _NEVER))
-        self._fences.move_to_end(key)
-        while len(self._fences) > _FENCES_MOST:
-            self._fences.popitem(last=False)
 
     def _held(self, holding: Holding) -> tuple[HeldShard, ...]:
         shards = sorted(holding.shards, key=_first_position)

@@ -28,6 +28,7 @@ from workers.dense.shard_keeper import ShardKeeper
 from workers.dense.step_layout import Chunk
 from workers.dense.step_runner import StepOutcome, StepRunner
 from workers.dense.submissions import Door, Submissions
+from workers.dense.windows import WindowTrimmer
 from workers.kernels.signature import Kernel
 from workers.lanes.messages import Lane
 
@@ -66,10 +67,11 @@ class Engine:
         self._outbox = Outbox()
         self._lanes = LaneSet(config.lanes)
         self._runner = StepRunner(decoder, kernel, self._lanes)
-        self._scheduler = Scheduler(_scheduler_limits(config, self.max_sequence_length))
+        limits = _scheduler_limits(config, self.max_sequence_length, decoder.spec.window_tokens)
+        self._scheduler = Scheduler(limits)
         self.pool = Pool(_placement_policy(config), connect, self, config.attention.lease_ms)
-        limits = TableLimits(config.dense.max_finished, config.dense.orphan_grace_ms / 1000)
-        self._table = SequenceTable(limits, self._scheduler, self.pool, self._outbox, clock)
+        table_limits = TableLimits(config.dense.max_finished, config.dense.orphan_grace_ms / 1000)
+        self._table = SequenceTable(table_limits, self._scheduler, self.pool, self._outbox, clock)
         self._door = Door(
             self.metrics,
             self._table,
@@ -85,6 +87,7 @@ class Engine:
         self._submissions = Submissions(self._door, config.dense.max_waiting, index)
         self._keeper = ShardKeeper(self._door)
         self._mover = Mover(self._door, config.placement.move_tokens)
+        self._trimmer = WindowTrimmer(self._door, decoder.spec.window_tokens, self._mover.is_moving)
         self._clock = clock
         self._step = 0
         self._stopping = False
@@ -230,6 +233,7 @@ class Engine:
         self._scheduler.apply(plan, tokens)
         for end in ended:
             end()
+        self._trimmer.trim(outcome.chunks)
         self._outbox.flush(plan.step)
         self.metrics.note_step(plan.tokens, len(tokens), outcome.dense_s, outcome.attention_s, outcome.lane_s)
 
@@ -303,13 +307,14 @@ class Engine:
         return max(0.0, min(_IDLE_S, self._scheduler.due_s() - self._clock()))
 
 
-def _scheduler_limits(config: Config, max_sequence_length: int) -> SchedulerLimits:
+def _scheduler_limits(config: Config, max_sequence_length: int, window_tokens: int | None) -> SchedulerLimits:
     return SchedulerLimits(
         step_tokens=config.dense.step_tokens,
         max_batch=config.dense.max_batch,
         max_waiting=config.dense.max_waiting,
         reserve_ahead_tokens=config.dense.reserve_ahead_tokens,
         max_sequence_length=max_sequence_length,
+        window_tokens=window_tokens,
     )
 
 

@@ -61,12 +61,16 @@ class Mover:
         """
         members = self._door.pool.members
         sequence, epoch = self._door.table.live(key), members.remote_epoch(target)
-        if sequence is None or epoch is None or any(move.sequence is sequence for move in self._moves):
+        if sequence is None or epoch is None or self.is_moving(sequence):
             return
         for placed in sequence.shards:
             if placed.shard.worker == source and members.remote_epoch(source) == placed.shard.epoch:
                 self._moves.append(_Move(sequence, placed.identity, (target, epoch)))
                 return
+
+    def is_moving(self, sequence: LiveSequence) -> bool:
+        """Whether a shard of it is on its way."""
+        return any(move.sequence is sequence for move in self._moves)
 
     def tick(self) -> None:
         """Take every move as far as it goes without waiting; begin to empty workers that drain."""
@@ -148,7 +152,7 @@ class Mover:
         reached = placed.shard.first if move.copy is None else move.copy.shard.end
         sequence.exchange(placed, move.copy)
         if reached < placed.shard.end:
-            self._door.scheduler.lost(key, [(reached, placed.shard.end)])
+            self._door.lose(sequence, [(reached, placed.shard.end)])
         self._moves.remove(move)
         self._door.scheduler.thaw(key)
         self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))

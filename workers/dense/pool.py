@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import monotonic
@@ -160,6 +160,10 @@ class Pool:
     def release(self, key: SequenceKey) -> None:
         """Give back all room of a sequence."""
         self._in_order(key, lambda: self._rooms.release(key))
+
+    def trim(self, key: SequenceKey, workers: Iterable[WorkerId], keep_from: int) -> None:
+        """Give back what lies at these workers before a position that no row will see any more."""
+        self._in_order(key, lambda: self._rooms.trim(key, workers, keep_from))
 
     def abandon(self, key: SequenceKey) -> None:
         """Renew it no longer and free nothing: somebody may take it over until its leases end."""

@@ -116,6 +116,16 @@ class RemotePeer:
         )
         return _call(lambda: self._stub.Release(request, timeout=_TIMEOUT_S)).blocks_released
 
+    def trim(self, key: SequenceKey, generation: Generation, keep_from: int) -> int:
+        """See `AttentionPeer.trim`."""
+        request = kv_pb2.TrimRequest(
+            believed=self._believed,
+            sequence=wire.sequence_message(key),
+            generation=generation,
+            keep_from_position=keep_from,
+        )
+        return _call(lambda: self._stub.Trim(request, timeout=_TIMEOUT_S)).blocks_released
+
     def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
         """See `AttentionPeer.renew`."""
         request = kv_pb2.RenewRequest(believed=self._believed, sequences=map(wire.sequence_message, keys))

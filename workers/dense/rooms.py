@@ -189,6 +189,23 @@ class Rooms:
                     "release_failed", request_id=key.request_id, peer=held.worker, problem=error.message
                 )
 
+    def trim(self, key: SequenceKey, workers: Iterable[WorkerId], keep_from: int) -> None:
+        """Give back what lies at these workers before a position. What a worker keeps because it does not
+        answer is given back by the next call, or with the rest.
+        """
+        for held in filter(None, (self._holders.get(key, worker) for worker in workers)):
+            peer = self._members.peer(held.worker, held.epoch)
+            if peer is None:
+                continue
+            try:
+                blocks = peer.trim(key, held.generation, keep_from)
+            except AnabranchError as error:
+                _log.warning(
+                    "trim_failed", request_id=key.request_id, peer=held.worker, problem=error.message
+                )
+            else:
+                self._members.add_free(held.worker, held.epoch, blocks)
+
     def abandon(self, key: SequenceKey) -> None:
         """Keep nothing of a sequence in mind, and free nothing."""
         self._holders.take(key)
@@ -220,11 +237,11 @@ class Rooms:
         if peer is None:
             return None
         generation = self._generation_at(wanted.key, peer, wanted.generation)
-        first = _first_of_shard(shards, allotment)
-        prefix = wanted.chain.prefix(first)
+        grown = _grown_by(shards, allotment)
+        prefix = wanted.chain.prefix(_known_start(grown, allotment))
         try:
             reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, prefix)
-            if reservation.shard.first != first:
+            if not _is_meant(reservation.shard, grown, allotment):
                 raise InvalidRequest(f"{peer.worker} has a shard from {reservation.shard.first} on as well")
         except ResourceExhausted:
             self._members.set_free(allotment.worker, allotment.epoch, 0)
@@ -295,12 +312,26 @@ class Rooms:
             self._members.add_free(held.worker, held.epoch, blocks)
 
 
-def _first_of_shard(shards: Iterable[Placed], allotment: Allotment) -> int:
-    """Where the shard begins that an allotment grows; the allotment itself where it is a new one."""
+def _grown_by(shards: Iterable[Placed], allotment: Allotment) -> Placed | None:
+    """The shard that an allotment grows; None where it is a new one."""
     for placed in shards:
         if placed.shard.worker == allotment.worker and placed.shard.end == allotment.first:
-            return placed.shard.first
-    return allotment.first
+            return placed
+    return None
+
+
+def _known_start(grown: Placed | None, allotment: Allotment) -> int:
+    """Where the shard begins, for its prefix. 0, before which nothing lies, for a trimmed one: its worker may
+    not have trimmed it yet, or not heard of it.
+    """
+    if grown is None:
+        return allotment.first
+    return 0 if grown.is_trimmed else grown.shard.first
+
+
+def _is_meant(reserved: ShardRef, grown: Placed | None, allotment: Allotment) -> bool:
+    """Whether the worker gave the room to the shard that the map means."""
+    return reserved.first == allotment.first if grown is None else reserved.shard == grown.shard.shard
 
 
 def _without_overlaps(found: Iterable[HeldShard]) -> Adopted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import AnabranchError
 from cluster.sampling import SamplingParameters
@@ -29,15 +29,31 @@ def wire_generation(generation: int, life: int) -> Generation:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A shard of a sequence's map and the wire generation its worker holds it under."""
+    """A shard of a sequence's map and the wire generation its worker holds it under.
+
+    is_trimmed: the map has it begin later than it did; its worker follows.
+    """
 
     shard: ShardRef
     generation: Generation
+    is_trimmed: bool = False
 
     @property
     def identity(self) -> tuple[WorkerId, Epoch, ShardId]:
         """What stays the same while the shard grows."""
         return self.shard.worker, self.shard.epoch, self.shard.shard
+
+    def grown_to(self, end: int) -> Placed:
+        """The same shard with more room."""
+        return replace(self, shard=replace(self.shard, end=end))
+
+    def trimmed_before(self, position: int, block_tokens: int) -> Placed:
+        """The same shard without its whole blocks before `position`."""
+        blocks = max(0, position - self.shard.first) // block_tokens
+        if blocks == 0:
+            return self
+        first = self.shard.first + blocks * block_tokens
+        return replace(self, shard=replace(self.shard, first=first), is_trimmed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +195,9 @@ class LiveSequence:
     def place(self, granted: Iterable[Placed]) -> None:
         """Room was reserved: new shards, or grown ones in place of themselves."""
         kept = {placed.identity: placed for placed in self.shards}
-        kept.update((placed.identity, placed) for placed in granted)
+        for placed in granted:
+            known = kept.get(placed.identity)
+            kept[placed.identity] = placed if known is None else known.grown_to(placed.shard.end)
         self.shards = tuple(sorted(kept.values(), key=_first_position))
         self.has_held = True
         assert all(
@@ -209,16 +227,32 @@ class LiveSequence:
         kept = [placed for placed in self.shards if placed is not old]
         self.shards = tuple(sorted([*kept, *([new] if new else [])], key=_first_position))
 
+    @property
+    def first_kept(self) -> int:
+        """Where its map begins."""
+        return self.shards[0].shard.first if self.shards else 0
+
+    def drop_before(self, position: int) -> frozenset[WorkerId]:
+        """Whole blocks before `position` leave the map; returns the workers whose shards changed."""
+        size = self.chain.block_tokens
+        after = {
+            placed.identity: placed.trimmed_before(position, size)
+            for placed in self.shards
+            if placed.shard.end > position
+        }
+        changed = {placed.shard.worker for placed in self.shards if after.get(placed.identity) is not placed}
+        self.shards = tuple(after.values())
+        return frozenset(changed)
+
     def is_void(self, placed: Placed) -> bool:
         """Whether a reservation belongs to a life that was given up before its answer came."""
         void = self.void.get(placed.shard.worker)
         return void is not None and placed.generation <= void
 
-    def restart(self) -> None:
-        """Preemption: everything is given back, under a higher generation."""
+    def begin_anew(self) -> None:
+        """Everything is given back, under a higher generation."""
         self.shards = ()
         self.life += 1
-        self.stopwatch.preemptions += 1
 
     def shard_map(self) -> tuple[ShardRef, ...]:
         """The map as gateways know it."""

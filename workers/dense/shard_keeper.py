@@ -37,7 +37,8 @@ class ShardKeeper:
         table = self._door.table
         for key in plan.preempted:
             sequence = self._live(key)
-            sequence.restart()
+            sequence.begin_anew()
+            sequence.stopwatch.preemptions += 1
             self._door.pool.release(key)
             self._door.metrics.preemptions.inc()
             _log.info("preempted", request_id=key.request_id, choice=key.choice, step=plan.step)
@@ -151,9 +152,11 @@ class ShardKeeper:
         lost = sequence.lose_worker(worker)
         known = len(sequence.token_ids)
         tokens = sum(max(0, min(placed.shard.end, known) - placed.shard.first) for placed in lost)
-        self._door.metrics.recomputed.inc(tokens)
-        self._door.scheduler.lost(sequence.key, [(placed.shard.first, placed.shard.end) for placed in lost])
+        ranges = [(placed.shard.first, placed.shard.end) for placed in lost]
         self._door.pool.renounce(sequence.key, worker)
+        if self._door.lose(sequence, ranges):
+            tokens = known
+        self._door.metrics.recomputed.inc(tokens)
         _log.warning(
             "shards_lost",
             request_id=sequence.key.request_id,

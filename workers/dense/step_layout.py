@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.model_spec import ModelSpec
+from cluster.model_spec import ModelSpec, widest_window
 from cluster.types import WorkerId
 from workers.dense.sequences import LiveSequence, Placed
 from workers.lanes.messages import PlanRow
@@ -97,7 +97,7 @@ def lay_out(
 ) -> StepLayout:
     """The layout of a step. `windows`: per layer; `order`: the workers involved, first to send to first."""
     rows = sum(chunk.count for chunk in chunks)
-    reach = None if None in windows else max(window for window in windows if window is not None)
+    reach = widest_window(windows)
     drafts = {worker: _Draft() for worker in order}
     parts_most = 0
     for chunk in chunks:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from cluster.clock import Clock
 from cluster.errors import AlreadyExists, AnabranchError, Fenced, ResourceExhausted, Unavailable
+from cluster.policies.ranges import Range
 from cluster.policies.scheduler import Scheduler
 from cluster.telemetry import logger
 from cluster.types import Epoch, KvGeometry, SequenceKey, WorkerId
@@ -41,6 +42,27 @@ class Door:
     post: Callable[[Callable[[], None]], None]
     leads_to: Callable[[WorkerId, Epoch], bool]
     geometry: KvGeometry
+
+    def lose(self, sequence: LiveSequence, ranges: Sequence[Range]) -> bool:
+        """KV of these ranges, which have left the map, is gone. True: a hole needs what has expired, so the
+        sequence gives up all it has and begins anew.
+        """
+        begins_anew = self.scheduler.lost(sequence.key, ranges)
+        if begins_anew:
+            sequence.begin_anew()
+            self.pool.release(sequence.key)
+        else:
+            self.let_expire(sequence, self.scheduler.expired_before(sequence.key))
+        return begins_anew
+
+    def let_expire(self, sequence: LiveSequence, position: int) -> None:
+        """What lies before a position that no row will see leaves the map (in whole blocks), the gateway is
+        sent the new one, and then the workers are told.
+        """
+        workers = sequence.drop_before(position)
+        if workers:
+            self.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
+            self.post(partial(self.pool.trim, sequence.key, workers, sequence.first_kept))
 
 
 class Submissions:
@@ -244,6 +266,7 @@ class Submissions:
             self._door.scheduler.hold(sequence.key)
         if pairs:
             sequence.place(placed for placed, _ in pairs)
+            self._door.let_expire(sequence, self._door.scheduler.expired_before(sequence.key))
             self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
         return sum(end - first for _, (first, end) in pairs)
 
@@ -252,6 +275,6 @@ def refusal(sequence: LiveSequence, error: AnabranchError) -> AnabranchError:
     """Fenced before it ever held a block means that the id itself was in use a short while ago."""
     if isinstance(error, Fenced) and not sequence.has_held:
         return AlreadyExists(
-            f"request id {sequence.key.request_id} was in use a short while ago: choose another one"
+            f"request id {sequence.key.request_id} was in use a short while ago: choose another one, or wait"
         )
     return error
