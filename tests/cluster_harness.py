@@ -25,6 +25,7 @@ from cluster.config import Config, TlsConfig
 from cluster.errors import AnabranchError
 from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, KvGeometry, SequenceKey, ShardRef, WorkerId, draw_epoch
+from tests.models import Reference
 from workers.attention.core import AttentionCore
 from workers.attention.worker import AttentionWorker
 from workers.dense.deltas import Delta, FinishReason, Timings
@@ -341,6 +342,14 @@ class DenseCluster:
         """Every account adds up and nothing is held."""
         held = {worker: (free, most) for worker, (free, most) in self.free_blocks().items() if free != most}
         assert held == {}, f"blocks (free, all) still held: {held}"
+
+
+def assert_continues(output: Output, reference: Reference) -> None:
+    """The output has the reference's length, and its tokens up to the first near-tie."""
+    sharp = reference.sharp_length()
+    assert output.failure is None
+    assert len(output.token_ids) == len(reference.tokens)
+    assert output.token_ids[:sharp] == list(reference.tokens[:sharp])
 
 
 def counted(engine: Engine, name: str, **labels: str) -> float:

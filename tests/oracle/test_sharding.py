@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.types import SequenceKey
-from tests.cluster_harness import DenseCluster, Output, Shape, request
+from tests.cluster_harness import DenseCluster, Output, Shape, assert_continues, request
 from tests.models import NEAR_TIE, Reference, random_prompt, reference_tokens, tiny_model
 
 COUNT = 20
@@ -48,10 +48,7 @@ def references(folder: Path) -> list[Reference]:
 def assert_same(outputs: Sequence[Output], references: Sequence[Reference]) -> None:
     """Tokens agree up to the first near-tie of the reference."""
     for output, reference in zip(outputs, references, strict=True):
-        assert output.failure is None
-        sharp = reference.sharp_length()
-        assert len(output.token_ids) == len(reference.tokens)
-        assert output.token_ids[:sharp] == list(reference.tokens[:sharp])
+        assert_continues(output, reference)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

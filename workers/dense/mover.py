@@ -61,7 +61,7 @@ class Mover:
         """
         members = self._door.pool.members
         sequence, epoch = self._door.table.live(key), members.remote_epoch(target)
-        if sequence is None or epoch is None or self.is_moving(sequence):
+        if sequence is None or epoch is None or source == target or self.is_moving(sequence):
             return
         for placed in sequence.shards:
             if placed.shard.worker == source and members.remote_epoch(source) == placed.shard.epoch:
@@ -80,9 +80,10 @@ class Mover:
             self._advance(move)
 
     def _evacuate(self) -> None:
+        """Sequences of which a move failed come after all others."""
         members = self._door.pool.members
         for worker in members.draining():
-            for sequence in self._door.table.holding_at(worker):
+            for sequence in sorted(self._door.table.holding_at(worker), key=_moves_failed):
                 if len(self._moves) >= _MOVES_MOST:
                     return
                 target = members.roomiest(apart_from=worker, blocks=self._blocks_at(sequence, worker))
@@ -176,6 +177,7 @@ class Mover:
         self._moves.remove(move)
         self._door.metrics.moves.labels("given_up").inc()
         sequence, (target, _) = move.sequence, move.target
+        sequence.moves_failed += 1
         is_live = self._door.table.is_live(sequence)
         if is_live:
             self._door.scheduler.thaw(sequence.key)
@@ -184,3 +186,7 @@ class Mover:
             self._door.pool.renounce(sequence.key, target)
         elif move.copy is not None:
             self._door.pool.release_shard(sequence.key, move.copy)
+
+
+def _moves_failed(sequence: LiveSequence) -> int:
+    return sequence.moves_failed

@@ -26,6 +26,7 @@ _T = TypeVar("_T")
 
 _KEY_THREADS = 4
 _CONNECT_THREADS = 4
+_PULL_THREADS = 2
 _RECONNECT_S = 0.5
 _RENEW_KEYS_MOST = 1024
 """Sequences named in one call to renew."""
@@ -71,6 +72,7 @@ class Pool:
         self._renew_pause_s = lease_ms / 4000
         self._by_key = [ThreadPoolExecutor(1, f"pool-{index}") for index in range(_KEY_THREADS)]
         self._connectors = ThreadPoolExecutor(_CONNECT_THREADS, "connect")
+        self._pullers = ThreadPoolExecutor(_PULL_THREADS, "pull")
         self._connected = threading.Condition()
         self._closing = False
         self._wake = threading.Event()
@@ -86,7 +88,7 @@ class Pool:
         self._wake.set()
         if self._keeper.is_alive():
             self._keeper.join()
-        for executor in (*self._by_key, self._connectors):
+        for executor in (*self._by_key, self._pullers, self._connectors):
             executor.shutdown(wait=True)
         for peer in self.members.clear():
             peer.close()
@@ -150,8 +152,11 @@ class Pool:
         )
 
     def pull(self, wanted: PullWanted, answer: Callable[[Placed | AnabranchError | None], None]) -> None:
-        """Copy a piece of a shard to another worker; answers the copy so far."""
-        self._in_order(wanted.key, lambda: answer(_answered(lambda: self._rooms.pull(wanted))))
+        """Copy a piece of a shard to another worker; answers the copy so far. On threads of their own: a copy
+        may take long, and what other sequences ask for must not wait for it.
+        """
+        expected = self._rooms.expect_pull(wanted)
+        self._later(self._pullers, lambda: answer(_answered(lambda: self._rooms.pull(expected))))
 
     def release_shard(self, key: SequenceKey, placed: Placed) -> None:
         """Give back one shard of a sequence that goes on; see `Rooms.release_shard`."""

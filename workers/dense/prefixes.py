@@ -33,6 +33,11 @@ class BlockChain:
         parent = self.hashes[-1] if self.hashes else self._root
         self.hashes += blocks.chain(parent, token_ids[known:], self.block_tokens)
 
+    def begin_as(self, other: BlockChain, tokens: int) -> None:
+        """The first `tokens` are those of another chain of the same tenant: its identities are known here."""
+        if not self.hashes and other._root == self._root:
+            self.hashes = other.hashes[: tokens // self.block_tokens]
+
     def prefix(self, first: int) -> ShardPrefix:
         """What a worker needs to publish a shard that begins at `first`."""
         index, offset = divmod(first, self.block_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
 from cluster.policies.placement import Allotment, PlacementPolicy, place
@@ -143,12 +143,10 @@ class Rooms:
         address = self._members.address(source.shard.worker, source.shard.epoch)
         if peer is None or not address:
             raise Unavailable(f"no way from {source.shard.worker} to {wanted.target[0]}")
-        generation = self._generation_at(wanted.key, peer, wanted.generation)
-        self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))  # also if the answer is lost
         try:
             found = peer.pull(
                 wanted.key,
-                generation,
+                wanted.generation,
                 wanted.first,
                 wanted.token_ids,
                 wanted.prefix,
@@ -158,7 +156,16 @@ class Rooms:
             self._members.set_free(peer.worker, peer.epoch, 0)  # until a heartbeat says otherwise
             raise
         self._members.set_free(peer.worker, peer.epoch, found.blocks_available)
-        return Placed(found.shard.shard, generation) if found.shard is not None else None
+        return Placed(found.shard.shard, wanted.generation) if found.shard is not None else None
+
+    def expect_pull(self, wanted: PullWanted) -> PullWanted:
+        """Before a pull is queued: under which generation it goes, and whom a release has to reach as well.
+        A pull that comes after the release is fenced by it.
+        """
+        worker, epoch = wanted.target
+        generation = self._generation_at(wanted.key, worker, epoch, wanted.generation)
+        self._holders.put(wanted.key, Held(worker, epoch, generation))
+        return replace(wanted, generation=generation)
 
     def release_shard(self, key: SequenceKey, placed: Placed) -> None:
         """Give back one shard. Its worker is forgotten only where it says that it holds no other: one may
@@ -236,7 +243,7 @@ class Rooms:
         peer = self._members.peer(allotment.worker, allotment.epoch)
         if peer is None:
             return None
-        generation = self._generation_at(wanted.key, peer, wanted.generation)
+        generation = self._generation_at(wanted.key, peer.worker, peer.epoch, wanted.generation)
         grown = _grown_by(shards, allotment)
         prefix = wanted.chain.prefix(_known_start(grown, allotment))
         try:
@@ -277,10 +284,10 @@ class Rooms:
         except AnabranchError as error:
             _log.warning("release_failed", request_id=key.request_id, peer=peer.worker, problem=error.message)
 
-    def _generation_at(self, key: SequenceKey, peer: AttentionPeer, new: Generation) -> Generation:
+    def _generation_at(self, key: SequenceKey, worker: WorkerId, epoch: Epoch, new: Generation) -> Generation:
         """A worker knows one generation of a sequence: the one of what it holds, or else a new one."""
-        held = self._holders.get(key, peer.worker)
-        return held.generation if held is not None and held.epoch == peer.epoch else new
+        held = self._holders.get(key, worker)
+        return held.generation if held is not None and held.epoch == epoch else new
 
     def _acquire_at(self, wanted: PrefixWanted, source: Source) -> HeldShard | None:
         """None where nothing lies, or the worker does not answer. Raises Fenced."""

@@ -129,6 +129,7 @@ class LiveSequence:
     """Since when its gateway's stream is gone."""
     has_held: bool = False
     """Whether any reservation ever succeeded."""
+    moves_failed: int = 0
     cached_tokens: int = 0
     """Of its prompt, found in the pool when it arrived."""
     void: dict[WorkerId, Generation] = field(default_factory=dict)

@@ -88,12 +88,19 @@ class ShardKeeper:
         return bool(at_fault)
 
     def lease_lost(self, key: SequenceKey, worker: WorkerId, generation: Generation) -> None:
-        """A worker no longer holds what it held of a sequence under this generation."""
+        """A worker no longer holds what it held of a sequence under this generation. It may have fenced that
+        generation: where nothing was in the map either, what comes there next is a new life's.
+        """
         sequence = self._door.table.live(key)
-        if sequence is not None and any(
+        if sequence is None:
+            return
+        if any(
             placed.shard.worker == worker and placed.generation == generation for placed in sequence.shards
         ):
             self._lose(sequence, worker)
+        elif not sequence.holds_at(worker) and generation == sequence.generation:
+            sequence.begin_anew_at(worker)
+            self._door.pool.renounce(key, worker)
 
     def superseded(self, key: SequenceKey, error: AnabranchError) -> None:
         """Another dense worker runs the sequence."""

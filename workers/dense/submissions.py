@@ -116,7 +116,7 @@ class Submissions:
             for sequence in self._followers.pop(leader):
                 self._looking.discard(sequence)
                 if self._door.table.is_live(sequence):
-                    self._acquire(sequence, sources_of(leader.shard_map()))
+                    self._follow(sequence, leader)
 
     def refuse(self, submission: Submission, subscriber: Subscriber, error: AnabranchError) -> None:
         """Answer a submission with its failure."""
@@ -179,10 +179,18 @@ class Submissions:
             self._looking.add(sequence)
             self._followers.setdefault(leader, []).append(sequence)
         elif leader is not None:
-            self._acquire(sequence, sources_of(leader.shard_map()))
+            self._follow(sequence, leader)
         else:
             sequence.chain.grow(sequence.token_ids[:-1])
             self._acquire(sequence, self._index.sources(sequence.chain, self._door.leads_to))
+
+    def _follow(self, sequence: LiveSequence, leader: LiveSequence) -> None:
+        """Go on behind the leader's prompt; where it lost that meanwhile, with whatever lies in the pool."""
+        sequence.chain.begin_as(leader.chain, len(sequence.token_ids) - 1)
+        sources = sources_of(leader.shard_map())
+        if not sources and self._index is not None:
+            sources = self._index.sources(sequence.chain, self._door.leads_to)
+        self._acquire(sequence, sources)
 
     def _leader(self, sequence: LiveSequence) -> LiveSequence | None:
         """The first choice of the same request, if it lives here and began with the same prompt."""
