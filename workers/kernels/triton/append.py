@@ -36,6 +36,7 @@ def append(cache: LayerCache, slots: Tensor, key: Tensor, value: Tensor) -> None
         cache.key.shape[0] * cache.key.shape[1],
         ROW_ELEMENTS=elements,
         ELEMENTS=_ELEMENTS,
+        enable_fp_fusion=True,
     )
 
 
@@ -57,9 +58,9 @@ def _append_row(
     element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     slot = tl.load(slots + row)
     is_row = element < ROW_ELEMENTS
-    is_there = is_row & (slot >= 0) & (slot < slots_end)
     keys = tl.load(key + row * key_stride + element, mask=is_row)
     values = tl.load(value + row * value_stride + element, mask=is_row)
     place = slot * ROW_ELEMENTS + element
+    is_there = is_row & (place >= 0) & (place < slots_end.to(tl.int64) * ROW_ELEMENTS)
     tl.store(cache_key + place, keys.to(cache_key.dtype.element_ty), mask=is_there)
     tl.store(cache_value + place, values.to(cache_value.dtype.element_ty), mask=is_there)

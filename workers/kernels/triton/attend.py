@@ -1,7 +1,7 @@
 """Stage one: a tile of query rows over a stretch of slots gives a partial (FlashDecoding's split).
 
-Online softmax as in FlashAttention (arXiv 2205.14135, algorithm 1); the (out, lse) form of what a split gives is
-DistAttention's, here within one device.
+Online softmax as in FlashAttention (arXiv 2205.14135, algorithm 1); the (out, lse) form of what a split gives
+is DistAttention's, here within one device.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ def attend(
 ) -> None:
     """Launch stage one for every height of tiles in use.
 
-    query: [rows, query_heads, head_size], contiguous. key, value: [blocks, block_tokens, kv_heads, head_size] or,
-    where the tables are those of chunks, [rows, kv_heads, head_size]; heads are adjacent, slots equally far
-    apart in both. partials: float32 out [partial rows, head_size] and lse [partial rows], as many as the tables say.
+    query: [rows, query_heads, head_size], contiguous. key, value: [blocks, block_tokens, kv_heads, head_size]
+    or, where the tables are those of chunks, [rows, kv_heads, head_size]; the heads of a slot are adjacent.
+    partials: float32 out [partial rows, head_size] and lse [partial rows], as many as the tables say.
     """
     kv_heads, head_size = key.shape[-2:]
     assert query.is_contiguous(), "query rows are adjacent"
     for part in (key, value):
         assert part.stride()[-2:] == (head_size, 1), f"heads {part.stride()} apart"
-        assert part.stride(-3) == key.stride(-3), "keys and values lie alike"
     for rows, items in tables.items.items():
         _attend_tiles[(items.shape[0], kv_heads)](
             query,
@@ -49,6 +48,7 @@ def attend(
             items,
             tables.blocks,
             key.stride(-3),
+            value.stride(-3),
             scale,
             _NO_WINDOW if window is None else window,
             GROUP=query.shape[1] // kv_heads,
@@ -61,6 +61,7 @@ def attend(
             WIDEN=query.device.type == "cpu",
             num_warps=warps_of(rows),
             num_stages=stages_of(rows),
+            enable_fp_fusion=True,
         )
 
 
@@ -73,7 +74,8 @@ def _attend_tiles(
     partial_lse,
     items,
     tables,
-    slot_stride,
+    key_stride,
+    value_stride,
     scale,
     window,
     GROUP: tl.constexpr,
@@ -88,7 +90,7 @@ def _attend_tiles(
     """Grid: (items, KV heads). Writes ROWS partial rows from where the item says.
 
     Packed row p of a span is its row p // GROUP under the p % GROUP-th query head of the KV head.
-    BLOCK_TOKENS 0: the slots are a chunk's own rows, each seen up to itself; otherwise `tables` names the blocks.
+    BLOCK_TOKENS 0: the slots are a chunk's own rows, each seen up to itself; else `tables` names the blocks.
     """
     item = items + tl.program_id(0) * _ITEM_FIELDS
     kv_head = tl.program_id(1)
@@ -119,9 +121,8 @@ def _attend_tiles(
         else:
             block = tl.load(tables + table_start + slot // BLOCK_TOKENS, mask=is_slot, other=0)
             flat = block.to(tl.int64) * BLOCK_TOKENS + slot % BLOCK_TOKENS
-        place_of_slot = flat * slot_stride + kv_head * HEAD_SIZE
-        keys = _rows(key, place_of_slot, is_slot, HEAD_SIZE, HEAD_PADDED)
-        values = _rows(value, place_of_slot, is_slot, HEAD_SIZE, HEAD_PADDED)
+        keys = _rows(key, flat * key_stride + kv_head * HEAD_SIZE, is_slot, HEAD_SIZE, HEAD_PADDED)
+        values = _rows(value, flat * value_stride + kv_head * HEAD_SIZE, is_slot, HEAD_SIZE, HEAD_PADDED)
         scores = product(queries, tl.trans(keys), WIDEN) * scale
         out, total, peak = _absorb(out, total, peak, scores, seen, values, PRECISE, WIDEN)
     partial = (tl.load(item + 7) + kv_head * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -175,4 +176,8 @@ def _store(
     tl.store(partial_lse + partial, tl.where(total > 0.0, peak + tl.log(divisor), float("-inf")))
     size = tl.arange(0, HEAD_PADDED)
     places = partial[:, None] * HEAD_SIZE + size[None, :]
-    tl.store(partial_out + places, out / divisor[:, None], mask=(size < HEAD_SIZE)[None, :] & (partial >= 0)[:, None])
+    tl.store(
+        partial_out + places,
+        out / divisor[:, None],
+        mask=(size < HEAD_SIZE)[None, :] & (partial >= 0)[:, None],
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,17 @@ from workers.kernels.signature import AttendResult, LayerCache, SlotOptions, Spa
 from workers.kernels.torch_flash import TorchKernel
 from workers.kernels.triton.attend import attend
 from workers.kernels.triton.merge import merge
-from workers.kernels.triton.tables import Heads, SpanTables, TableMemo, key_of, tables_of_chunks, tables_of_spans
+from workers.kernels.triton.tables import (
+    Cutting,
+    SpanTables,
+    TableMemo,
+    key_of,
+    tables_of_chunks,
+    tables_of_spans,
+)
+from workers.kernels.triton.tiling import SPLIT_SLOTS_LEAST
 
-_BATCHES_REMEMBERED = 64
+_BATCHES_REMEMBERED = 32
 """Several lanes, slices of long chunks, and a window of its own for some layers."""
 
 
@@ -26,7 +34,8 @@ class TritonKernel:
 
     name = "triton"
 
-    def __init__(self) -> None:
+    def __init__(self, split_slots_least: int = SPLIT_SLOTS_LEAST) -> None:
+        self._split_slots_least = split_slots_least
         self._memo = TableMemo(_BATCHES_REMEMBERED)
         self._plain = TorchKernel()
 
@@ -45,8 +54,9 @@ class TritonKernel:
 
         def build() -> SpanTables:
             check_attend(query, spans, cache, window, None)
-            heads = _heads(query, cache.key)
-            return tables_of_spans(spans, query.shape[0], window, heads, query.device)
+            return tables_of_spans(
+                spans, query.shape[0], window, self._cutting(query, cache.key), query.device
+            )
 
         # All that is checked is in the key: a batch that was checked once need not be again for each layer.
         looks = (_look(query), _look(cache.key), _look(cache.value))
@@ -66,13 +76,17 @@ class TritonKernel:
     ) -> AttendResult:
         """See `signature.Kernel.causal`."""
         check_causal(query, key, value, chunks, window)
-        heads = _heads(query, key)
+        cutting = self._cutting(query, key)
         tables = self._memo.get(
-            (heads, query.device, *chunks), None, lambda: tables_of_chunks(chunks, heads, query.device)
+            (cutting, query.device, *chunks), None, lambda: tables_of_chunks(chunks, cutting, query.device)
         )
-        key, value = _alike(key, value)
+        key, value = _with_adjacent_heads(key), _with_adjacent_heads(value)
         out, lse = _run(query, key, value, tables, scale, window)
         return AttendResult(out, lse, ())
+
+    def _cutting(self, query: Tensor, key: Tensor) -> Cutting:
+        kv_heads, head_size = key.shape[-2:]
+        return Cutting(query.shape[1], kv_heads, head_size, key.element_size(), self._split_slots_least)
 
 
 def _look(tensor: Tensor) -> Hashable:
@@ -80,16 +94,9 @@ def _look(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()
 
 
-def _heads(query: Tensor, key: Tensor) -> Heads:
-    return Heads(query.shape[1], key.shape[-2], key.shape[-1], key.element_size())
-
-
-def _alike(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values whose heads are adjacent and whose rows lie equally far apart; copies where they are not."""
-    strides = (key.shape[2], 1)
-    if key.stride() == value.stride() and key.stride()[1:] == strides:
-        return key, value
-    return key.contiguous(), value.contiguous()
+def _with_adjacent_heads(part: Tensor) -> Tensor:
+    """[rows, kv_heads, head_size] whose heads lie side by side: a copy if they do not."""
+    return part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous()
 
 
 def _run(

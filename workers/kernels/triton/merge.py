@@ -15,11 +15,14 @@ _PARTS = 16
 """Partials a program reads at once."""
 
 
-def merge(partials: tuple[Tensor, Tensor], tables: SpanTables, kv_heads: int, out: Tensor, lse: Tensor) -> None:
-    """Launch stage two: out [rows, query_heads, head_size] and lse [rows, query_heads], float32, from partials.
+def merge(
+    partials: tuple[Tensor, Tensor], tables: SpanTables, kv_heads: int, out: Tensor, lse: Tensor
+) -> None:
+    """Launch stage two: from the partials of stage one to out [rows, query_heads, head_size] and lse [rows,
+    query_heads], all float32.
 
-    partials: out [partial rows, head_size] and lse [partial rows] of stage one. Every row is written; one of no span
-    gets 0 and -inf.
+    partials: out [partial rows, head_size] and lse [partial rows]. Every row is written; one of no span gets
+    0 and -inf.
     """
     rows, query_heads, head_size = out.shape
     _merge_row[(rows, query_heads)](
@@ -32,6 +35,7 @@ def merge(partials: tuple[Tensor, Tensor], tables: SpanTables, kv_heads: int, ou
         HEAD_SIZE=head_size,
         HEAD_PADDED=padded(head_size),
         PARTS=_PARTS,
+        enable_fp_fusion=True,
     )
 
 

@@ -29,13 +29,14 @@ _NO_BLOCKS: Ints = np.empty(0, np.int32)
 class SpanTables:
     """One batch on the device, all int32.
 
-    items: by packed rows per tile, [items, ITEM_FIELDS]: the work of stage one, one row for each tile and split:
-        0 first row of the span in the batch       4 first slot of the split
-        1 packed rows of the span                  5 slot after its last
-        2 first packed row of the tile             6 where the span's blocks begin in `blocks` (a chunk: its first row)
-        3 the first row's own place in slots       7 first partial row of the item
-    rows: [rows, ROW_FIELDS], what stage two sums for each row of the batch:
-        0 first partial row of its span   1 its number in the span   2 splits, 0 for a row of no span   3 rows per tile
+    items: by packed rows per tile, [items, ITEM_FIELDS]: the work of stage one, for each tile and split
+        0 first row of the span in the batch    4 first slot of the split
+        1 packed rows of the span               5 slot after its last
+        2 first packed row of the tile          6 where its ids begin in `blocks`; of a chunk the first row
+        3 the first row's own place in slots    7 first partial row of the item
+    rows: [rows, ROW_FIELDS], what stage two sums for each row of the batch
+        0 first partial row of its span         2 splits; 0 for a row of no span
+        1 its number in the span                3 packed rows per tile
     blocks: the spans' block ids, one span after the other. partial_rows: rows of the buffers in between.
     """
 
@@ -47,30 +48,31 @@ class SpanTables:
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """What the cutting depends on besides the spans."""
+class Cutting:
+    """What the cutting of a batch depends on besides its spans."""
 
-    query: int
-    kv: int
-    size: int
+    query_heads: int
+    kv_heads: int
+    head_size: int
     element_bytes: int
+    split_slots_least: int
 
 
 def tables_of_spans(
-    spans: Sequence[Span], rows: int, window: int | None, heads: Heads, device: torch.device
+    spans: Sequence[Span], rows: int, window: int | None, cutting: Cutting, device: torch.device
 ) -> SpanTables:
     """Tables of `rows` rows over cached blocks."""
     starts = np.cumsum([0, *(len(span.blocks) for span in spans)]).tolist()
     cuts = [_cut_of(span, window, start) for span, start in zip(spans, starts, strict=False)]
     blocks = np.concatenate([_NO_BLOCKS, *(np.asarray(span.blocks, np.int32) for span in spans)])
-    return _cut_up(cuts, rows, blocks, heads, device, are_chunks=False)
+    return _cut_up(cuts, rows, blocks, cutting, device, are_chunks=False)
 
 
-def tables_of_chunks(chunks: Sequence[int], heads: Heads, device: torch.device) -> SpanTables:
+def tables_of_chunks(chunks: Sequence[int], cutting: Cutting, device: torch.device) -> SpanTables:
     """Tables of consecutive chunks over themselves, whatever the window."""
     starts = np.cumsum([0, *chunks]).tolist()
     cuts = [_Cut(start, count, 0, 0, count, start) for start, count in zip(starts, chunks, strict=False)]
-    return _cut_up(cuts, starts[-1], _NO_BLOCKS, heads, device, are_chunks=True)
+    return _cut_up(cuts, starts[-1], _NO_BLOCKS, cutting, device, are_chunks=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +95,17 @@ def _cut_of(span: Span, window: int | None, table_start: int) -> _Cut:
 
 
 def _cut_up(
-    cuts: Sequence[_Cut], rows: int, blocks: Ints, heads: Heads, device: torch.device, *, are_chunks: bool
+    cuts: Sequence[_Cut], rows: int, blocks: Ints, cutting: Cutting, device: torch.device, *, are_chunks: bool
 ) -> SpanTables:
     """Tiles and splits of all cuts, on the device."""
-    group, step = heads.query // heads.kv, slots_of(heads.size, heads.element_bytes)
+    group = cutting.query_heads // cutting.kv_heads
+    step = slots_of(cutting.head_size, cutting.element_bytes)
     seeing = [cut for cut in cuts if cut.slot_start < cut.slot_stop]
     tiles = [-(-cut.row_count * group // rows_of(cut.row_count * group)) for cut in seeing]
     work = sum(count * (cut.slot_stop - cut.slot_start) for cut, count in zip(seeing, tiles, strict=True))
-    split = split_slots(work * heads.kv, programs_wanted(device), step)
+    split = split_slots(
+        work * cutting.kv_heads, programs_wanted(device), max(step, cutting.split_slots_least), step
+    )
     row_table = np.tile(np.array([0, 0, 0, 1], np.int32), (rows, 1))  # rows of no span: nothing to sum
     items: dict[int, list[Ints]] = {}
     partial_rows = 0
@@ -111,9 +116,9 @@ def _cut_up(
         own[:] = partial_rows, 0, len(slots), tile_rows
         own[:, 1] = np.arange(cut.row_count)
         items.setdefault(tile_rows, []).append(
-            _items(cut, cut.row_count * group, tile_rows, tile_count, slots, partial_rows, heads.kv)
+            _items(cut, cut.row_count * group, tile_rows, tile_count, slots, partial_rows, cutting.kv_heads)
         )
-        partial_rows += tile_count * len(slots) * heads.kv * tile_rows
+        partial_rows += tile_count * len(slots) * cutting.kv_heads * tile_rows
     heights = sorted(items)
     *item_tables, row_tensor, block_tensor = _on_device(
         [*(np.concatenate(items[height]) for height in heights), row_table, blocks], device
@@ -123,7 +128,7 @@ def _cut_up(
 
 
 def _even_splits(cut: _Cut, longest: int, step: int) -> Ints:
-    """[splits, 2]: first slot and slot after the last of splits of about equal length, multiples of `step`."""
+    """[splits, 2]: first slot and slot after the last, of splits of about equal length, `step` slots each."""
     slots = cut.slot_stop - cut.slot_start
     splits = -(-slots // longest)
     length = -(-slots // (splits * step)) * step

@@ -58,9 +58,9 @@ def programs_wanted(device: torch.device) -> int:
     return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def split_slots(work_slots: int, programs: int, step: int) -> int:
-    """Slots per split, a multiple of `step`, so that `work_slots` (over all tiles and KV heads) make about
-    `programs` programs.
+def split_slots(work_slots: int, programs: int, least: int, step: int) -> int:
+    """Slots per split, at least `least` and a multiple of `step`, so that `work_slots`, those of all tiles
+    and KV heads, make about `programs` programs.
     """
-    wanted = max(SPLIT_SLOTS_LEAST, -(-work_slots // programs))
+    wanted = max(least, -(-work_slots // programs))
     return -(-wanted // step) * step
