@@ -33,7 +33,7 @@ BILLION: Mapping[str, Any] = {
 
 FIRST, SECOND, LAST = "attention-0", "attention-1", "attention-2"
 ARENAS = {FIRST: "400MiB", SECOND: "399MiB", LAST: "300MiB"}
-"""The larger are filled first: FIRST gets the first shard, SECOND the second and what moves away from FIRST."""
+"""The larger are filled first: FIRST gets the first shard, SECOND the second and what leaves FIRST."""
 
 
 def spawn_on(devices: Mapping[str, str]) -> Spawn:
