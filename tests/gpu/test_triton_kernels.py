@@ -55,7 +55,7 @@ def test_attends_like_the_textbook(
         heads=heads,
         head_size=head_size,
         dtype=dtype,
-        shards=((1, 330), (1, 1), (1, 0), (3, 40)),
+        shards=((1, 330), (1, 0), (2, 40)),
         block_tokens=block_tokens,
     )
     assert_close(attend_on(device, TritonKernel(), batch), *naive(batch, None), dtype)
@@ -104,7 +104,7 @@ BATCHES = given(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @BATCHES
 def test_any_batch_equals_the_specification(
     device: str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 
 from workers.kernels.reference import ReferenceKernel
 from workers.kernels.signature import Kernel
@@ -16,11 +17,13 @@ _log = logging.getLogger("anabranch.kernels")
 def select(name: str, device: str) -> Kernel:
     """The backend called `name`; "auto" is the fastest that runs on `device` ("cpu" or "cuda").
 
+    "triton" runs on the CPU only where Triton interprets it (TRITON_INTERPRET=1), for tests, in one thread.
     Raises ValueError for a name or a device no backend has, and for "triton" where that is not installed.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"no attention backend runs on {device}")
-    if name in ("auto", "triton") and device == "cuda":
+    runs_interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if name in ("auto", "triton") and (device == "cuda" or runs_interpreted):
         if importlib.util.find_spec("triton") is not None:
             return _triton_kernel()
         if name == "triton":
