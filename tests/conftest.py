@@ -18,14 +18,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module is imported."""
-    if config.option.markexpr != "gpu":
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Whether `-m gpu` passes a test module by without importing it."""
-    is_elsewhere = "gpu" not in collection_path.parts and collection_path.suffix == ".py"
-    return True if config.option.markexpr == "gpu" and is_elsewhere else None
+    elsewhere = config.rootpath / "tests" / "gpu" not in collection_path.parents
+    return True if config.option.markexpr == "gpu" and elsewhere and collection_path.suffix == ".py" else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -108,7 +108,8 @@ def tiny_model(
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """The folder's model as transformers runs it on `device`, with the plainest attention it has."""
+    """The folder's model as transformers runs it on `device`, with the plainest attention it has, no TF32."""
+    torch.set_float32_matmul_precision("highest")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager"
     )

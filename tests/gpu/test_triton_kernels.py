@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -256,6 +257,13 @@ def test_the_exponential_is_right_to_the_last_bits(device: str) -> None:
     off: Tensor = (results.cpu().double() - expected).abs() / torch.clamp(expected, min=1e-30)
     assert float(off[:-1].max()) < 2 * 2**-23
     assert float(results[-1]) < 1e-37
+
+
+@pytest.mark.gpu
+def test_the_device_runs_compiled_kernels() -> None:
+    """An interpreter, which also takes a device's tensors, would prove nothing here."""
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    assert isinstance(_exponentials, triton.JITFunction)
 
 
 @pytest.mark.gpu
