@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 # What pip does, without what it need not do.
 NEWS := sed -u '/already satisfied/d'
 
-.PHONY: demo test test-system check proto oracle-full clean help
+.PHONY: demo test test-system check proto oracle-full gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -39,6 +39,9 @@ proto: $(STAMP)  ## regenerate the stubs in anabranch/v1 from proto/
 
 oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
 	$(BIN)/python -m tests.oracle.full
+
+gpu-bundle: $(STAMP)  ## collect the wheels a GPU machine may lack into build/gpu-bundle
+	.ci/gpu-bundle
 
 clean:  ## remove the environment and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist

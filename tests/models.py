@@ -107,25 +107,28 @@ def tiny_model(
     return folder
 
 
-def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The folder's model as transformers runs it, with the plainest attention it has.
+def load_reference(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The folder's model as transformers runs it on `device`, with the plainest attention it has, no TF32.
 
     In float64 really all of it is: transformers' plain softmax and its norms compute in float32 whatever the
     type, so attention is torch's there, and the norms are torch's of the same formula. (The angles of rope
     stay float32: they are part of what the model is.)
     """
+    torch.set_float32_matmul_precision("highest")
     is_exact = dtype is torch.float64
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa" if is_exact else "eager"
     )
     if is_exact:
         _norm_exactly(model)
-    return model.eval()
+    return model.eval().to(device)
 
 
-def reference_tokens(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[Reference]:
+def reference_tokens(
+    folder: Path, prompts: Sequence[Sequence[int]], count: int, device: str = "cpu"
+) -> list[Reference]:
     """Greedy continuation of each prompt by `count` tokens, end tokens not minded."""
-    model = load_reference(folder)
+    model = load_reference(folder, device=device)
     return [_generate(model, prompt, count) for prompt in prompts]
 
 
@@ -162,14 +165,14 @@ def _generate(model: Any, prompt: Sequence[int], count: int) -> Reference:
     """Greedy decoding with a cache, one token at a time."""
     tokens: list[int] = []
     gaps: list[float] = []
-    inputs, cache = torch.tensor([list(prompt)]), None
+    inputs, cache = torch.tensor([list(prompt)], device=model.device), None
     with torch.inference_mode():
         for _ in range(count):
             answer = model(inputs, cache=cache, use_cache=True)
             best = answer.logits[0, -1].topk(2)
             tokens.append(int(best.indices[0]))
             gaps.append(float(best.values[0] - best.values[1]))
-            inputs, cache = torch.tensor([[tokens[-1]]]), answer.cache
+            inputs, cache = torch.tensor([[tokens[-1]]], device=model.device), answer.cache
     return Reference(tuple(tokens), tuple(gaps))
 
 

@@ -115,6 +115,12 @@ class ProcessCluster:
         process.kill()
         process.wait(_STOP_S)
 
+    def drain(self, worker_id: str) -> subprocess.Popen[bytes]:
+        """SIGTERM one process, which leaves when its work is elsewhere; the caller sees to its end."""
+        process = self.processes.pop(worker_id)
+        process.send_signal(signal.SIGTERM)
+        return process
+
     def audits(self) -> Mapping[str, kv_pb2.AuditResponse]:
         """The account of every attention worker that runs, from the workers themselves."""
         accounts = {}

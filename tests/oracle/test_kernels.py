@@ -304,9 +304,10 @@ def test_scores_that_overflow_half_precision_stay_exact() -> None:
 
 
 def test_select_names_what_there_is() -> None:
-    """auto is the torch backend; an unknown name or device is refused with the choices."""
+    """auto is torch on the CPU and triton on a GPU; an unknown name or device is refused with the choices."""
     assert select("auto", "cpu").name == "torch"
-    assert select("auto", "cuda").name == "torch"
+    assert select("auto", "cuda").name == "triton"
+    assert select("torch", "cuda").name == "torch"
     assert select("reference", "cpu").name == "reference"
     with pytest.raises(ValueError, match="there are auto"):
         select("flash", "cpu")

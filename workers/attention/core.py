@@ -15,7 +15,10 @@ from workers.attention.arena import Arena
 from workers.attention.local_peer import LocalPeer
 from workers.attention.session import AttendSession
 from workers.attention.store import Store
+from workers.devices import open_device
 from workers.kernels.select import select
+from workers.kernels.signature import Kernel
+from workers.kernels.warm_up import warm_up_attend
 
 _log = logger("attention")
 
@@ -39,18 +42,21 @@ class AttentionCore:
         epoch: Epoch,
         clock: Clock = monotonic,
     ) -> None:
-        """Raises ConfigError when the arena is smaller than one block, or the device is not there."""
+        """Raises ConfigError when the arena is smaller than a block or does not fit the device, when the
+        device is not there, or when the kernel does not run on it.
+        """
         blocks = arena_bytes // geometry.block_bytes
         if blocks < 1:
             raise ConfigError(
                 f"an arena of {arena_bytes} bytes is smaller than a block of {geometry.block_bytes}"
             )
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("attention.device: cuda, but this process sees no CUDA device")
-        self.arena = Arena(geometry, blocks, torch.device(config.device))
+        device = open_device(config.device, "attention.device")
+        self._kernel = _kernel(config)
+        self.arena = _arena(geometry, blocks, device)
+        if device.type == "cuda":
+            warm_up_attend(self._kernel, self.arena.layer(0), geometry.query_heads)
         copy_block = self.arena.copy_block if config.prefix_sharing else None
         self.store = Store(worker, epoch, geometry, blocks, config.lease_ms, clock, copy_block)
-        self._kernel = select(config.kernel, config.device)
         self._slice_rows = config.slice_rows
         self._pause_s = min(_LOOK_S, config.lease_ms / 8000)
         self.account = self.store.audit()
@@ -90,3 +96,18 @@ class AttentionCore:
             for key in self.store.expire():
                 _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
             self.account = self.store.account()
+
+
+def _kernel(config: AttentionConfig) -> Kernel:
+    try:
+        return select(config.kernel, config.device)
+    except ValueError as error:
+        raise ConfigError(f"attention.kernel: {error}") from error
+
+
+def _arena(geometry: KvGeometry, blocks: int, device: torch.device) -> Arena:
+    try:
+        return Arena(geometry, blocks, device)
+    except torch.OutOfMemoryError as error:
+        size_bytes = blocks * geometry.block_bytes
+        raise ConfigError(f"an arena of {size_bytes} bytes does not fit the {device.type} device") from error

@@ -111,8 +111,9 @@ class AttendSession:
         local = [_shifted(span, first) for span in group]
         with self._turn():
             part = step.attend(message.layer, message.query[first:last], local, self._kernel, message.window)
-        whole.out[first:last] = part.out
-        whole.lse[first:last] = part.lse
+            # Within the turn: where a GPU attends, the result is waited for only here.
+            whole.out[first:last] = part.out
+            whole.lse[first:last] = part.lse
 
 
 def _shifted(span: Span, rows: int) -> Span:

@@ -17,6 +17,9 @@ from workers.attention.core import AttentionCore
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
 from workers.dense.worker import DenseWorker
+from workers.devices import open_device
+from workers.kernels.select import select
+from workers.kernels.warm_up import warm_up_causal
 from workers.membership import MembershipClient
 from workers.role import RoleContext
 
@@ -76,8 +79,19 @@ def _load(context: RoleContext) -> Decoder:
             context.log.info("loading_weights", done_bytes=done_bytes, total_bytes=total_bytes)
 
     config = context.config
-    device = torch.device(config.dense.device)
-    return Decoder.from_folder(config.model.path, _DTYPES[config.model.dtype], device, progress)
+    device = open_device(config.dense.device, "dense.device")
+    decoder = Decoder.from_folder(config.model.path, _DTYPES[config.model.dtype], device, progress)
+    if device.type == "cuda":
+        _warm_up(decoder)
+    return decoder
+
+
+def _warm_up(decoder: Decoder) -> None:
+    """Compile and load before the first step what a lane's deadline would not wait for."""
+    spec, device = decoder.spec, decoder.device
+    heads = (spec.query_heads, spec.kv_heads)
+    warm_up_causal(select("auto", device.type), heads, spec.head_size, decoder.dtype, device)
+    decoder.logits(torch.zeros(1, spec.hidden_size, dtype=decoder.dtype, device=device))
 
 
 def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
