@@ -114,7 +114,7 @@ class AttentionConfig(Section):
     threads: int = Field(1, ge=1, le=256)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
     block_tokens: int = Field(32, ge=1, le=1024, description="Tokens per block.")
-    kernel: Literal["auto", "reference", "torch"] = Field("auto", description="Attention backend.")
+    kernel: Literal["auto", "cpu", "reference", "torch"] = Field("auto", description="Attention backend.")
     lease_ms: int = Field(30_000, ge=100, description="A sequence nobody renews is freed after this time.")
     max_lanes: int = Field(64, ge=1, description="Lanes open at once; one per dense worker is usual.")
     slice_rows: int = Field(128, ge=1, description="Query rows served before another lane gets its turn.")

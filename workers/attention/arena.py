@@ -10,35 +10,36 @@ from torch import Tensor
 
 from cluster.errors import ResourceExhausted
 from cluster.types import KvGeometry
-from workers.kernels.signature import LayerCache
+from workers.kernels.signature import CacheLayout, CacheShape, LayerCache
+from workers.kernels.token_major import TOKEN_MAJOR
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Arena:
-    """The KV of all blocks, one tensor for keys and one for values, shaped
-    [layers, blocks, block_tokens, kv_heads, head_size].
+    """The KV of all blocks and layers, in the layout of the kernel that attends over it.
 
-    The blocks of one layer with consecutive ids are adjacent in memory, so a run of them is a flat slab
-    to a kernel. Host pages are touched, and so paid for, only when a block is first written.
+    Host pages are touched, and so paid for, only when a block is first written.
     """
 
-    def __init__(self, geometry: KvGeometry, blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, geometry: KvGeometry, blocks: int, device: torch.device, layout: CacheLayout = TOKEN_MAJOR
+    ) -> None:
+        """Raises OSError or RuntimeError when there is not that much memory to be had."""
         assert blocks > 0, "an arena holds at least one block"
         self.geometry = geometry
         self.blocks = blocks
-        shape = (geometry.layers, blocks, geometry.block_tokens, geometry.kv_heads, geometry.head_size)
-        self._key = torch.empty(shape, dtype=_DTYPES[geometry.dtype], device=device)
-        self._value = torch.empty_like(self._key)
-        self._layers = tuple(
-            LayerCache(key, value) for key, value in zip(self._key, self._value, strict=True)
+        self.device = device
+        self.layout = layout
+        shape = CacheShape(
+            geometry.layers,
+            blocks,
+            geometry.block_tokens,
+            geometry.kv_heads,
+            geometry.head_size,
+            _DTYPES[geometry.dtype],
         )
-        self._slots = tuple((cache.key.flatten(0, 1), cache.value.flatten(0, 1)) for cache in self._layers)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the cache lies."""
-        return self._key.device
+        self._layers = layout.allocate(shape, device)
 
     def layer(self, index: int) -> LayerCache:
         """What a kernel reads."""
@@ -48,9 +49,21 @@ class Arena:
         """Write rows into slots. slots: int64 [rows], block id x block_tokens + offset; key, value:
         [rows, kv_heads, head_size]. Never allocates.
         """
-        keys, values = self._slots[layer]
-        keys.index_copy_(0, slots, key.to(keys))  # from where a lane's bytes arrived to where the cache lies
-        values.index_copy_(0, slots, value.to(values))
+        self.layout.append(self._layers[layer], slots, key, value)
+
+    def read_block(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values of a block, whatever the layout: [block_tokens, kv_heads, head_size]
+        each. What was never written is undefined.
+        """
+        return self.layout.read(self._layers[layer], self._slots(block))
+
+    def write_block(self, layer: int, block: int, key: Tensor, value: Tensor) -> None:
+        """Write what `read_block` gave, here or at a worker of another layout."""
+        self.append(layer, self._slots(block), key, value)
+
+    def _slots(self, block: int) -> Tensor:
+        block_tokens = self.geometry.block_tokens
+        return torch.arange(block * block_tokens, (block + 1) * block_tokens, device=self.device)
 
 
 class BlockAllocator:

@@ -47,9 +47,9 @@ class AttentionCore:
             )
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("attention.device: cuda, but this process sees no CUDA device")
-        self.arena = Arena(geometry, blocks, torch.device(config.device))
-        self.store = Store(worker, epoch, geometry, blocks, config.lease_ms, clock)
         self._kernel = select(config.kernel, config.device)
+        self.arena = Arena(geometry, blocks, torch.device(config.device), self._kernel.layout)
+        self.store = Store(worker, epoch, geometry, blocks, config.lease_ms, clock)
         self._slice_rows = config.slice_rows
         self._pause_s = min(_LOOK_S, config.lease_ms / 8000)
         self.account = self.store.audit()
