@@ -13,6 +13,8 @@ from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardRef, 
 from workers.attention.arena import Arena
 from workers.attention.prepared_step import PreparedStep
 from workers.attention.store import Store
+from workers.kernels.signature import CacheLayout
+from workers.kernels.token_major import TOKEN_MAJOR
 from workers.lanes.messages import PlanRow
 
 LEASE_MS = 1000
@@ -62,7 +64,8 @@ class Memory:
     def append(self, step: PreparedStep, rows: Sequence[PlanRow], layer: int) -> None:
         """Write one layer of a step's chunks with random keys and values, and remember them."""
         tails = [row for row in rows if row.token_ids]
-        shape = (sum(row.count for row in tails), *self.arena.layer(0).key.shape[2:])
+        geometry = self.arena.geometry
+        shape = (sum(row.count for row in tails), geometry.kv_heads, geometry.head_size)
         keys, values = torch.randn(shape), torch.randn(shape)
         with self.store.turns:
             step.append(layer, keys, values)
@@ -88,13 +91,15 @@ def build_memory(
     layers: int = 2,
     clock: ManualClock | None = None,
     device: str = "cpu",
+    layout: CacheLayout = TOKEN_MAJOR,
 ) -> Memory:
     """An empty store and its arena, every number of which is NaN until it is written."""
     geometry = build_geometry(block_tokens, layers)
-    arena = Arena(geometry, blocks, torch.device(device))
+    arena = Arena(geometry, blocks, torch.device(device), layout)
+    nothing = torch.full((block_tokens, geometry.kv_heads, geometry.head_size), torch.nan)
     for layer in range(layers):
-        arena.layer(layer).key.fill_(torch.nan)
-        arena.layer(layer).value.fill_(torch.nan)
+        for block in range(blocks):
+            arena.write_block(layer, block, nothing, nothing)
     return Memory(build_store(blocks, clock, geometry), arena)
 
 

@@ -26,12 +26,14 @@ def select(name: str, device: str) -> Kernel:
             return kernel
         if name == "cpu":
             raise ValueError("the cpu kernel is not built: install with a C++ compiler at hand")
-        _warn_once()
+        warn_once()
     if name in ("auto", "torch"):
         return TorchKernel()
     if name == "reference" and device == "cpu":
         return ReferenceKernel()
-    raise ValueError(f"no attention backend is called {name} on {device}; there are auto, cpu, torch, reference")
+    raise ValueError(
+        f"no attention backend is called {name} on {device}; there are auto, cpu, torch, reference"
+    )
 
 
 def compiled_kernel() -> Kernel | None:
@@ -46,8 +48,9 @@ def compiled_kernel() -> Kernel | None:
 
 
 @functools.cache
-def _warn_once() -> None:
+def warn_once() -> None:
+    """Say, once a process, that attention is slower than it could be."""
     _log.warning(
-        "the C++ attention kernel is not built, so PyTorch attends at about half its speed; install with a C++ "
-        "compiler (g++ or clang) at hand: pip install -e ."
+        "the C++ attention kernel is not built, so PyTorch attends at about half its speed; "
+        "install with a C++ compiler (g++ or clang) at hand"
     )

@@ -115,8 +115,11 @@ class Kernel(Protocol):
     """An attention backend. Stateless but for memos; safe to call from several threads."""
 
     name: str
-    layout: CacheLayout
-    """That of the caches it attends over; others are refused."""
+
+    @property
+    def layout(self) -> CacheLayout:
+        """That of the caches it attends over; others are refused."""
+        ...
 
     def attend(
         self,

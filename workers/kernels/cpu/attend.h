@@ -32,6 +32,7 @@ struct Chunk {
 // The query vectors of a piece and what is known of each so far. One line of 64-byte aligned scratch each.
 struct State {
   int64_t vectors, size;  // padded head size
+  int64_t key_stride;     // bytes between lines of a key group
   uint32_t* query;        // [vectors][size] 32-bit words: floats, pairs of bfloat16, or bytes high and low
   float* sums;            // [vectors][size], of weighted values
   float* most;            // [vectors] largest score
@@ -50,10 +51,12 @@ INLINE uint8_t* take(uint8_t*& scratch, int64_t bytes) {
   return taken;
 }
 
-INLINE State lay_out(uint8_t* scratch, int64_t vectors, int64_t size) {
+INLINE State lay_out(uint8_t* scratch, int64_t vectors, const Shape& shape) {
+  const int64_t size = shape.padded_size();
   State state;
   state.vectors = vectors;
   state.size = size;
+  state.key_stride = shape.key_stride();
   state.query = (uint32_t*)take(scratch, vectors * size * 4);
   state.sums = (float*)take(scratch, vectors * size * 4);
   state.most = (float*)take(scratch, vectors * 4);
@@ -153,7 +156,8 @@ static Chunk find_chunk(const Attention& work, const Piece& piece, int64_t first
   return chunk;
 }
 
-INLINE void fetch_ahead(const void* line) { __builtin_prefetch(line, 0, 3); }
+// Into the second cache level: sixteen outstanding lines of the first would hold up the loads of this chunk.
+INLINE void fetch_ahead(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 INLINE Floats low_half(Ints pairs) { return as_floats(shift_left<16>(pairs)); }
 INLINE Floats high_half(Ints pairs) { return as_floats(pairs & all_ints((int32_t)0xffff0000)); }
@@ -191,13 +195,14 @@ INLINE void multiply_keys(const State& state, int64_t vector, const uint8_t* con
   for (int m = 0; m < Rows; m++)
     for (int g = 0; g < Groups; g++) sum[m][g] = all(0);
   const uint32_t* query = state.query + vector * state.size;
+  const int64_t stride = state.key_stride;
   constexpr int64_t line_sizes = 4 / element_bytes(Type);  // head dimensions of one line of 64 bytes
   for (int64_t line = 0; line < state.size / line_sizes; line++) {
     for (int g = 0; g < Groups; g++)
-      if (Ahead) fetch_ahead(next[g] + line * 64);
+      if (Ahead) fetch_ahead(next[g] + line * stride);
     if constexpr (Type == CacheType::bfloat16 && dot_pairs) {
       for (int g = 0; g < Groups; g++) {
-        const Ints keys = load_ints(key[g] + line * 64);
+        const Ints keys = load_ints(key[g] + line * stride);
         for (int m = 0; m < Rows; m++) sum[m][g] = dot_two(sum[m][g], keys, query[m * state.size + line]);
       }
     } else {
@@ -206,7 +211,7 @@ INLINE void multiply_keys(const State& state, int64_t vector, const uint8_t* con
       for (int d = 0; d < line_sizes; d++) {
         Floats keys[Groups];
         for (int g = 0; g < Groups; g++) {
-          const uint8_t* at = key[g] + line * 64;
+          const uint8_t* at = key[g] + line * stride;
           if constexpr (Type == CacheType::float32) keys[g] = load((const float*)at);
           if constexpr (Type == CacheType::float16) keys[g] = load_halves(at + d * 32);
           if constexpr (Type == CacheType::bfloat16)
@@ -227,7 +232,7 @@ INLINE void multiply_keys(const State& state, int64_t vector, const uint8_t* con
   for (int m = 0; m < Rows; m++)
     for (int g = 0; g < Groups; g++) {
       if constexpr (Type == CacheType::int8)
-        sum[m][g] = sum[m][g] * load((const float*)(key[g] + group_tokens * state.size));
+        sum[m][g] = sum[m][g] * load((const float*)(key[g] + state.size / 4 * stride));
       store(state.scores + m * chunk_tokens + (first + g) * 16, sum[m][g]);
     }
 }
@@ -240,12 +245,13 @@ INLINE void multiply_byte_keys(const State& state, int64_t vector, const uint8_t
   for (int m = 0; m < Rows; m++)
     for (int g = 0; g < Groups; g++) high[m][g] = low[m][g] = all_ints(0);
   const uint32_t* query = state.query + vector * state.size;
+  const int64_t stride = state.key_stride;
   const int64_t words = state.size / 4;
   for (int64_t line = 0; line < words; line++) {
     for (int g = 0; g < Groups; g++)
-      if (Ahead) fetch_ahead(next[g] + line * 64);
+      if (Ahead) fetch_ahead(next[g] + line * stride);
     for (int g = 0; g < Groups; g++) {
-      const Ints keys = load_ints(key[g] + line * 64);
+      const Ints keys = load_ints(key[g] + line * stride);
       for (int m = 0; m < Rows; m++) {
         const uint32_t* of_row = query + m * state.size + line;
         high[m][g] = dot_four(high[m][g], keys, all_ints((int32_t)of_row[0]));
@@ -254,8 +260,8 @@ INLINE void multiply_byte_keys(const State& state, int64_t vector, const uint8_t
     }
   }
   for (int g = 0; g < Groups; g++) {
-    const uint8_t* scales = key[g] + group_tokens * state.size;
-    if (Ahead) fetch_ahead(next[g] + group_tokens * state.size);
+    const uint8_t* scales = key[g] + state.size / 4 * stride;
+    if (Ahead) fetch_ahead(next[g] + state.size / 4 * stride);
     for (int m = 0; m < Rows; m++) {
       const float* shift = state.shift + 2 * (vector + m);
       Floats sum = to_floats(low[m][g]) - all(shift[1]);
@@ -516,7 +522,7 @@ template <CacheType Type>
 static void attend_pieces(const Attention& work, const Piece* pieces, int64_t count, uint8_t* scratch) {
   for (int64_t index = 0; index < count; index++) {
     const Piece& piece = pieces[index];
-    State state = lay_out(scratch, piece.rows * work.heads_per_kv(), work.cache.shape.padded_size());
+    State state = lay_out(scratch, piece.rows * work.heads_per_kv(), work.cache.shape);
     take_query(work, piece, state);
     Chunk next = find_chunk(work, piece, piece.first);
     for (int64_t first = piece.first; first < piece.end; first += chunk_groups) {

@@ -4,7 +4,8 @@
 // key groups, then all value groups. Within a group, with d the head size padded to 16 and n the numbers
 // that one 32-bit lane holds (1 float32, 2 bfloat16, 4 int8):
 //
-//   keys    [d / n][16 tokens][n]    scores of 16 tokens are vertical sums, without a horizontal one
+//   keys    [d / n][16 tokens][n]    scores of 16 tokens are vertical sums, without a horizontal one;
+//                                    two or four groups of a block take turns line by line of 64 bytes
 //   values  [16 / n tokens][d][n]    n tokens of a size lie together and are weighed together
 //   int8    then 16 float32 scales, one a token; keys are stored with 128 added (for VPDPBUSD)
 //
@@ -37,6 +38,9 @@ struct Shape {
   int64_t data_bytes() const { return group_tokens * padded_size() * element_bytes(type); }
   int64_t group_bytes() const { return data_bytes() + (type == CacheType::int8 ? group_tokens * 4 : 0); }
   int64_t record_bytes() const { return 2 * block_groups() * group_bytes(); }
+  // Key groups that take turns, so that a chunk is read in the order of addresses.
+  int64_t turns() const { return block_groups() % 4 == 0 ? 4 : block_groups() % 2 == 0 ? 2 : 1; }
+  int64_t key_stride() const { return turns() * 64; }
 };
 
 // One layer: block b of head h begins at base + b * block_stride + h * record_bytes.
@@ -45,11 +49,16 @@ struct Cache {
   uint8_t* base;
   int64_t block_stride;
 
+  uint8_t* record(int64_t block, int64_t head) const {
+    return base + block * block_stride + head * shape.record_bytes();
+  }
+  // The group's first line; the next is key_stride further on.
   uint8_t* key_group(int64_t block, int64_t head, int64_t group) const {
-    return base + block * block_stride + head * shape.record_bytes() + group * shape.group_bytes();
+    const int64_t turns = shape.turns();
+    return record(block, head) + group / turns * turns * shape.group_bytes() + group % turns * 64;
   }
   uint8_t* value_group(int64_t block, int64_t head, int64_t group) const {
-    return key_group(block, head, group + shape.block_groups());
+    return record(block, head) + (shape.block_groups() + group) * shape.group_bytes();
   }
 };
 

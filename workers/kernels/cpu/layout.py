@@ -68,7 +68,9 @@ class PackedLayout:
         """See `signature.CacheLayout.append`. Raises ValueError for slots outside the arena."""
         packed = packed_cache(cache)
         dtype = _row_dtype(packed)
-        _native.append(packed.native, slots, key.to("cpu", dtype).contiguous(), value.to("cpu", dtype).contiguous())
+        _native.append(
+            packed.native, slots, key.to("cpu", dtype).contiguous(), value.to("cpu", dtype).contiguous()
+        )
 
     def read(self, cache: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See `signature.CacheLayout.read`. Raises ValueError for slots outside the arena."""

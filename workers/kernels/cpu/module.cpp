@@ -195,6 +195,7 @@ void read_probe(nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device
 
 NB_MODULE(_native, module) {
   using namespace anabranch;
+  nb::set_leak_warnings(false);  // a kernel may live as long as the process
   nb::class_<Layer>(module, "Layer")
       .def(nb::init<Storage, int64_t, const std::string&, int64_t, int64_t>(), nb::arg("storage"), nb::arg("layer"),
            nb::arg("cache_type"), nb::arg("block_tokens"), nb::arg("head_size"));
