@@ -105,10 +105,10 @@ static void quantise_query(const float* query, State& state, int64_t vector) {
 
 static void take_query(const Attention& work, const Piece& piece, State& state) {
   const CacheType type = work.cache.shape.type;
-  const int64_t group = work.heads_per_kv(), head_size = work.cache.shape.head_size;
+  const int64_t head_size = work.cache.shape.head_size;
   for (int64_t vector = 0; vector < state.vectors; vector++) {
-    const int64_t row = vector / group, head = piece.head * group + vector % group;
-    const int64_t from = ((piece.row_start + row) * work.query_heads + head) * head_size;
+    const int64_t row = vector % work.head_vectors(piece) / work.heads_per_kv();
+    const int64_t from = work.place(piece, vector) * head_size;
     uint32_t* words = state.query + vector * state.size;
     float* numbers = state.sums + vector * state.size;  // not in use yet
     for (int64_t d = 0; d < state.size; d++)
@@ -134,7 +134,7 @@ static void take_query(const Attention& work, const Piece& piece, State& state) 
   }
 }
 
-static Chunk find_chunk(const Attention& work, const Piece& piece, int64_t first) {
+static Chunk find_chunk(const Attention& work, const Piece& piece, int64_t head, int64_t first) {
   const Shape& shape = work.cache.shape;
   const int64_t per_block = shape.block_groups();
   Chunk chunk;
@@ -143,8 +143,8 @@ static Chunk find_chunk(const Attention& work, const Piece& piece, int64_t first
     const int64_t place = (first + index) / per_block, group = (first + index) % per_block;
     const int64_t block = piece.blocks[place];
     const int64_t slot = place * shape.block_tokens + group * group_tokens;
-    chunk.key[index] = work.cache.key_group(block, piece.head, group);
-    chunk.value[index] = work.cache.value_group(block, piece.head, group);
+    chunk.key[index] = work.cache.key_group(block, head, group);
+    chunk.value[index] = work.cache.value_group(block, head, group);
     chunk.slot[index] = slot;
     const int64_t block_end = (place + 1) * shape.block_tokens;
     const int64_t end = piece.visible_end < block_end ? piece.visible_end : block_end;
@@ -488,9 +488,11 @@ static void clean_edges(const State& state, Chunk& chunk) {
   }
 }
 
+// Up to a tile of the vectors from `vector` to `end`.
 template <CacheType Type, bool Ahead>
-static void attend_rest(const State& state, int64_t vector, const Chunk& chunk, const Chunk& next, float scale) {
-  switch (state.vectors - vector) {
+static void attend_some(const State& state, int64_t vector, int64_t end, const Chunk& chunk, const Chunk& next,
+                        float scale) {
+  switch (end - vector) {
     case 3: return attend_tile<Type, 3, Ahead>(state, vector, chunk, next, scale);
     case 2: return attend_tile<Type, 2, Ahead>(state, vector, chunk, next, scale);
     case 1: return attend_tile<Type, 1, Ahead>(state, vector, chunk, next, scale);
@@ -499,7 +501,7 @@ static void attend_rest(const State& state, int64_t vector, const Chunk& chunk, 
 }
 
 static void write_out(const Attention& work, const Piece& piece, const State& state) {
-  const int64_t group = work.heads_per_kv(), head_size = work.cache.shape.head_size;
+  const int64_t head_size = work.cache.shape.head_size;
   for (int64_t vector = 0; vector < state.vectors; vector++) {
     const float* sums = state.sums + vector * state.size;
     if (piece.partial) {
@@ -510,37 +512,56 @@ static void write_out(const Attention& work, const Piece& piece, const State& st
       continue;
     }
     if (state.most[vector] == minus_infinity) continue;  // the result is empty already
-    const int64_t row = piece.row_start + vector / group;
-    const int64_t place = row * work.query_heads + piece.head * group + vector % group;
+    const int64_t place = work.place(piece, vector);
     const float inverse = 1 / state.total[vector];
     for (int64_t d = 0; d < head_size; d++) work.out[place * head_size + d] = sums[d] * inverse;
     work.lse[place] = state.most[vector] + __builtin_logf(state.total[vector]);
   }
 }
 
+// Which chunk of which head comes: all heads of a chunk before the next chunk, for they lie side by side.
+struct Cursor {
+  const Piece* piece;
+  int64_t head, first;
+
+  void advance() {
+    if (++head < piece->heads) return;
+    head = 0;
+    first += chunk_groups;
+    if (first < piece->end) return;
+    piece++;
+    first = -1;
+  }
+};
+
 template <CacheType Type>
 static void attend_pieces(const Attention& work, const Piece* pieces, int64_t count, uint8_t* scratch) {
-  for (int64_t index = 0; index < count; index++) {
-    const Piece& piece = pieces[index];
-    State state = lay_out(scratch, piece.rows * work.heads_per_kv(), work.cache.shape);
-    take_query(work, piece, state);
-    Chunk next = find_chunk(work, piece, piece.first);
-    for (int64_t first = piece.first; first < piece.end; first += chunk_groups) {
-      Chunk chunk = next;
-      if (first + chunk_groups < piece.end)
-        next = find_chunk(work, piece, first + chunk_groups);
-      else if (index + 1 < count)
-        next = find_chunk(work, pieces[index + 1], pieces[index + 1].first);
-      for (int g = next.count; g < chunk.count; g++) {  // nothing further: what is there already
-        next.key[g] = chunk.key[g];
-        next.value[g] = chunk.value[g];
-      }
-      clean_edges<Type>(state, chunk);
-      attend_rest<Type, true>(state, 0, chunk, next, work.scale);
-      for (int64_t vector = tile; vector < state.vectors; vector += tile)
-        attend_rest<Type, false>(state, vector, chunk, next, work.scale);
+  if (count == 0) return;
+  const Piece* const end = pieces + count;
+  Cursor cursor{pieces, 0, pieces->first};
+  Chunk next = find_chunk(work, *pieces, pieces->head, pieces->first);
+  State state;
+  while (cursor.piece != end) {
+    const Piece& piece = *cursor.piece;
+    if (cursor.head == 0 && cursor.first == piece.first) {
+      state = lay_out(scratch, work.vectors(piece), work.cache.shape);
+      take_query(work, piece, state);
     }
-    write_out(work, piece, state);
+    Chunk chunk = next;
+    const int64_t of_head = work.head_vectors(piece);
+    const int64_t first = cursor.head * of_head, last = first + of_head;
+    cursor.advance();
+    if (cursor.piece != end && cursor.first < 0) cursor.first = cursor.piece->first;
+    if (cursor.piece != end) next = find_chunk(work, *cursor.piece, cursor.piece->head + cursor.head, cursor.first);
+    for (int g = next.count; g < chunk.count; g++) {  // nothing further: what is there already
+      next.key[g] = chunk.key[g];
+      next.value[g] = chunk.value[g];
+    }
+    clean_edges<Type>(state, chunk);
+    attend_some<Type, true>(state, first, last, chunk, next, work.scale);
+    for (int64_t vector = first + tile; vector < last; vector += tile)
+      attend_some<Type, false>(state, vector, last, chunk, next, work.scale);
+    if (cursor.piece != &piece) write_out(work, piece, state);
   }
 }
 

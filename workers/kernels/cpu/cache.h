@@ -62,11 +62,12 @@ struct Cache {
   }
 };
 
-// Some query rows of one span and KV head over the groups first..end of the span's blocks.
+// Some query rows of one span and some KV heads over the groups first..end of the span's blocks. Its vectors
+// are [heads][rows][query heads of a KV head].
 struct Piece {
   const int64_t* blocks;    // the span's table
-  float* partial;           // [rows x group][padded size + 2], or null where the piece is all there is
-  int64_t head;             // KV head
+  float* partial;           // [vectors][padded size + 2], or null where the piece is all there is
+  int64_t head, heads;      // KV heads
   int64_t row_start, rows;  // query rows
   int64_t row_position;     // position of the first row minus the position of slot 0
   int64_t visible_start, visible_end;
@@ -84,9 +85,17 @@ struct Attention {
   float scale;
 
   int64_t heads_per_kv() const { return query_heads / cache.shape.kv_heads; }
+  int64_t head_vectors(const Piece& piece) const { return piece.rows * heads_per_kv(); }
+  int64_t vectors(const Piece& piece) const { return piece.heads * head_vectors(piece); }
+  // Where a piece's vector lies, in vectors of the whole query.
+  int64_t place(const Piece& piece, int64_t vector) const {
+    const int64_t of_head = head_vectors(piece), row = vector % of_head / heads_per_kv();
+    const int64_t head = (piece.head + vector / of_head) * heads_per_kv() + vector % heads_per_kv();
+    return (piece.row_start + row) * query_heads + head;
+  }
 };
 
-// Most query vectors (rows x query heads of a KV head) of one piece, unless one row has more.
+// Most query vectors of one piece, unless one row of one KV head has more.
 constexpr int64_t piece_vectors = 256;
 
 // One instruction set's code.

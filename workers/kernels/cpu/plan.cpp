@@ -34,13 +34,11 @@ void check_span(const Span& span, int64_t index) {
     refuse(index, "visible slots lie after the first row");
 }
 
-Piece whole_piece(const Plan& plan, const Span& span, const Attention& work, int64_t head, int64_t row,
-                  int64_t rows) {
+Piece whole_piece(const Plan& plan, const Span& span, const Attention& work, int64_t row, int64_t rows) {
   const Shape& shape = work.cache.shape;
   Piece piece{};
   piece.row_start = span.row_start + row;
   piece.blocks = plan.table(span);
-  piece.head = head;
   piece.rows = rows;
   piece.row_position = span.query_position + row - span.first_position;
   piece.visible_start = span.visible_start;
@@ -55,18 +53,24 @@ Piece whole_piece(const Plan& plan, const Span& span, const Attention& work, int
 }
 
 std::vector<Piece> whole_pieces(const Plan& plan, const Attention& work) {
-  const int64_t group = work.heads_per_kv();
-  const int64_t rows_most = std::max<int64_t>(1, piece_vectors / group);
+  const int64_t rows_most = std::max<int64_t>(1, piece_vectors / work.heads_per_kv());
   std::vector<Piece> pieces;
   for (const Span& span : plan.spans())
-    for (int64_t head = 0; head < work.cache.shape.kv_heads; head++)
-      for (int64_t row = 0; row < span.row_count; row += rows_most) {
-        const int64_t rows = std::min(rows_most, span.row_count - row);
-        const Piece piece = whole_piece(plan, span, work, head, row, rows);
-        if (piece.end > piece.first) pieces.push_back(piece);
+    for (int64_t row = 0; row < span.row_count; row += rows_most) {
+      Piece piece = whole_piece(plan, span, work, row, std::min(rows_most, span.row_count - row));
+      if (piece.end == piece.first) continue;
+      const int64_t kv_heads = work.cache.shape.kv_heads;
+      const int64_t heads_most = std::max<int64_t>(1, piece_vectors / work.head_vectors(piece));
+      for (piece.head = 0; piece.head < kv_heads; piece.head += heads_most) {
+        piece.heads = std::min(heads_most, kv_heads - piece.head);
+        pieces.push_back(piece);
       }
+    }
   return pieces;
 }
+
+// Work of one group of tokens.
+int64_t weight_of(const Piece& piece) { return piece.rows * piece.heads; }
 
 // The pieces of each thread: thread t computes what lies between t / threads and (t + 1) / threads of the
 // work, cut at chunks. The parts of a piece that was cut leave partials, merged in their order.
@@ -76,17 +80,17 @@ struct Cut {
 
   Cut(const std::vector<Piece>& pieces, const Attention& work, int threads) : parts(threads) {
     int64_t weight = 0, done = 0;
-    for (const Piece& piece : pieces) weight += (piece.end - piece.first) * piece.rows;
+    for (const Piece& piece : pieces) weight += (piece.end - piece.first) * weight_of(piece);
     int thread = 0;
     for (const Piece& whole : pieces) {
       for (int64_t first = whole.first; first < whole.end;) {
         const bool is_last = thread == threads - 1;
         const int64_t until = is_last ? weight : weight * (thread + 1) / threads;
-        const int64_t chunk_weight = chunk_groups * whole.rows;
+        const int64_t chunk_weight = chunk_groups * weight_of(whole);
         const int64_t chunks = std::max<int64_t>(0, (until - done + chunk_weight - 1) / chunk_weight);
         const int64_t end = is_last ? whole.end : std::min(whole.end, first + chunks * chunk_groups);
         if (end > first) add(thread, whole, first, end, work);
-        done += (end - first) * whole.rows;
+        done += (end - first) * weight_of(whole);
         first = end;
         if (done >= until && !is_last) thread++;
       }
@@ -100,7 +104,7 @@ struct Cut {
     piece.end = end;
     if (end - first < whole.end - whole.first) {
       if (first == whole.first) merges.emplace_back(whole, std::vector<float*>());
-      const int64_t numbers = whole.rows * work.heads_per_kv() * (work.cache.shape.padded_size() + 2);
+      const int64_t numbers = work.vectors(whole) * (work.cache.shape.padded_size() + 2);
       memory_.push_back(aligned(numbers * static_cast<int64_t>(sizeof(float))));
       piece.partial = reinterpret_cast<float*>(memory_.back().get());
       merges.back().second.push_back(piece.partial);
@@ -112,14 +116,13 @@ struct Cut {
 };
 
 void merge(const Piece& piece, const std::vector<float*>& partials, const Attention& work) {
-  const int64_t group = work.heads_per_kv(), size = work.cache.shape.padded_size();
+  const int64_t size = work.cache.shape.padded_size();
   const int64_t head_size = work.cache.shape.head_size;
-  for (int64_t vector = 0; vector < piece.rows * group; vector++) {
+  for (int64_t vector = 0; vector < work.vectors(piece); vector++) {
     float most = -std::numeric_limits<float>::infinity(), total = 0;
     for (const float* partial : partials) most = std::max(most, partial[vector * (size + 2)]);
     if (std::isinf(most) && most < 0) continue;
-    const int64_t row = piece.row_start + vector / group;
-    const int64_t place = row * work.query_heads + piece.head * group + vector % group;
+    const int64_t place = work.place(piece, vector);
     float* out = work.out + place * head_size;
     for (const float* partial : partials) {
       const float* of_vector = partial + vector * (size + 2);
@@ -174,7 +177,7 @@ void run_plan(const Plan& plan, const Attention& work, const Level& level, int t
   std::fill(work.lse, work.lse + rows * work.query_heads, -std::numeric_limits<float>::infinity());
   const std::vector<Piece> pieces = whole_pieces(plan, work);
   int64_t vectors_most = 0;
-  for (const Piece& piece : pieces) vectors_most = std::max(vectors_most, piece.rows * work.heads_per_kv());
+  for (const Piece& piece : pieces) vectors_most = std::max(vectors_most, work.vectors(piece));
   const Cut cut(pieces, work, threads);
   std::vector<Bytes> scratch;
   for (int part = 0; part < threads; part++) scratch.push_back(aligned(scratch_bytes(vectors_most, size)));
