@@ -12,19 +12,20 @@ namespace {
 // One token's keys or values of one head: the number of head dimension d lies at start + place(d).
 struct KeyRow {
   uint8_t* start;
-  int64_t numbers, bytes, line_stride;  // side by side; of one; between lines
-  int bias;
+  int64_t line_stride;
+  int shift, bytes, bias;  // 2^shift numbers lie side by side, of so many bytes each
 
   KeyRow(const Cache& cache, int64_t block, int64_t head, int64_t offset)
       : start(cache.key_group(block, head, offset / group_tokens)),
-        numbers(interleaved(cache.shape.type)),
-        bytes(element_bytes(cache.shape.type)),
         line_stride(cache.shape.key_stride()),
+        shift(static_cast<int>(interleaved(cache.shape.type) / 2)),  // 0, 1, 2 for 1, 2, 4
+        bytes(static_cast<int>(element_bytes(cache.shape.type))),
         bias(128),
         token(offset % group_tokens) {}
   uint8_t* at(int64_t d) const {
-    const int64_t linear = ((d / numbers * group_tokens + token) * numbers + d % numbers) * bytes;
-    return start + linear / 64 * line_stride + linear % 64;
+    const int64_t beside = d & ((1 << shift) - 1);
+    const int64_t linear = ((((d >> shift) * group_tokens + token) << shift) + beside) * bytes;
+    return start + (linear >> 6) * line_stride + (linear & 63);
   }
   float* scale(const Shape& shape) const {
     return reinterpret_cast<float*>(start + shape.data_bytes() / 64 * line_stride) + token;
