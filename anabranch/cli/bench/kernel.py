@@ -33,8 +33,10 @@ def _decode(figures: Iterable[dict[str, Any]], dtype: str) -> list[dict[str, Any
 
 def _quantised_gain(figures: list[dict[str, Any]]) -> float:
     """Median over shapes of int8's tokens per second over bfloat16's."""
-    full = {_shape(cell): cell["tokens_per_s"] for cell in _decode(figures, "bfloat16")}
-    gains = [cell["tokens_per_s"] / full[_shape(cell)] for cell in _decode(figures, "int8")]
+    full: dict[tuple[int, int, int], float] = {
+        _shape(cell): cell["tokens_per_s"] for cell in _decode(figures, "bfloat16")
+    }
+    gains: list[float] = [cell["tokens_per_s"] / full[_shape(cell)] for cell in _decode(figures, "int8")]
     return statistics.median(gains)
 
 
