@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ if compiled_kernel() is None:
 
 from workers.kernels.cpu.kernel import CpuKernel, levels
 from workers.kernels.cpu.layout import PackedLayout
+from workers.kernels.measure import Cell, Extent, measure
 
 OUT_BOUND = {
     # Sums of some hundred products of unit size in single precision.
@@ -293,3 +295,16 @@ def test_without_the_extension_pytorch_serves_and_one_warning_says_so(
 def test_auto_is_the_compiled_kernel() -> None:
     """Where it is built, it serves."""
     assert select("auto", "cpu").name == select("cpu", "cpu").name == "cpu"
+
+
+def test_a_measurement_carries_what_its_ratios_come_from() -> None:
+    """Every cell has its samples, its error within the bound of its type, and ratios that follow from them."""
+    chosen = [Cell("bfloat16", 64, 3, 1, 1), Cell("int8", 64, 1, 1, 2), Cell("float32", 64, 1, 8, 1)]
+    results = measure(Extent(tokens=256, cache_bytes=2**20, repeats=3), chosen)
+    for cell in chosen:
+        figures = results["cells"][cell.name]
+        best = map(max, zip(*figures["probe_gb_s"].values(), strict=True))
+        ratios = [read / probe for read, probe in zip(figures["read_gb_s"], best, strict=True)]
+        assert figures["read_ratio"] == statistics.median(ratios)
+        assert len(ratios) == 3
+        assert 0 < figures["error"] < OUT_BOUND[getattr(torch, cell.dtype)]
