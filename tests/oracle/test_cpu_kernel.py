@@ -298,7 +298,7 @@ def test_auto_is_the_compiled_kernel() -> None:
 
 
 def test_a_measurement_carries_what_its_ratios_come_from() -> None:
-    """Every cell has its samples, its error within the bound of its type, and ratios that follow from them."""
+    """Every cell has its samples, its error within the bound of its type, and ratios made of them."""
     chosen = [Cell("bfloat16", 64, 3, 1, 1), Cell("int8", 64, 1, 1, 2), Cell("float32", 64, 1, 8, 1)]
     results = measure(Extent(tokens=256, cache_bytes=2**20, repeats=3), chosen)
     for cell in chosen:
