@@ -14,7 +14,8 @@ NEWS := sed -u '/already satisfied/d'
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
-$(STAMP): pyproject.toml
+# The attention kernel is compiled by the install, where there is a C++ compiler.
+$(STAMP): pyproject.toml $(wildcard workers/kernels/cpu/*.cpp workers/kernels/cpu/*.h workers/kernels/cpu/*.txt)
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (about a minute, longer on a first download) ..."
 	$(BIN)/pip install --disable-pip-version-check $(TORCH) | $(NEWS)

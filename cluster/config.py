@@ -114,8 +114,8 @@ class AttentionConfig(Section):
     threads: int = Field(1, ge=1, le=256)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
     block_tokens: int = Field(32, ge=1, le=1024, description="Tokens per block.")
-    kernel: Literal["auto", "reference", "torch", "triton"] = Field(
-        "auto", description="Attention backend; auto is triton on cuda, where that is installed."
+    kernel: Literal["auto", "cpu", "reference", "torch", "triton"] = Field(
+        "auto", description="Attention backend; auto is the fastest that is installed for the device."
     )
     prefix_sharing: bool = Field(
         True, description="Sequences of one tenant with a common prefix share its sealed blocks."

@@ -14,6 +14,8 @@ from workers.attention.arena import Arena
 from workers.attention.prepared_step import PreparedStep
 from workers.attention.shard_blocks import CopyBlock
 from workers.attention.store import Store
+from workers.kernels.signature import CacheLayout
+from workers.kernels.token_major import TOKEN_MAJOR
 from workers.lanes.messages import PlanRow
 
 LEASE_MS = 1000
@@ -68,7 +70,8 @@ class Memory:
     def append(self, step: PreparedStep, rows: Sequence[PlanRow], layer: int) -> None:
         """Write one layer of a step's chunks with random keys and values, and remember them."""
         tails = [row for row in rows if row.token_ids]
-        shape = (sum(row.count for row in tails), *self.arena.layer(0).key.shape[2:])
+        geometry = self.arena.geometry
+        shape = (sum(row.count for row in tails), geometry.kv_heads, geometry.head_size)
         keys, values = torch.randn(shape), torch.randn(shape)
         with self.store.turns:
             step.append(layer, keys, values)
@@ -81,6 +84,16 @@ class Memory:
         step = self.begin(*rows)
         for layer in range(self.arena.geometry.layers):
             self.append(step, rows, layer)
+
+    def contents(self, name: str, tokens: int) -> Tensor:
+        """Keys and values of a sequence's first positions, as its own step would read them:
+        [2, layers, tokens, kv_heads, head_size].
+        """
+        shard = self.store.locate(key(name))[0].shard
+        (span,) = self.begin(reading(shard, tokens)).spans
+        size = self.arena.geometry.block_tokens
+        slots = [span.blocks[position // size] * size + position % size for position in range(tokens)]
+        return self.arena.read(torch.tensor(slots))
 
     def committed(self, name: str) -> list[tuple[int, int]]:
         """Positions first..committed of each of a sequence's shards."""
@@ -95,13 +108,13 @@ def build_memory(
     clock: ManualClock | None = None,
     device: str = "cpu",
     sharing: bool = False,
+    layout: CacheLayout = TOKEN_MAJOR,
 ) -> Memory:
     """An empty store and its arena, every number of which is NaN until it is written."""
     geometry = build_geometry(block_tokens, layers)
-    arena = Arena(geometry, blocks, torch.device(device))
-    for layer in range(layers):
-        arena.layer(layer).key.fill_(torch.nan)
-        arena.layer(layer).value.fill_(torch.nan)
+    arena = Arena(geometry, blocks, torch.device(device), layout)
+    slots = torch.arange(blocks * block_tokens, device=device)
+    arena.write(slots, torch.full_like(arena.read(slots), torch.nan))
     clock = clock or ManualClock()
     copy_block = arena.copy_block if sharing else None
     return Memory(build_store(blocks, clock, geometry, copy_block), arena, clock)

@@ -77,7 +77,7 @@ def test_a_step_attends_exactly_the_named_slots(
 ) -> None:
     """Several sequences, scattered blocks, any part visible: every row equals attention over a copy."""
     torch.manual_seed(block_tokens)
-    memory = build_memory(blocks=120, block_tokens=block_tokens)
+    memory = build_memory(blocks=120, block_tokens=block_tokens, layout=kernel.layout)
     shards = [memory.reserve(name, first, first + 6) for name, first in (("a", 0), ("b", 3), ("c", 0))]
     shards = [
         memory.reserve(ref_name, ref.end, ref.first + 30) for ref_name, ref in zip("abc", shards, strict=True)
@@ -102,7 +102,7 @@ def test_appends_land_where_later_steps_read_them(
     block_tokens: int, first: int, chunks: list[int], data: st.DataObject
 ) -> None:
     """Chunks of any size over any edges of blocks: what a later row names is what was written there."""
-    memory = build_memory(blocks=120, block_tokens=block_tokens)
+    memory = build_memory(blocks=120, block_tokens=block_tokens, layout=KERNELS[1].layout)
     shard = memory.reserve("a", first, first + sum(chunks) + 1)
     end = fill(memory, shard, chunks)
     visible = sorted(data.draw(st.tuples(st.integers(first, end), st.integers(first, end))))
@@ -130,7 +130,7 @@ def test_an_append_touches_only_its_own_slots(block_tokens: int) -> None:
 
 def test_shards_of_one_sequence_sum_to_the_whole() -> None:
     """Two shards of a sequence on one worker, a row each: their partials merge to attention over both."""
-    memory = build_memory(blocks=40, block_tokens=7)
+    memory = build_memory(blocks=40, block_tokens=7, layout=KERNELS[1].layout)
     low, high = memory.reserve("a", 0, 10), memory.reserve("a", 12, 30)
     fill(memory, low, [4, 6])
     end = fill(memory, high, [1, 8])
@@ -162,7 +162,7 @@ def test_a_shard_taken_in_the_middle_is_noticed(how: str) -> None:
     """Between two layers a shard is released or taken over: attention fails closed, and nothing more is
     written there; the other sequence of the step keeps all its layers.
     """
-    memory = build_memory()
+    memory = build_memory(layout=KERNELS[1].layout)
     mine, other = memory.reserve("a", 0, 12), memory.reserve("b", 0, 12)
     fill(memory, mine, [5])
     fill(memory, other, [5])
@@ -182,7 +182,7 @@ def test_a_shard_taken_in_the_middle_is_noticed(how: str) -> None:
 
 def test_changes_elsewhere_do_not_end_a_step() -> None:
     """Sequences come, go and change owner while a step runs; its own shards are all that matters."""
-    memory = build_memory(blocks=40)
+    memory = build_memory(blocks=40, layout=KERNELS[1].layout)
     memory.reserve("gone", 0, 12)
     taken = memory.reserve("taken", 0, 12)
     fill(memory, taken, [5])
@@ -237,7 +237,8 @@ def test_a_cache_on_a_gpu_serves_lanes_on_the_host() -> None:
     answers = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(3)
-        memory = build_memory(blocks=40, device=device)
+        kernel = select("auto", device)
+        memory = build_memory(blocks=40, device=device, layout=kernel.layout)
         mine, other = memory.reserve("a", 0, 30), memory.reserve("b", 0, 30)
         memory.run(chunk(mine, 0, 20), chunk(other, 0, 11))
         step = memory.begin(chunk(mine, 20, 3), chunk(other, 11, 1))
@@ -245,7 +246,7 @@ def test_a_cache_on_a_gpu_serves_lanes_on_the_host() -> None:
         memory.append(step, [chunk(mine, 20, 3), chunk(other, 11, 1)], layer=0)
         step = memory.begin(chunk(other, 11, 2))
         with memory.store.turns:
-            answers.append(step.attend(1, torch.randn(2, 4, 8), step.spans, select("auto", device), None))
+            answers.append(step.attend(1, torch.randn(2, 4, 8), step.spans, kernel, None))
     assert_close(Partial(answers[1].out.cpu(), answers[1].lse.cpu()), answers[0])
 
 

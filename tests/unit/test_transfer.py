@@ -10,9 +10,11 @@ import torch
 
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
 from cluster.types import ShardRef
-from tests.attention_builders import Memory, build_memory, chunk, generation, key, reading
-from workers.attention.prepared_step import PreparedStep
+from tests.attention_builders import Memory, build_memory, chunk, generation, key
 from workers.attention.transfer import Copy, Piece, fetch, pull
+from workers.kernels.select import select
+from workers.kernels.signature import CacheLayout
+from workers.kernels.token_major import TOKEN_MAJOR
 from workers.peer import HeldShard, ShardPrefix
 
 TENANT = ShardPrefix("tenant")
@@ -37,17 +39,6 @@ def pieces(source: Memory, shard: ShardRef, end: int) -> Callable[[int], Iterato
     return lambda first: fetch(source.store, source.arena, shard.shard, generation(1), first, end)
 
 
-def contents(memory: Memory, tokens: int) -> torch.Tensor:
-    """Keys and values of the sequence's first positions, as a step would read them."""
-    shard = memory.store.locate(key("a"))[0].shard
-    with memory.store.turns:
-        (span,) = PreparedStep(memory.store, memory.arena, [reading(shard, tokens)]).spans
-    layers = [memory.arena.layer(layer) for layer in range(memory.arena.geometry.layers)]
-    return torch.stack(
-        [part[list(span.blocks)].flatten(0, 1)[:tokens] for c in layers for part in (c.key, c.value)]
-    )
-
-
 def pulled(target: Memory, copy: Copy, fetch_from: Callable[[int], Iterable[Piece]]) -> HeldShard:
     """A copy that must bring something."""
     held = pull(target.store, target.arena, copy, fetch_from).shard
@@ -55,14 +46,17 @@ def pulled(target: Memory, copy: Copy, fetch_from: Callable[[int], Iterable[Piec
     return held
 
 
+@pytest.mark.parametrize("layout", [TOKEN_MAJOR, select("auto", "cpu").layout], ids=["same", "own"])
 @pytest.mark.parametrize("tokens", [1, 4, 11, 16])
-def test_a_copy_is_the_source_bit_by_bit(tokens: int) -> None:
-    """Keys, values, committed length and identities arrive; the source keeps what it has."""
+def test_a_copy_is_the_source_bit_by_bit(tokens: int, layout: CacheLayout) -> None:
+    """Keys, values, committed length and identities arrive, also where the target's kernel wants its cache
+    laid out otherwise; the source keeps what it has.
+    """
     source, shard = source_of(tokens)
-    target = build_memory(sharing=True)
+    target = build_memory(sharing=True, layout=layout)
     held = pulled(target, copy_of(tokens), pieces(source, shard, tokens))
     assert (held.shard.first, held.shard.end, held.committed_tokens) == (0, tokens, tokens)
-    assert torch.equal(contents(target, tokens), contents(source, tokens))
+    assert torch.equal(target.contents("a", tokens), source.contents("a", tokens))
     assert target.store.audit().sealed_referenced == tokens // 4
     assert source.committed("a") == [(0, tokens)]
 
@@ -74,7 +68,7 @@ def test_pieces_grow_one_shard() -> None:
     for first, count in ((0, 5), (5, 6), (11, 3)):
         held = pulled(target, copy_of(count, first), pieces(source, shard, first + count))
     assert (held.shard.first, held.shard.end, held.blocks) == (0, 14, 4)
-    assert torch.equal(contents(target, 14), contents(source, 14))
+    assert torch.equal(target.contents("a", 14), source.contents("a", 14))
 
 
 def test_what_lies_there_already_is_not_fetched() -> None:
@@ -109,7 +103,7 @@ def test_only_what_is_committed_comes() -> None:
     source.append(step, [late], 1)
     held = pulled(target, copy_of(3, 6), pieces(source, shard, 9))
     assert (held.shard.end, held.committed_tokens) == (9, 9)
-    assert torch.equal(contents(target, 9), contents(source, 9))
+    assert torch.equal(target.contents("a", 9), source.contents("a", 9))
 
 
 def _damaged(piece: Piece) -> list[Piece]:
@@ -149,7 +143,7 @@ def test_a_harmed_copy_is_never_read(
     kept = target.committed("a")
     assert kept in ([], [(0, 11)])
     if kept:
-        assert torch.equal(contents(target, 11), contents(source, 11))
+        assert torch.equal(target.contents("a", 11), source.contents("a", 11))
     target.store.release(key("a"), generation(1))
     assert target.store.audit().available == 16
 

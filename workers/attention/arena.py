@@ -10,35 +10,36 @@ from torch import Tensor
 
 from cluster.errors import ResourceExhausted
 from cluster.types import KvGeometry
-from workers.kernels.signature import LayerCache
+from workers.kernels.signature import CacheLayout, CacheShape, LayerCache
+from workers.kernels.token_major import TOKEN_MAJOR
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Arena:
-    """The KV of all blocks, one tensor for keys and one for values, shaped
-    [layers, blocks, block_tokens, kv_heads, head_size].
+    """The KV of all blocks and layers, in the layout of the kernel that attends over it.
 
-    The blocks of one layer with consecutive ids are adjacent in memory, so a run of them is a flat slab
-    to a kernel. Host pages are touched, and so paid for, only when a block is first written.
+    Host pages are touched, and so paid for, only when a block is first written.
     """
 
-    def __init__(self, geometry: KvGeometry, blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, geometry: KvGeometry, blocks: int, device: torch.device, layout: CacheLayout = TOKEN_MAJOR
+    ) -> None:
+        """Raises OSError or RuntimeError when there is not that much memory to be had."""
         assert blocks > 0, "an arena holds at least one block"
         self.geometry = geometry
         self.blocks = blocks
-        shape = (geometry.layers, blocks, geometry.block_tokens, geometry.kv_heads, geometry.head_size)
-        self._key = torch.empty(shape, dtype=_DTYPES[geometry.dtype], device=device)
-        self._value = torch.empty_like(self._key)
-        self._layers = tuple(
-            LayerCache(key, value) for key, value in zip(self._key, self._value, strict=True)
+        self.device = device
+        self.layout = layout
+        shape = CacheShape(
+            geometry.layers,
+            blocks,
+            geometry.block_tokens,
+            geometry.kv_heads,
+            geometry.head_size,
+            _DTYPES[geometry.dtype],
         )
-        self._slots = tuple((cache.key.flatten(0, 1), cache.value.flatten(0, 1)) for cache in self._layers)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the cache lies."""
-        return self._key.device
+        self._layers = layout.allocate(shape, device)
 
     def layer(self, index: int) -> LayerCache:
         """What a kernel reads."""
@@ -48,24 +49,32 @@ class Arena:
         """Write rows into slots. slots: int64 [rows], block id x block_tokens + offset; key, value:
         [rows, kv_heads, head_size]. Never allocates.
         """
-        keys, values = self._slots[layer]
-        keys.index_copy_(0, slots, key.to(keys))  # from where a lane's bytes arrived to where the cache lies
-        values.index_copy_(0, slots, value.to(values))
+        self.layout.append(self._layers[layer], slots, key, value)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that `read` gives."""
+        return _DTYPES[self.geometry.dtype]
 
     def read(self, slots: Tensor) -> Tensor:
-        """A copy of slots in host memory, keys and values: [2, layers, rows, kv_heads, head_size]."""
-        parts = [torch.stack([part[slots] for part in layer]) for layer in self._slots]
+        """A copy of slots in host memory, whatever the layout: [2, layers, rows, kv_heads, head_size].
+
+        What was never written is undefined.
+        """
+        parts = [torch.stack(self.layout.read(cache, slots)) for cache in self._layers]
         return torch.stack(parts, 1).cpu()
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
-        """What `read` gave, into other slots."""
+        """What `read` gave, here or at a worker of another layout, into other slots."""
         for layer, (key, value) in enumerate(zip(*rows, strict=True)):
             self.append(layer, slots, key, value)
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy one block's keys and values, all layers. Never allocates."""
-        self._key[:, target] = self._key[:, source]
-        self._value[:, target] = self._value[:, source]
+        """Copy one block's keys and values, all layers, where they lie."""
+        offsets = torch.arange(self.geometry.block_tokens, device=self.device)
+        here, there = (block * self.geometry.block_tokens + offsets for block in (source, target))
+        for cache in self._layers:
+            self.layout.append(cache, there, *self.layout.read(cache, here))
 
 
 class BlockAllocator:

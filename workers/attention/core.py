@@ -17,7 +17,7 @@ from workers.attention.session import AttendSession
 from workers.attention.store import Store
 from workers.devices import open_device
 from workers.kernels.select import select
-from workers.kernels.signature import Kernel
+from workers.kernels.signature import CacheLayout, Kernel
 from workers.kernels.warm_up import warm_up_attend
 
 _log = logger("attention")
@@ -52,7 +52,7 @@ class AttentionCore:
             )
         device = open_device(config.device, "attention.device")
         self._kernel = _kernel(config)
-        self.arena = _arena(geometry, blocks, device)
+        self.arena = _arena(geometry, blocks, device, self._kernel.layout)
         if device.type == "cuda":
             warm_up_attend(self._kernel, self.arena.layer(0), geometry.query_heads)
         copy_block = self.arena.copy_block if config.prefix_sharing else None
@@ -105,9 +105,9 @@ def _kernel(config: AttentionConfig) -> Kernel:
         raise ConfigError(f"attention.kernel: {error}") from error
 
 
-def _arena(geometry: KvGeometry, blocks: int, device: torch.device) -> Arena:
+def _arena(geometry: KvGeometry, blocks: int, device: torch.device, layout: CacheLayout) -> Arena:
     try:
-        return Arena(geometry, blocks, device)
-    except torch.OutOfMemoryError as error:
+        return Arena(geometry, blocks, device, layout)
+    except (torch.OutOfMemoryError, OSError) as error:
         size_bytes = blocks * geometry.block_bytes
         raise ConfigError(f"an arena of {size_bytes} bytes does not fit the {device.type} device") from error

@@ -51,7 +51,7 @@ class Piece:
         if len(self.payload) != self.count * geometry.token_bytes:
             raise InvalidRequest(f"{len(self.payload)} bytes are no {self.count} tokens of this cache")
         shape = (2, geometry.layers, self.count, geometry.kv_heads, geometry.head_size)
-        flat = torch.frombuffer(bytearray(self.payload), dtype=arena.layer(0).key.dtype)
+        flat = torch.frombuffer(bytearray(self.payload), dtype=arena.dtype)
         return flat.view(shape)
 
 

@@ -23,15 +23,8 @@ def check_attend(
     _check_cache(cache)
     _check_heads(query, cache.key)
     _check_window(window)
-    blocks, block_tokens = cache.key.shape[:2]
-    rows_taken = 0
-    for span in sorted(spans, key=_row_start):
-        if span.row_start < rows_taken or span.row_count < 1:
-            raise ValueError(f"{span}: rows overlap another span's, or are none")
-        rows_taken = span.row_start + span.row_count
-        _check_range(span, blocks, block_tokens)
-    if rows_taken > query.shape[0]:
-        raise ValueError(f"spans name {rows_taken} rows of {query.shape[0]}")
+    block_tokens = cache.key.shape[1]
+    check_spans(spans, query.shape[0], cache.key.shape[0], block_tokens)
     if options is None:
         for span in spans:
             _check_past(span)
@@ -40,6 +33,18 @@ def check_attend(
         raise ValueError(f"{len(options)} options for {len(spans)} spans")
     for span, option in zip(spans, options, strict=True):
         _check_options(option, span, len(span.blocks) * block_tokens, query.shape[1])
+
+
+def check_spans(spans: Sequence[Span], rows: int, blocks: int, block_tokens: int) -> None:
+    """Raise ValueError unless all lies within `rows` query rows and a cache of `blocks` blocks."""
+    rows_taken = 0
+    for span in sorted(spans, key=_row_start):
+        if span.row_start < rows_taken or span.row_count < 1:
+            raise ValueError(f"{span}: rows overlap another span's, or are none")
+        rows_taken = span.row_start + span.row_count
+        _check_range(span, blocks, block_tokens)
+    if rows_taken > rows:
+        raise ValueError(f"spans name {rows_taken} rows of {rows}")
 
 
 def check_causal(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workers.kernels.checks import check_attend, check_causal
 from workers.kernels.signature import AttendResult, LayerCache, SlotOptions, Span
+from workers.kernels.token_major import TOKEN_MAJOR
 
 _NONE = SlotOptions()
 
@@ -17,6 +18,7 @@ class ReferenceKernel:
     """Slow and obvious. Every other backend must equal it within the tolerance of its dtype."""
 
     name = "reference"
+    layout = TOKEN_MAJOR
 
     def attend(
         self,

@@ -18,7 +18,7 @@ def select(name: str, device: str) -> Kernel:
     """The backend called `name`; "auto" is the fastest that runs on `device` ("cpu" or "cuda").
 
     "triton" runs on the CPU only where Triton interprets it (TRITON_INTERPRET=1), for tests, in one thread.
-    Raises ValueError for a name or a device no backend has, and for "triton" where that is not installed.
+    Raises ValueError for a name or a device no backend has, and for one that is not built or installed here.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"no attention backend runs on {device}")
@@ -29,12 +29,19 @@ def select(name: str, device: str) -> Kernel:
         if name == "triton":
             raise ValueError("the triton kernel needs the package triton: pip install 'anabranch[gpu]'")
         _warn_without_triton()
+    if name in ("auto", "cpu") and device == "cpu":
+        kernel = compiled_kernel()
+        if kernel is not None:
+            return kernel
+        if name == "cpu":
+            raise ValueError("the cpu kernel is not built: install with a C++ compiler at hand")
+        warn_once()
     if name in ("auto", "torch"):
         return TorchKernel()
     if name == "reference" and device == "cpu":
         return ReferenceKernel()
     raise ValueError(
-        f"no attention backend is called {name} on {device}; there are auto, torch, triton, reference"
+        f"no attention backend is called {name} on {device}; there are auto, cpu, torch, triton, reference"
     )
 
 
@@ -49,4 +56,24 @@ def _warn_without_triton() -> None:
     _log.warning(
         "triton is not installed, so PyTorch attends on the GPU, slower and through copies of the cache: "
         "pip install 'anabranch[gpu]'"
+    )
+
+
+def compiled_kernel() -> Kernel | None:
+    """The C++ kernel with this process's defaults, or None where its extension was not built."""
+    try:
+        importlib.import_module("workers.kernels.cpu._native")
+    except ImportError:
+        return None
+    from workers.kernels.cpu.kernel import CpuKernel  # only now: it imports the extension
+
+    return CpuKernel()
+
+
+@functools.cache
+def warn_once() -> None:
+    """Say, once a process, that attention is slower than it could be."""
+    _log.warning(
+        "the C++ attention kernel is not built, so PyTorch attends at about half its speed; "
+        "install with a C++ compiler (g++ or clang) at hand"
     )

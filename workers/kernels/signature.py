@@ -11,19 +11,57 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer of an arena: what a kernel reads.
+    """One layer of an arena as its layout left it: what a kernel of that layout reads.
 
-    key, value: [blocks, block_tokens, kv_heads, head_size], any float dtype; the blocks of consecutive
-    ids are adjacent in memory, so a run of ids is one flat [tokens, kv_heads, head_size] slab.
+    key, value: token-major, [blocks, block_tokens, kv_heads, head_size], any float dtype; the blocks of
+    consecutive ids are adjacent in memory, so a run of ids is one flat [tokens, kv_heads, head_size] slab.
+    Another layout extends this class and says what its tensors are.
     """
 
     key: Tensor
     value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What an arena holds, whatever the layout. dtype: that of the numbers in memory, int8 where a layout
+    quantises.
+    """
+
+    layers: int
+    blocks: int
+    block_tokens: int
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+
+class CacheLayout(Protocol):
+    """How a kernel wants blocks to lie in memory; everyone else sees rows [tokens, kv_heads, head_size].
+
+    Slots are block id x block_tokens + offset, int64 [tokens]; the rows of whole blocks are what moves
+    between workers of different layouts.
+    """
+
+    name: str
+
+    def allocate(self, shape: CacheShape, device: torch.device) -> tuple[LayerCache, ...]:
+        """One cache for each layer, in one piece of memory that is not touched yet."""
+        ...
+
+    def append(self, cache: LayerCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Write rows into slots, converted to the cache's type. Never allocates cache."""
+        ...
+
+    def read(self, cache: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values in slots; float32 where the layout quantises."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +112,14 @@ class AttendResult:
 
 
 class Kernel(Protocol):
-    """An attention backend. Stateless; safe to call from several threads."""
+    """An attention backend. Stateless but for memos; safe to call from several threads."""
 
     name: str
+
+    @property
+    def layout(self) -> CacheLayout:
+        """That of the caches it attends over; others are refused."""
+        ...
 
     def attend(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.kernels import plain
 from workers.kernels.checks import check_attend, check_causal
 from workers.kernels.signature import AttendResult, LayerCache, SlotOptions, Span
+from workers.kernels.token_major import TOKEN_MAJOR
 
 _NONE = SlotOptions()
 
@@ -26,6 +27,7 @@ class TorchKernel:
     """Keeps no state but a memo; on the CPU without options it copies no cache, elsewhere it uses `plain`."""
 
     name = "torch"
+    layout = TOKEN_MAJOR
 
     def attend(
         self,

@@ -11,6 +11,7 @@ from workers.kernels.checks import check_attend, check_causal
 from workers.kernels.signature import AttendResult, LayerCache, SlotOptions, Span
 from workers.kernels.torch_flash import TorchKernel
 from workers.kernels.triton.attend import attend
+from workers.kernels.triton.layout import TritonLayout
 from workers.kernels.triton.merge import merge
 from workers.kernels.triton.tables import (
     Cutting,
@@ -33,6 +34,7 @@ class TritonKernel:
     """
 
     name = "triton"
+    layout = TritonLayout()
 
     def __init__(self, split_slots_least: int = SPLIT_SLOTS_LEAST) -> None:
         self._split_slots_least = split_slots_least

@@ -1,0 +1,1 @@
+"""Attention on CPUs in C++ (attend.h), for caches in the packed layout (cache.h)."""

@@ -1,0 +1,32 @@
+"""The compiled kernel (module.cpp). All raise ValueError for what does not fit, before memory is read."""
+
+from torch import Tensor
+
+class Layer:
+    """One layer of a packed arena; keeps its memory."""
+
+    def __init__(
+        self, storage: Tensor, layer: int, cache_type: str, block_tokens: int, head_size: int
+    ) -> None: ...
+
+class Plan:
+    """Spans of a step, int64 [spans, 7] and their blocks, int64, one after the other."""
+
+    def __init__(self, spans: Tensor, table: Tensor) -> None: ...
+
+def attend(
+    plan: Plan,
+    layer: Layer,
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def append(layer: Layer, slots: Tensor, key: Tensor, value: Tensor) -> None: ...
+def read(layer: Layer, slots: Tensor, key: Tensor, value: Tensor) -> None: ...
+def read_probe(storage: Tensor, threads: int, level: str) -> None: ...
+def record_bytes(cache_type: str, block_tokens: int, head_size: int) -> int: ...
+def levels() -> list[str]: ...

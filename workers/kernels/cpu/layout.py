@@ -1,0 +1,92 @@
+"""The packed layout: a block with all its layers in one piece, tokens interleaved in groups of sixteen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.kernels.cpu import _native
+from workers.kernels.memory import reserve
+from workers.kernels.signature import CacheShape, LayerCache
+
+_TYPES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCache(LayerCache):
+    """One layer of a packed arena. key, value: uint8 [blocks, kv_heads, bytes], as cache.h draws them."""
+
+    native: _native.Layer
+    dtype: torch.dtype
+    blocks: int
+    block_tokens: int
+    kv_heads: int
+    head_size: int
+
+
+class PackedLayout:
+    """[blocks, layers, kv_heads, record]: a record holds a block's keys and values of one head and layer.
+
+    Block tokens that are no multiple of 16 and head sizes that are none are padded in memory. int8 is
+    symmetric with a float32 scale for each token and head: a number errs by at most 1/254 of its row's
+    largest.
+    """
+
+    name = "packed"
+
+    def allocate(self, shape: CacheShape, device: torch.device) -> tuple[LayerCache, ...]:
+        """See `signature.CacheLayout.allocate`. Raises ValueError off the CPU or for other types."""
+        if device.type != "cpu" or shape.dtype not in _TYPES:
+            raise ValueError(f"no packed cache of {shape.dtype} on {device}; there are 4 types, on cpu")
+        kind = _TYPES[shape.dtype]
+        record_bytes = _native.record_bytes(kind, shape.block_tokens, shape.head_size)
+        sizes = (shape.blocks, shape.layers, shape.kv_heads, record_bytes)
+        storage = reserve(torch.Size(sizes).numel(), device).view(sizes)
+        key, value = storage.chunk(2, dim=-1)
+        return tuple(
+            PackedCache(
+                key[:, layer],
+                value[:, layer],
+                _native.Layer(storage, layer, kind, shape.block_tokens, shape.head_size),
+                shape.dtype,
+                shape.blocks,
+                shape.block_tokens,
+                shape.kv_heads,
+                shape.head_size,
+            )
+            for layer in range(shape.layers)
+        )
+
+    def append(self, cache: LayerCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """See `signature.CacheLayout.append`. Raises ValueError for slots outside the arena."""
+        packed = packed_cache(cache)
+        dtype = _row_dtype(packed)
+        _native.append(
+            packed.native, slots, key.to("cpu", dtype).contiguous(), value.to("cpu", dtype).contiguous()
+        )
+
+    def read(self, cache: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """See `signature.CacheLayout.read`. Raises ValueError for slots outside the arena."""
+        packed = packed_cache(cache)
+        shape = (len(slots), packed.kv_heads, packed.head_size)
+        key, value = (torch.empty(shape, dtype=_row_dtype(packed)) for _ in range(2))
+        _native.read(packed.native, slots, key, value)
+        return key, value
+
+
+def packed_cache(cache: LayerCache) -> PackedCache:
+    """`cache` itself. Raises ValueError when another layout made it."""
+    if not isinstance(cache, PackedCache):
+        raise ValueError(f"the cpu kernel reads packed caches, not keys of {tuple(cache.key.shape)}")
+    return cache
+
+
+def _row_dtype(cache: PackedCache) -> torch.dtype:
+    return torch.float32 if cache.dtype == torch.int8 else cache.dtype

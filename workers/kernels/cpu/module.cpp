@@ -1,0 +1,226 @@
+// What Python sees: packed layers, plans, attention, rows in and out, and the read probe. Whatever Python
+// hands over is checked here, for a kernel reads memory by the numbers it is given.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "plan.h"
+#include "pool.h"
+#include "rows.h"
+
+namespace nb = nanobind;
+
+namespace anabranch {
+namespace {
+
+using Storage = nb::ndarray<uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Numbers = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using Result = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using SpanTable = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+[[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument(reason); }
+
+CacheType type_named(const std::string& name) {
+  if (name == "float32") return CacheType::float32;
+  if (name == "float16") return CacheType::float16;
+  if (name == "bfloat16") return CacheType::bfloat16;
+  if (name == "int8") return CacheType::int8;
+  refuse("no cache of type " + name + "; there are 4");
+}
+
+CacheType type_of(const Numbers& array) {
+  const nb::dlpack::dtype type = array.dtype();
+  if (type.lanes == 1 && type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float)) {
+    if (type.bits == 32) return CacheType::float32;
+    if (type.bits == 16) return CacheType::float16;
+  }
+  if (type.lanes == 1 && type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16)
+    return CacheType::bfloat16;
+  refuse("numbers of " + std::to_string(type.bits) + " bits, kind " + std::to_string(type.code));
+}
+
+// What rows of a cache are handed over as.
+CacheType row_type(CacheType type) { return type == CacheType::int8 ? CacheType::float32 : type; }
+
+std::string shape_of(const Numbers& array) {
+  std::string text = "[";
+  for (size_t i = 0; i < array.ndim(); i++) text += (i ? ", " : "") + std::to_string(array.shape(i));
+  return text + "]";
+}
+
+bool supports(const Level& level) {
+#if defined(ANABRANCH_X86)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (&level == &avx2_level)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (&level == &avx512_level) return avx512;
+  if (&level == &avx512_bf16_level)
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#endif
+  return &level == &portable_level;
+}
+
+// Best first.
+std::vector<const Level*> levels() {
+  std::vector<const Level*> found;
+#if defined(ANABRANCH_X86)
+  for (const Level* level : {&avx512_bf16_level, &avx512_level, &avx2_level})
+    if (supports(*level)) found.push_back(level);
+#endif
+  found.push_back(&portable_level);
+  return found;
+}
+
+const Level& level_named(const std::string& name) {
+  for (const Level* level : levels())
+    if (name == level->name) return *level;
+  refuse("no instruction set " + name + " among the " + std::to_string(levels().size()) + " of this machine");
+}
+
+Shape shape_from(const std::string& type, int64_t blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_size) {
+  constexpr int64_t most = int64_t(1) << 40;
+  const bool fits = block_tokens > 0 && block_tokens <= 65536 && kv_heads > 0 && kv_heads <= 65536 &&
+                    head_size > 0 && head_size <= 4096 && blocks > 0 && blocks < most;
+  if (!fits)
+    refuse("no cache of " + std::to_string(blocks) + " blocks of " + std::to_string(block_tokens) + " tokens, " +
+           std::to_string(kv_heads) + " heads of " + std::to_string(head_size));
+  return {type_named(type), blocks, block_tokens, kv_heads, head_size};
+}
+
+// One layer of a packed arena. Keeps the arena's memory.
+class Layer {
+ public:
+  // storage: [blocks, layers, kv_heads, record bytes], 64-byte aligned.
+  Layer(Storage storage, int64_t layer, const std::string& type, int64_t block_tokens, int64_t head_size)
+      : storage_(storage) {
+    const int64_t blocks = storage.shape(0), layers = storage.shape(1), kv_heads = storage.shape(2);
+    const Shape shape = shape_from(type, blocks, block_tokens, kv_heads, head_size);
+    if (static_cast<int64_t>(storage.shape(3)) != shape.record_bytes())
+      refuse("records of " + std::to_string(storage.shape(3)) + " bytes, not " + std::to_string(shape.record_bytes()));
+    if (layer < 0 || layer >= layers) refuse("layer " + std::to_string(layer) + " of " + std::to_string(layers));
+    if (reinterpret_cast<uintptr_t>(storage.data()) % 64 != 0) refuse("storage is not aligned to 64 bytes");
+    const int64_t layer_bytes = kv_heads * shape.record_bytes();
+    cache_ = {shape, storage.data() + layer * layer_bytes, layers * layer_bytes};
+  }
+  const Cache& cache() const { return cache_; }
+
+ private:
+  Storage storage_;
+  Cache cache_;
+};
+
+void check_rows(const Cache& cache, const Indices& slots, const Numbers& key, const Numbers& value) {
+  const Shape& shape = cache.shape;
+  for (const Numbers* rows : {&key, &value}) {
+    const bool fits = rows->ndim() == 3 && rows->shape(0) == slots.shape(0) &&
+                      static_cast<int64_t>(rows->shape(1)) == shape.kv_heads &&
+                      static_cast<int64_t>(rows->shape(2)) == shape.head_size;
+    if (!fits || type_of(*rows) != row_type(shape.type))
+      refuse("rows " + shape_of(*rows) + " for " + std::to_string(slots.shape(0)) + " slots of " +
+             std::to_string(shape.kv_heads) + " heads of " + std::to_string(shape.head_size));
+  }
+  for (size_t row = 0; row < slots.shape(0); row++)
+    if (slots.data()[row] < 0 || slots.data()[row] >= shape.blocks * shape.block_tokens)
+      refuse("slot " + std::to_string(slots.data()[row]) + " of " + std::to_string(shape.blocks * shape.block_tokens));
+}
+
+void append_rows(const Layer& layer, Indices slots, Numbers key, Numbers value) {
+  check_rows(layer.cache(), slots, key, value);
+  nb::gil_scoped_release released;
+  write_rows(layer.cache(), slots.data(), slots.shape(0), key.data(), value.data());
+}
+
+void gather_rows(const Layer& layer, Indices slots, nb::ndarray<nb::c_contig, nb::device::cpu> key,
+          nb::ndarray<nb::c_contig, nb::device::cpu> value) {
+  check_rows(layer.cache(), slots, Numbers(key), Numbers(value));
+  nb::gil_scoped_release released;
+  read_rows(layer.cache(), slots.data(), slots.shape(0), key.data(), value.data());
+}
+
+void check_query(const Cache& cache, const Numbers& query, const Result& out, const Result& lse) {
+  const Shape& shape = cache.shape;
+  if (query.ndim() != 3 || static_cast<int64_t>(query.shape(2)) != shape.head_size)
+    refuse("query " + shape_of(query) + " for heads of " + std::to_string(shape.head_size));
+  if (query.shape(1) == 0 || static_cast<int64_t>(query.shape(1)) % shape.kv_heads != 0)
+    refuse(std::to_string(query.shape(1)) + " query heads do not divide over " + std::to_string(shape.kv_heads));
+  if (shape.type != CacheType::int8 && type_of(query) != shape.type)
+    refuse("query of " + std::to_string(query.itemsize()) + " bytes a number and another type than the cache's");
+  const bool out_fits = out.ndim() == 3 && out.shape(0) == query.shape(0) && out.shape(1) == query.shape(1) &&
+                        out.shape(2) == query.shape(2);
+  const bool lse_fits = lse.ndim() == 2 && lse.shape(0) == query.shape(0) && lse.shape(1) == query.shape(1);
+  if (!out_fits || !lse_fits) refuse("out or lse do not fit a query " + shape_of(query));
+}
+
+void attend(const Plan& plan, const Layer& layer, Numbers query, Result out, Result lse, float scale,
+            int64_t window, int threads, const std::string& level) {
+  const Cache& cache = layer.cache();
+  check_query(cache, query, out, lse);
+  if (window < 0) refuse("a window of " + std::to_string(window) + " sees nothing");
+  if (threads < 1 || threads > 1024) refuse(std::to_string(threads) + " threads");
+  plan.check(cache.shape, query.shape(0));
+  Attention work{};
+  work.cache = cache;
+  work.query = query.data();
+  work.out = out.data();
+  work.lse = lse.data();
+  work.query_type = type_of(query);
+  work.query_heads = query.shape(1);
+  work.window = window;
+  work.scale = scale;
+  const Level& chosen = level_named(level);
+  const int64_t rows = query.shape(0);
+  nb::gil_scoped_release released;
+  run_plan(plan, work, chosen, threads, rows);
+}
+
+void read_probe(nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> bytes, int threads,
+                const std::string& level) {
+  if (threads < 1 || threads > 1024) refuse(std::to_string(threads) + " threads");
+  const Level& chosen = level_named(level);
+  const int64_t part_bytes = bytes.shape(0) / threads / 64 * 64;
+  static std::atomic<float> kept;  // so that the reading is not left out as useless
+  nb::gil_scoped_release released;
+  Pool::get().run(threads, [&](int part) { kept = chosen.read(bytes.data() + part * part_bytes, part_bytes); });
+}
+
+}  // namespace
+}  // namespace anabranch
+
+NB_MODULE(_native, module) {
+  using namespace anabranch;
+  nb::set_leak_warnings(false);  // a kernel may live as long as the process
+  nb::class_<Layer>(module, "Layer")
+      .def(nb::init<Storage, int64_t, const std::string&, int64_t, int64_t>(), nb::arg("storage"), nb::arg("layer"),
+           nb::arg("cache_type"), nb::arg("block_tokens"), nb::arg("head_size"));
+  nb::class_<Plan>(module, "Plan")
+      .def("__init__",
+           [](Plan* plan, SpanTable spans, Indices table) {
+             if (spans.shape(1) != 7) refuse("spans of " + std::to_string(spans.shape(1)) + " fields, not 7");
+             new (plan) Plan(spans.data(), spans.shape(0),
+                             std::vector<int64_t>(table.data(), table.data() + table.shape(0)));
+           },
+           nb::arg("spans"), nb::arg("table"));
+  module.def("attend", &attend, nb::arg("plan"), nb::arg("layer"), nb::arg("query"), nb::arg("out"), nb::arg("lse"),
+             nb::arg("scale"), nb::arg("window"), nb::arg("threads"), nb::arg("level"));
+  module.def("append", &append_rows, nb::arg("layer"), nb::arg("slots"), nb::arg("key"), nb::arg("value"));
+  module.def("read", &gather_rows, nb::arg("layer"), nb::arg("slots"), nb::arg("key"), nb::arg("value"));
+  module.def("read_probe", &read_probe, nb::arg("storage"), nb::arg("threads"), nb::arg("level"));
+  module.def(
+      "record_bytes",
+      [](const std::string& type, int64_t block_tokens, int64_t head_size) {
+        return shape_from(type, 1, block_tokens, 1, head_size).record_bytes();
+      },
+      nb::arg("cache_type"), nb::arg("block_tokens"), nb::arg("head_size"));
+  module.def("levels", [] {
+    std::vector<std::string> names;
+    for (const Level* level : levels()) names.push_back(level->name);
+    return names;
+  });
+}

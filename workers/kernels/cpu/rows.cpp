@@ -1,0 +1,121 @@
+#include "rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace anabranch {
+
+namespace {
+
+
+// One token's keys or values of one head: the number of head dimension d lies at start + place(d).
+struct KeyRow {
+  uint8_t* start;
+  int64_t line_stride;
+  int shift, bytes, bias;  // 2^shift numbers lie side by side, of so many bytes each
+
+  KeyRow(const Cache& cache, int64_t block, int64_t head, int64_t offset)
+      : start(cache.key_group(block, head, offset / group_tokens)),
+        line_stride(cache.shape.key_stride()),
+        shift(static_cast<int>(interleaved(cache.shape.type) / 2)),  // 0, 1, 2 for 1, 2, 4
+        bytes(static_cast<int>(element_bytes(cache.shape.type))),
+        bias(128),
+        token(offset % group_tokens) {}
+  uint8_t* at(int64_t d) const {
+    const int64_t beside = d & ((1 << shift) - 1);
+    const int64_t linear = ((((d >> shift) * group_tokens + token) << shift) + beside) * bytes;
+    return start + (linear >> 6) * line_stride + (linear & 63);
+  }
+  float* scale(const Shape& shape) const {
+    return reinterpret_cast<float*>(start + shape.data_bytes() / 64 * line_stride) + token;
+  }
+
+ private:
+  int64_t token;
+};
+
+struct ValueRow {
+  uint8_t* start;
+  int64_t stride;
+  int bias;
+
+  ValueRow(const Cache& cache, int64_t block, int64_t head, int64_t offset)
+      : bias(0), group(cache.value_group(block, head, offset / group_tokens)), token(offset % group_tokens) {
+    const int64_t n = interleaved(cache.shape.type), bytes = element_bytes(cache.shape.type);
+    start = group + (token / n * cache.shape.padded_size() * n + token % n) * bytes;
+    stride = n * bytes;
+  }
+  uint8_t* at(int64_t d) const { return start + d * stride; }
+  float* scale(const Shape& shape) const { return reinterpret_cast<float*>(group + shape.data_bytes()) + token; }
+
+ private:
+  uint8_t* group;
+  int64_t token;
+};
+
+// Symmetric, a scale for each token and head; keys are stored with 128 added.
+template <class Row>
+void quantise(const Shape& shape, const Row& row, const float* from) {
+  float most = 0;
+  for (int64_t d = 0; d < shape.head_size; d++) most = std::max(most, std::fabs(from[d]));
+  const float inverse = most > 0 ? 127 / most : 0;
+  for (int64_t d = 0; d < shape.head_size; d++)
+    *row.at(d) = static_cast<uint8_t>(static_cast<int>(std::lrintf(from[d] * inverse)) + row.bias);
+  *row.scale(shape) = most / 127;
+}
+
+template <class Row>
+void write_row(const Shape& shape, const Row& row, const uint8_t* from) {
+  if (shape.type == CacheType::int8) return quantise(shape, row, reinterpret_cast<const float*>(from));
+  for (int64_t d = 0; d < shape.head_size; d++)
+    if (shape.type == CacheType::float32)
+      std::memcpy(row.at(d), from + d * 4, 4);
+    else
+      std::memcpy(row.at(d), from + d * 2, 2);
+}
+
+template <class Row>
+void read_row(const Shape& shape, const Row& row, uint8_t* to) {
+  for (int64_t d = 0; d < shape.head_size; d++) {
+    if (shape.type == CacheType::int8) {
+      const float number = static_cast<int8_t>(*row.at(d) - row.bias) * *row.scale(shape);
+      std::memcpy(to + d * 4, &number, 4);
+    } else if (shape.type == CacheType::float32) {
+      std::memcpy(to + d * 4, row.at(d), 4);
+    } else {
+      std::memcpy(to + d * 2, row.at(d), 2);
+    }
+  }
+}
+
+// Call each(key row, value row, byte offset of the row in the logical layout).
+template <class Each>
+void each_row(const Cache& cache, const int64_t* slots, int64_t count, Each each) {
+  const Shape& shape = cache.shape;
+  const int64_t row_bytes = shape.head_size * (shape.type == CacheType::int8 ? 4 : element_bytes(shape.type));
+  for (int64_t row = 0; row < count; row++) {
+    const int64_t block = slots[row] / shape.block_tokens, offset = slots[row] % shape.block_tokens;
+    for (int64_t head = 0; head < shape.kv_heads; head++)
+      each(KeyRow(cache, block, head, offset), ValueRow(cache, block, head, offset),
+           (row * shape.kv_heads + head) * row_bytes);
+  }
+}
+
+}  // namespace
+
+void write_rows(const Cache& cache, const int64_t* slots, int64_t count, const void* key, const void* value) {
+  each_row(cache, slots, count, [&](const KeyRow& keys, const ValueRow& values, int64_t offset) {
+    write_row(cache.shape, keys, static_cast<const uint8_t*>(key) + offset);
+    write_row(cache.shape, values, static_cast<const uint8_t*>(value) + offset);
+  });
+}
+
+void read_rows(const Cache& cache, const int64_t* slots, int64_t count, void* key, void* value) {
+  each_row(cache, slots, count, [&](const KeyRow& keys, const ValueRow& values, int64_t offset) {
+    read_row(cache.shape, keys, static_cast<uint8_t*>(key) + offset);
+    read_row(cache.shape, values, static_cast<uint8_t*>(value) + offset);
+  });
+}
+
+}  // namespace anabranch
