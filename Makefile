@@ -9,7 +9,8 @@ STAMP := .venv/.installed
 # What pip does, without what it need not do.
 NEWS := sed -u '/already satisfied/d'
 
-.PHONY: demo test test-system check proto oracle-full clean help
+.PHONY: demo test test-system check proto oracle-full bench clean help
+RESULTS := bench/results.json
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -39,6 +40,10 @@ proto: $(STAMP)  ## regenerate the stubs in anabranch/v1 from proto/
 
 oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
 	$(BIN)/python -m tests.oracle.full
+
+bench: $(STAMP)  ## measure the hot path; writes bench/results.json
+	$(BIN)/anabranch bench lane --json $(RESULTS)
+	$(BIN)/anabranch bench verify $(RESULTS)
 
 clean:  ## remove the environment and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist

@@ -8,7 +8,7 @@ cannot be beaten, not what will be reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 OVERLAP_ALPHA = 0.2
@@ -113,3 +113,24 @@ def lane_deadline_s(predicted_s: float, floor_ms: float, factor: float) -> float
     """How long a layer's reply may take: the floor plus `factor` times what was predicted."""
     assert predicted_s >= 0
     return floor_ms / 1000 + factor * predicted_s
+
+
+def single_step_s(dense_s: float, attention_s: float, lane_s: float) -> float:
+    """A step of one micro-batch: while one side works the other waits."""
+    return dense_s + attention_s + lane_s
+
+
+def staggered_step_s(half_dense_s: float, half_attention_s: float, half_lane_s: float) -> float:
+    """A step of two equal micro-batches, staggered; the arguments are one half's whole step.
+
+    Lamina's rotational pipelining with n = 2. In each layer both sides work for both halves, and each half
+    still passes through dense, lane and attention one after the other: the longest of the three decides.
+    """
+    return max(2 * half_dense_s, 2 * half_attention_s, half_dense_s + half_attention_s + half_lane_s)
+
+
+EQUATIONS: Mapping[str, Callable[..., float]] = {
+    equation.__name__: equation
+    for equation in (single_step_s, staggered_step_s, lane_floor_s, lane_deadline_s)
+}
+"""By name, for records of predictions that carry their inputs."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import typer
 
 from anabranch.cli import model
+from anabranch.cli.bench import command as bench
 from anabranch.cli.chat import chat_command
 from anabranch.cli.demo import demo
 from anabranch.cli.down import down
@@ -31,6 +32,7 @@ app.command()(down)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.add_typer(model.app, name="model")
+app.add_typer(bench.app, name="bench")
 
 _USER_ERRORS = (ConfigError, InvalidRequest, ModelError)
 
