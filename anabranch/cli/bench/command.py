@@ -1,11 +1,12 @@
 """The commands of `anabranch bench`; each measures in a module of its own and reports here.
 
 A bench is a function that returns results (`records`); its command adds options, calls it and gives what it
-returned to `report`.
+returned to `report`. Benches are imported when called: they need torch, whose import takes seconds.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -28,12 +29,39 @@ JsonFile = Annotated[
 ]
 
 
+_WIDTH = 112
+"""A table narrower than this would cut its figures; a narrow terminal wraps it."""
+
+
 def report(results: Results, json_file: Path | None) -> None:
     """Print the table, and write the file if one is asked for."""
     stamped = results_file.stamp(results)
-    Console().print(results_table(stamped))
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    console.print(results_table(stamped))
     if json_file is not None:
         results_file.write(json_file, stamped)
+
+
+@app.command()
+def lane(
+    json_file: JsonFile = None,
+    repeats: Annotated[int, typer.Option(help="Samples of each transport, taken in turn.", min=1)] = 31,
+    host: Annotated[str, typer.Option(help="Address the peer listens on.")] = "127.0.0.1",
+    peer_prefix: Annotated[
+        str,
+        typer.Option(help="Put before the peer's command, for example `ip netns exec NAME`."),
+    ] = "",
+) -> None:
+    """Round trips of 16 KB and 4 MB on each lane beside bare sockets; one core for each of the two processes.
+
+    \b
+    anabranch bench lane
+    anabranch bench lane --peer-prefix "ip netns exec b" --host 10.0.0.2 --json bench/results.json
+    """
+    from anabranch.cli.bench.lane import measure
+
+    report({"lane": measure(repeats, host, shlex.split(peer_prefix))}, json_file)
 
 
 @app.command()

@@ -129,9 +129,10 @@ def is_within_bound(record: Record) -> bool | None:
 def _computed(record: Mapping[str, Any]) -> float:
     match record["kind"]:
         case "figure":
-            return statistics.median(record["samples"])
+            return float(statistics.median(record["samples"]))
         case "ratio":
-            share = statistics.median(record["a"]["samples"]) / statistics.median(record["b"]["samples"])
+            share = float(statistics.median(record["a"]["samples"]))
+            share /= statistics.median(record["b"]["samples"])
             return 1 - share if record["form"] == "1-a/b" else share
         case "least":
             return min(_computed(part) for part in record["of"].values())
