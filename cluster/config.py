@@ -154,6 +154,12 @@ class LaneConfig(Section):
     fenced_network: bool = Field(
         False, description="The network between workers is private: TCP lanes may be plain."
     )
+    spin_us: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="How long a lane asks for bytes before it sleeps; for roles with cores of their own.",
+    )
     deadline_floor_ms: int = Field(2000, ge=10, description="Least time a layer's reply may take.")
     deadline_factor: float = Field(
         10.0, ge=1, description="Deadline: the floor plus this times the predicted time."

@@ -43,7 +43,8 @@ class AttentionWorker:
         self.port = rpc.bind(self._server, config.attention.host, 0, config.security)
         self._health = health.HealthServicer()
         self._core: AttentionCore | None = None
-        self.lanes = LaneServer(config.attention.max_lanes, _STALL_S)
+        spin_s = config.lanes.spin_us / 1e6
+        self.lanes = LaneServer(config.attention.max_lanes, _STALL_S, spin_s=spin_s)
 
     @property
     def core(self) -> AttentionCore:

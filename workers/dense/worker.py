@@ -49,7 +49,12 @@ class DenseWorker:
         spec = decoder.spec
         self.geometry: KvGeometry = spec.geometry(config.model.dtype, config.attention.block_tokens)
         self._caller = Caller(
-            worker, epoch, self.geometry, config.lanes.transports, rows_most(config, self.geometry)
+            worker,
+            epoch,
+            self.geometry,
+            config.lanes.transports,
+            rows_most(config, self.geometry),
+            config.lanes.spin_us / 1e6,
         )
         self.engine = Engine(config, decoder, select("auto", config.dense.device), self._connect)
         self._service = DenseService(

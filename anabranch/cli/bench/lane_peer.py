@@ -1,6 +1,6 @@
 """The other process of `anabranch bench lane`: an attention worker's lanes without attention, and bare loops.
 
-    python -m anabranch.cli.bench.lane_peer HOST CORE
+    python -m anabranch.cli.bench.lane_peer HOST CORE SPIN_US
 
 prints one line of JSON, the addresses it serves, and ends when its standard input does.
 """
@@ -59,9 +59,9 @@ class Echo:
         return PartialReply(message.step, message.micro_batch, message.layer, out, lse, 0.0)
 
 
-def serve(host: str) -> Iterator[dict[str, str | int]]:
+def serve(host: str, spin_s: float) -> Iterator[dict[str, str | int]]:
     """Serve lanes and bare loops until resumed; yields their addresses once."""
-    lanes = LaneServer(lanes_most=8, stall_s=_STALL_S)
+    lanes = LaneServer(lanes_most=8, stall_s=_STALL_S, spin_s=spin_s)
     server = grpc.server(futures.ThreadPoolExecutor(8))
     with tempfile.TemporaryDirectory(prefix="anabranch-bench-") as folder:
         bare_path = str(Path(folder) / "bare")
@@ -127,15 +127,15 @@ def size_prefix(size: int) -> bytes:
     return size.to_bytes(_SIZE_BYTES, "little")
 
 
-def main(host: str, core: int) -> None:
+def main(host: str, core: int, spin_us: int) -> None:
     """Serve on one core until the parent closes our standard input."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    serving = serve(host)
+    serving = serve(host, spin_us / 1e6)
     print(json.dumps(next(serving)), flush=True)
     sys.stdin.read()
     next(serving, None)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

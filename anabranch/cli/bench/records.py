@@ -122,8 +122,8 @@ def is_within_bound(record: Record) -> bool | None:
     least, most = bound.get("least"), bound.get("most")
     if least is None and most is None:
         return None
-    value = record["value"]
-    return bool((least is None or value >= least) and (most is None or value <= most))
+    value = float(record["value"])
+    return (least is None or value >= least) and (most is None or value <= most)
 
 
 def _computed(record: Mapping[str, Any]) -> float:
@@ -132,7 +132,7 @@ def _computed(record: Mapping[str, Any]) -> float:
             return float(statistics.median(record["samples"]))
         case "ratio":
             share = float(statistics.median(record["a"]["samples"]))
-            share /= statistics.median(record["b"]["samples"])
+            share /= float(statistics.median(record["b"]["samples"]))
             return 1 - share if record["form"] == "1-a/b" else share
         case "least":
             return min(_computed(part) for part in record["of"].values())
@@ -142,6 +142,6 @@ def _computed(record: Mapping[str, Any]) -> float:
             equation = perfmodel.EQUATIONS.get(record["equation"])
             if equation is None:
                 raise InvalidRequest(f"the performance model has no equation {record['equation']}")
-            return equation(**record["inputs"])
+            return float(equation(**record["inputs"]))
         case other:
             raise InvalidRequest(f"a record is of no kind {other}")
