@@ -90,6 +90,9 @@ class DenseConfig(Section):
     device: Device = "cpu"
     host: str = "127.0.0.1"
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
+    micro_batches: Literal["auto", 1, 2] = Field(
+        "auto", description="Two are staggered: one computes while the other waits for attention."
+    )
     step_tokens: int = Field(256, ge=1, le=65536, description="Token budget of one step over all sequences.")
     max_batch: int = Field(64, ge=1, le=4096, description="Sequences in one step.")
     max_waiting: int = Field(256, ge=1, description="Sequences queued before RESOURCE_EXHAUSTED.")

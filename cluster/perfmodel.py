@@ -120,13 +120,84 @@ def single_step_s(dense_s: float, attention_s: float, lane_s: float) -> float:
     return dense_s + attention_s + lane_s
 
 
-def staggered_step_s(half_dense_s: float, half_attention_s: float, half_lane_s: float) -> float:
-    """A step of two equal micro-batches, staggered; the arguments are one half's whole step.
+def staggered_step_s(
+    first_dense_s: float,
+    second_dense_s: float,
+    first_attention_s: float,
+    second_attention_s: float,
+    lane_s: float,
+) -> float:
+    """A step of two micro-batches, staggered; each argument is over all layers, `lane_s` of either one.
 
-    Lamina's rotational pipelining with n = 2. In each layer both sides work for both halves, and each half
-    still passes through dense, lane and attention one after the other: the longest of the three decides.
+    Lamina's rotational pipelining with n = 2: per layer both sides work for both micro-batches, and each
+    micro-batch passes through dense, lane and attention one after the other. The longest of these decides.
     """
-    return max(2 * half_dense_s, 2 * half_attention_s, half_dense_s + half_attention_s + half_lane_s)
+    return max(
+        first_dense_s + second_dense_s,
+        first_attention_s + second_attention_s,
+        max(first_dense_s + first_attention_s, second_dense_s + second_attention_s) + lane_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds of some work: `base_s`, and `each_s` for each unit of it."""
+
+    base_s: float
+    each_s: float
+
+    def at(self, units: float) -> float:
+        """Seconds for `units`."""
+        return self.base_s + self.each_s * units
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]], *, is_fixed: bool) -> Line:
+        """Least squares through (units, seconds), neither part negative. Points of one size do not tell what
+        another takes: as much if the work `is_fixed` (weights are read whatever the batch), else its share.
+        """
+        assert points, "a line needs a point"
+        mean_units = sum(units for units, _ in points) / len(points)
+        mean_s = sum(seconds for _, seconds in points) / len(points)
+        spread = sum((units - mean_units) ** 2 for units, _ in points)
+        if spread <= 1e-6 * mean_units**2:
+            return cls(mean_s, 0.0) if is_fixed or mean_units == 0 else cls(0.0, mean_s / mean_units)
+        slope = sum((units - mean_units) * (seconds - mean_s) for units, seconds in points) / spread
+        slope = max(0.0, slope)
+        base_s = mean_s - slope * mean_units
+        return cls(base_s, slope) if base_s >= 0 else cls(0.0, mean_s / mean_units)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one micro-batch asks of both sides: rows, and scores (row x token seen) per layer and head."""
+
+    rows: int
+    scores: int
+
+
+@dataclass(frozen=True, slots=True)
+class SideTimes:
+    """What a micro-batch takes over all layers: dense by rows, attention by scores, and lanes."""
+
+    dense: Line
+    attention: Line
+    lane_s: float
+
+
+def staggering_gain(times: SideTimes, first: MicroBatch, second: MicroBatch) -> float:
+    """How many times as long the step takes as one micro-batch as it takes as these two. Splitting reads the
+    weights twice, so it pays (more than 1) where the sides are alike, and not where one of them rules.
+    """
+    rows, scores = first.rows + second.rows, first.scores + second.scores
+    single_s = single_step_s(times.dense.at(rows), times.attention.at(scores), times.lane_s)
+    staggered_s = staggered_step_s(
+        times.dense.at(first.rows),
+        times.dense.at(second.rows),
+        times.attention.at(first.scores),
+        times.attention.at(second.scores),
+        times.lane_s,
+    )
+    return single_s / staggered_s if staggered_s > 0 else 1.0
 
 
 EQUATIONS: Mapping[str, Callable[..., float]] = {

@@ -37,8 +37,8 @@ def results() -> Results:
             "step": {
                 "hidden_share": ratio(theirs, ours, "s", complement=True),
                 "predicted": prediction(
-                    "staggered_step_s",
-                    {"half_dense_s": 1.0, "half_attention_s": 2.0, "half_lane_s": 0.5},
+                    "single_step_s",
+                    {"dense_s": 1.0, "attention_s": 2.5, "lane_s": 0.5},
                 ),
             },
             "serve": [{"batch": 1, "vs_vllm_cpu": ratio(ours, theirs, "s")}],
