@@ -65,7 +65,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden_size] final-normed hidden states -> [n, vocabulary_size] float32."""
         with torch.inference_mode():
-            return torch.nn.functional.linear(hidden, self._weights.head).to(torch.float32)
+            return self._weights.head(hidden).to(torch.float32)
 
     def _begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [rows, hidden] and the tables of rope, one set for all layers."""
