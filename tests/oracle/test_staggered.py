@@ -33,7 +33,6 @@ SHAPES = {
     "local arena that overflows": Shape(attention_workers=2, local_blocks=4, overrides=TWO),
     "small chunks": Shape(attention_workers=2, step_tokens=7, max_batch=7, overrides=TWO),
     "small arenas": Shape(attention_workers=2, worker_blocks=7, overrides=TWO),
-    "spinning": Shape(attention_workers=2, overrides={**TWO, "lanes": {"spin_us": 50}}),
 }
 MICRO_BATCHES = "anabranch_dense_micro_batches"
 STEPS = "anabranch_dense_steps"

@@ -33,8 +33,8 @@ _SIZES_PER_DOUBLING = 4
 class TimesSeen:
     """Seconds of micro-batches by their size, and the line through them.
 
-    Sizes a quarter of a doubling apart are remembered apart, each as a moving average: a batch that decodes for
-    long does not wash out what smaller ones took.
+    Sizes a quarter of a doubling apart are remembered apart, each as a moving average: a batch that decodes
+    for long does not wash out what smaller ones took.
     """
 
     def __init__(self, *, is_fixed: bool) -> None:
@@ -58,8 +58,8 @@ class TimesSeen:
 
 
 class MicroBatches:
-    """Owner of who belongs where. A sequence stays where it is, so that its plan rows stay differences, unless
-    one side has grown much heavier than the other; then one sequence a step changes over.
+    """Owner of who belongs where. A sequence stays where it is, so that its plan rows stay differences,
+    unless one side has grown much heavier than the other; then one sequence a step changes over.
     """
 
     def __init__(self, setting: Literal["auto", 1, 2]) -> None:

@@ -42,8 +42,12 @@ class DenseWorker:
         worker: WorkerId,
         epoch: Epoch,
         local: tuple[Callable[[], AttentionMember], AttentionPeer] | None = None,
+        spin_s: float = 0.0,
     ) -> None:
-        """Bind the configured host. Raises ConfigError or Unavailable (`cluster.rpc.bind`)."""
+        """Bind the configured host. `spin_s`: how long lanes ask for replies before they sleep.
+
+        Raises ConfigError or Unavailable (`cluster.rpc.bind`).
+        """
         self._config = config
         self._local = local
         spec = decoder.spec
@@ -54,7 +58,7 @@ class DenseWorker:
             self.geometry,
             config.lanes.transports,
             rows_most(config, self.geometry),
-            config.lanes.spin_us / 1e6,
+            spin_s,
         )
         self.engine = Engine(config, decoder, select("auto", config.dense.device), self._connect)
         self._service = DenseService(
