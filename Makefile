@@ -43,6 +43,7 @@ oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
 
 bench: $(STAMP)  ## measure the hot path; writes bench/results.json
 	$(BIN)/anabranch bench lane --json $(RESULTS)
+	$(BIN)/anabranch bench step --json $(RESULTS)
 	$(BIN)/anabranch bench verify $(RESULTS)
 
 clean:  ## remove the environment and caches

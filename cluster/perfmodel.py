@@ -200,8 +200,31 @@ def staggering_gain(times: SideTimes, first: MicroBatch, second: MicroBatch) -> 
     return single_s / staggered_s if staggered_s > 0 else 1.0
 
 
+def staggered_halves_s(dense_s: float, attention_s: float, lane_s: float) -> float:
+    """A step of two equal micro-batches: `dense_s` and `attention_s` of both together, `lane_s` of one."""
+    return staggered_step_s(dense_s / 2, dense_s / 2, attention_s / 2, attention_s / 2, lane_s)
+
+
+def staggered_tax(dense_s: float, attention_s: float, lane_s: float, monolithic_s: float) -> float:
+    """How many times as long the split step takes as the monolithic one."""
+    return staggered_halves_s(dense_s, attention_s, lane_s) / monolithic_s
+
+
+def staggered_gain(dense_s: float, attention_s: float, lane_s: float, monolithic_s: float) -> float:
+    """How many times the throughput of the monolithic step the split one has."""
+    return monolithic_s / staggered_halves_s(dense_s, attention_s, lane_s)
+
+
 EQUATIONS: Mapping[str, Callable[..., float]] = {
     equation.__name__: equation
-    for equation in (single_step_s, staggered_step_s, lane_floor_s, lane_deadline_s)
+    for equation in (
+        single_step_s,
+        staggered_step_s,
+        staggered_halves_s,
+        staggered_tax,
+        staggered_gain,
+        lane_floor_s,
+        lane_deadline_s,
+    )
 }
 """By name, for records of predictions that carry their inputs."""

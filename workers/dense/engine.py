@@ -54,9 +54,18 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, decoder: Decoder, kernel: Kernel, connect: Connect, clock: Clock = monotonic
+        self,
+        config: Config,
+        decoder: Decoder,
+        kernel: Kernel,
+        connect: Connect,
+        clock: Clock = monotonic,
+        on_step: Callable[[StepOutcome], None] | None = None,
     ) -> None:
-        """`connect` makes the peers of attention workers; `kernel` attends chunks over themselves."""
+        """`connect` makes the peers of attention workers; `kernel` attends chunks over themselves; `on_step`
+        is told of each step on the engine's thread, before its tokens leave.
+        """
+        self._on_step = on_step
         self.metrics = DenseMetrics()
         self.failed = threading.Event()
         self.max_sequence_length = min(
@@ -223,6 +232,8 @@ class Engine:
 
     def _apply(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Take over what the step brought, and send it."""
+        if self._on_step is not None:
+            self._on_step(outcome)
         self._time(outcome)
         tokens: dict[SequenceKey, int] = {}
         ended: list[Callable[[], None]] = []

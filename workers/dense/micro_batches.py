@@ -97,9 +97,9 @@ class MicroBatches:
         if count == chunks and steps_left > 0:
             self._looked_at = (count, steps_left - 1)
             return self._is_split
-        self._looked_at = (chunks, _LOOK_STEPS)
         dense, attention, lane = self._dense.line(), self._attention.line(), self._lane.line()
         if dense is not None and attention is not None and lane is not None:
+            self._looked_at = (chunks, _LOOK_STEPS)
             first, second = (work_of(half) for half in halves)
             times = SideTimes(dense, attention, lane.at(first.rows))
             self._is_split = staggering_gain(times, first, second) >= _GAIN_LEAST

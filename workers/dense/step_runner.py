@@ -27,7 +27,7 @@ class StepTimes:
     """Where a step's seconds went; each side's three add up to `wall_s`, as far as clocks agree.
 
     Dense: computing, waiting with no micro-batch that could go on, handing messages over. Attention:
-    computing (the slowest worker of each layer), idle, and `lane_s`, moving bytes and waking up on either side.
+    computing (the slowest worker of each layer), idle, and `lane_s`: moving bytes, waking up on either side.
     """
 
     wall_s: float

@@ -65,6 +65,27 @@ def lane(
 
 
 @app.command()
+def step(
+    json_file: JsonFile = None,
+    repeats: Annotated[int, typer.Option(help="Turns of each mode.", min=1)] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw two steps: dense work, lane and attention.")
+    ] = None,
+) -> None:
+    """Decoding steps of SmolLM2, monolithic and split over two cores, and what the model predicts of them.
+
+    \b
+    anabranch bench step
+    anabranch bench step --plot step.png --json bench/results.json
+    """
+    from anabranch.cli.bench.step import measure
+
+    with Console(stderr=True).status("starting") as status:
+        results = measure(repeats, status.update, plot)
+    report(results, json_file)
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="What `--json` wrote.")],
 ) -> None:
