@@ -6,11 +6,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+RESULTS := bench/results.json
 # What pip does, without what it need not do.
 NEWS := sed -u '/already satisfied/d'
 
 .PHONY: demo test test-system check proto oracle-full bench clean help
-RESULTS := bench/results.json
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'

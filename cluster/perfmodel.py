@@ -8,6 +8,7 @@ cannot be beaten, not what will be reached.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -213,6 +214,93 @@ def staggered_tax(dense_s: float, attention_s: float, lane_s: float, monolithic_
 def staggered_gain(dense_s: float, attention_s: float, lane_s: float, monolithic_s: float) -> float:
     """How many times the throughput of the monolithic step the split one has."""
     return monolithic_s / staggered_halves_s(dense_s, attention_s, lane_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Two sides, machines alike or halves of one, and the way between them.
+
+    `device`: one machine, all of its cores.
+    """
+
+    device: DeviceSpeed
+    round_trip_s: float
+    lane_bytes_per_s: float
+    is_one_machine: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Most tokens per second of both ways to use a setting, and which to take.
+
+    monolithic: the whole machine, or one instance on each of two. `bottleneck`: dense, attention or lanes.
+    """
+
+    monolithic_tokens_per_s: float
+    split_tokens_per_s: float
+    bottleneck: str
+    sequences_held: float
+    should_split: bool
+    verdict: str
+
+
+def forecast(model: ModelShape, batch: int, context_tokens: int, setting: Setting) -> Forecast:
+    """Floors on both ways for a decoding batch, and the verdict: split where the cache does not fit beside
+    the weights, or where it is faster; otherwise not, with the reason.
+    """
+    instances = 1 if setting.is_one_machine else 2
+    whole = setting.device
+    side = DeviceSpeed(
+        whole.flops_per_s * instances / 2, whole.bandwidth_bytes_per_s * instances / 2, whole.memory_bytes
+    )
+    share = batch / instances
+    monolithic_s = single_step_s(
+        dense_step_floor_s(model, math.ceil(share), whole),
+        attention_step_floor_s(model, math.ceil(share), context_tokens, whole),
+        0.0,
+    )
+    dense_s, attention_s, lane_s = _split_sides(model, batch, context_tokens, side, setting)
+    split_s = min(
+        staggered_halves_s(2 * dense_step_floor_s(model, math.ceil(batch / 2), side), attention_s, lane_s),
+        single_step_s(dense_s, attention_s, lane_s),
+    )
+    bottleneck = max((dense_s, "dense"), (attention_s, "attention"), (lane_s, "lanes"))[1]
+    held = requests_held(max(0.0, whole.memory_bytes - model.weight_bytes), context_tokens, model)
+    fits = held >= share
+    monolithic, split = batch / monolithic_s, batch / split_s
+    should_split = not fits or split > _WORTH_SPLITTING * monolithic
+    verdict = _verdict(should_split, fits, held, split / monolithic, bottleneck)
+    return Forecast(monolithic, split, bottleneck, held, should_split, verdict)
+
+
+_WORTH_SPLITTING = 1.05
+"""Splitting brings more parts that can fail: it must promise this much."""
+
+
+def _split_sides(
+    model: ModelShape, batch: int, context_tokens: int, side: DeviceSpeed, setting: Setting
+) -> tuple[float, float, float]:
+    """Seconds of dense work, attention and lanes of one unsplit step, each side with its device."""
+    lane_s = lane_floor_s(model.layers, setting.round_trip_s)
+    lane_s += exchange_step_bytes(model, batch) / setting.lane_bytes_per_s
+    return (
+        dense_step_floor_s(model, batch, side),
+        attention_step_floor_s(model, batch, context_tokens, side),
+        lane_s,
+    )
+
+
+def _verdict(should_split: bool, fits: bool, held: int, gain: float, bottleneck: str) -> str:
+    if not fits:
+        return f"split: beside the weights this machine holds {held} such sequences; a peer holds the rest"
+    if should_split:
+        return f"split: {gain:.2f} times the throughput of monolithic instances; {bottleneck} limit it"
+    reasons = {
+        "dense": "dense work limits a split step, and weights are read twice",
+        "attention": "attention limits a split step: one side's memory is slower than both sides'",
+        "lanes": "lanes limit a split step: too many layers for this round trip",
+    }
+    return f"do not split: {gain:.2f} times the throughput of monolithic instances; {reasons[bottleneck]}"
 
 
 EQUATIONS: Mapping[str, Callable[..., float]] = {

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from anabranch.cli.bench import lane_peer
+from anabranch.cli.bench import bare, lane_peer
 from anabranch.cli.bench.records import Record, Results, figure, ratio
 from anabranch.cli.bench.turns import in_turn
 from cluster import rpc
@@ -109,8 +108,8 @@ def _sample(
     """Seconds of one round trip on each transport; a sample is the median of `bench.trips`."""
     with contextlib.ExitStack() as stack:
         trips: dict[str, Trip] = {
-            "bare_unix": _bare(stack, socket.AF_UNIX, sleeping["bare_unix"], bench),
-            "bare_tcp": _bare(stack, socket.AF_INET, (host, sleeping["bare_tcp"]), bench),
+            "bare_unix": _bare(stack, sleeping["bare_unix"], bench),
+            "bare_tcp": _bare(stack, (host, sleeping["bare_tcp"]), bench),
             "local": _over(_lane(stack, spinning["address"], "local", _SPIN_US), bench),
             "tcp": _over(_lane(stack, spinning["address"], "tcp", _SPIN_US), bench),
             "local_sleeping": _over(_lane(stack, sleeping["address"], "local", 0), bench),
@@ -163,20 +162,10 @@ def _over(lane: Lane, bench: LaneBench) -> Trip:
     return trip
 
 
-def _bare(stack: contextlib.ExitStack, family: socket.AddressFamily, address: Any, bench: LaneBench) -> Trip:
+def _bare(stack: contextlib.ExitStack, address: str | tuple[str, int], bench: LaneBench) -> Trip:
     """The same bytes with nothing around them."""
-    connected = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-    connected.connect(address)
-    if family != socket.AF_UNIX:
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    message = memoryview(bytearray(bench.payload_bytes))
-    connected.sendall(lane_peer.size_prefix(len(message)))
-
-    def trip() -> None:
-        connected.sendall(message)
-        lane_peer.receive(connected, message)
-
-    return trip
+    connected = stack.enter_context(bare.connect(address, bench.payload_bytes))
+    return bare.trip(connected, bench.payload_bytes)
 
 
 @contextlib.contextmanager

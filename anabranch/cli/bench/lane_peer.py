@@ -7,7 +7,6 @@ prints one line of JSON, the addresses it serves, and ends when its standard inp
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 import grpc
 import torch
 
+from anabranch.cli.bench import bare
 from anabranch.v1 import attention_pb2, attention_pb2_grpc
 from cluster.clock import monotonic
 from cluster.types import Epoch, KvGeometry, WorkerId
@@ -39,7 +39,6 @@ ROWS_MOST = 4096
 EPOCH = Epoch(1)
 
 _STALL_S = 10.0
-_SIZE_BYTES = 8
 
 
 class Echo:
@@ -68,9 +67,9 @@ def serve(host: str, spin_s: float) -> Iterator[dict[str, str | int]]:
         bare_unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         bare_unix.bind(bare_path)
         bare_unix.listen()
-        bare_tcp = socket.create_server((host, 0))
+        bare_tcp = bare.listen(host, 0)
         for listener in (bare_unix, bare_tcp):
-            threading.Thread(target=_accept_bare, args=(listener,), daemon=True).start()
+            threading.Thread(target=bare.bounce_all, args=(listener,), daemon=True).start()
         offers = LaneOffers(
             {
                 attention_pb2.LANE_TRANSPORT_LOCAL: lanes.listen_unix(),
@@ -91,40 +90,6 @@ def serve(host: str, spin_s: float) -> Iterator[dict[str, str | int]]:
 
 def _echo() -> LaneHandler:
     return Echo()
-
-
-def _accept_bare(listener: socket.socket) -> None:
-    """Send every message back, on a thread a connection; a connection begins with its messages' size."""
-    while True:
-        connected, _ = listener.accept()
-        threading.Thread(target=_bounce, args=(connected,), daemon=True).start()
-
-
-def _bounce(connected: socket.socket) -> None:
-    if connected.family != socket.AF_UNIX:
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    with connected, contextlib.suppress(ConnectionError):
-        size = bytearray(_SIZE_BYTES)
-        receive(connected, memoryview(size))
-        message = memoryview(bytearray(int.from_bytes(size, "little")))
-        while True:
-            receive(connected, message)
-            connected.sendall(message)
-
-
-def receive(connected: socket.socket, target: memoryview) -> None:
-    """Fill the target. Raises ConnectionError at the other side's end."""
-    filled = 0
-    while filled < len(target):
-        count = connected.recv_into(target[filled:])
-        if count == 0:
-            raise ConnectionError("the other side ended")
-        filled += count
-
-
-def size_prefix(size: int) -> bytes:
-    """What a bare connection begins with."""
-    return size.to_bytes(_SIZE_BYTES, "little")
 
 
 def main(host: str, core: int, spin_us: int) -> None:
