@@ -23,7 +23,7 @@ from workers.dense.step_layout import Chunk
 from workers.dense.step_runner import StepRunner
 from workers.kernels.select import select
 from workers.lanes.messages import Lane, LayerMessage, PartialReply
-from workers.peer import AttentionPeer
+from workers.peer import AttentionPeer, ShardPrefix
 
 TWO: dict[str, dict[str, Any]] = {"dense": {"micro_batches": 2}}
 SHAPES = {
@@ -69,11 +69,13 @@ def run_steps(folder: Path, micro_batches: Literal[1, 2], steps: int) -> list[Sa
         lanes.add(peer.worker, peer.epoch, peer.open_lane())  # as a remote one: it is worth staggering
         runner = StepRunner(decoder, select("auto", "cpu"), lanes, MicroBatches(micro_batches))
         live = [
-            LiveSequence.of(request(prompt, COUNT, logprobs=0, temperature=1.0, seed=3), Listener(), 0.0)
+            LiveSequence.of(
+                request(prompt, COUNT, logprobs=0, temperature=1.0, seed=3), Listener(), 0.0, geometry
+            )
             for prompt in PROMPTS[:4]
         ]
         for one in live:
-            granted = peer.reserve(one.key, one.generation, 0, one.max_length, "")
+            granted = peer.reserve(one.key, one.generation, 0, one.max_length, ShardPrefix())
             one.place([Placed(granted.shard, one.generation)])
         found, starts = list[Sampled](), [0] * len(live)
         for step in range(steps):

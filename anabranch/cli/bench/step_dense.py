@@ -205,7 +205,7 @@ def _submission(key: SequenceKey, shard: ShardRef, context_tokens: int, steps: i
     return Submission(
         key,
         filling.FIRST_GENERATION + 1,
-        filling.token_ids(context_tokens),
+        filling.token_ids(key, context_tokens),
         (),
         parameters,
         0,
