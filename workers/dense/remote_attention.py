@@ -17,7 +17,7 @@ from workers.dense.lane_set import LaneSet, deadline_of
 from workers.dense.step_layout import RowIndex, StepLayout, WorkerPart
 from workers.kernels.signature import Kernel
 from workers.lanes.messages import LayerMessage, PartialReply
-from workers.partials import Partial, empty, merge
+from workers.partials import Partial, empty, merge, merged_out
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class StepAttention:
             self.times.waited_s += waited_s
             self.times.attention_s += compute_s
             self.times.lane_s += max(moved_s, waited_s - compute_s)
-            return self._merged().out.to(self._query.dtype)
+            return self._merged().to(self._query.dtype)
 
     def _hand_over(self, part: WorkerPart, message: LayerMessage) -> None:
         """Send. A local worker attends during that, and nothing else happens meanwhile."""
@@ -149,6 +149,10 @@ class StepAttention:
         """Put a reply's rows where the merge finds them. The buffers start empty, and each layer
         overwrites the same places, so a row without a shard in some place stays empty there.
         """
+        if self._layout.is_direct:
+            device = part.places.device
+            self._gathered = Partial(reply.out.to(device), reply.lse.to(device))
+            return
         rows, most = self._layout.rows, self._layout.parts_most
         if self._gathered is None:
             device = part.places.device
@@ -156,14 +160,16 @@ class StepAttention:
         self._gathered.out.index_copy_(0, part.places, reply.out.to(part.places.device))
         self._gathered.lse.index_copy_(0, part.places, reply.lse.to(part.places.device))
 
-    def _merged(self) -> Partial:
-        """Own part and shards, in the order of their positions but the own first."""
+    def _merged(self) -> Tensor:
+        """Outputs over own part and shards, in the order of their positions but the own first."""
         assert self._own is not None
         if self._gathered is None:
-            return self._own
+            return self._own.out
         rows = self._layout.rows
         outs, lses = torch.split(self._gathered.out, rows), torch.split(self._gathered.lse, rows)
-        return merge([self._own, *(Partial(out, lse) for out, lse in zip(outs, lses, strict=True))])
+        shards = [Partial(out, lse) for out, lse in zip(outs, lses, strict=True)]
+        # A row sees at least itself, so the own part is never empty.
+        return merged_out(self._own, shards[0]) if len(shards) == 1 else merge([self._own, *shards]).out
 
 
 def _take(tensor: Tensor | None, rows: RowIndex | None) -> Tensor | None:
