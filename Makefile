@@ -6,10 +6,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+RESULTS := bench/results.json
 # What pip does, without what it need not do.
 NEWS := sed -u '/already satisfied/d'
 
-.PHONY: demo test test-system check proto oracle-full gpu-bundle clean help
+.PHONY: demo test test-system check proto oracle-full bench gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -40,6 +41,12 @@ proto: $(STAMP)  ## regenerate the stubs in anabranch/v1 from proto/
 
 oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
 	$(BIN)/python -m tests.oracle.full
+
+bench: $(STAMP)  ## measure the hot path; writes bench/results.json
+	$(BIN)/anabranch bench kernel --json $(RESULTS)
+	$(BIN)/anabranch bench lane --json $(RESULTS)
+	$(BIN)/anabranch bench step --json $(RESULTS)
+	$(BIN)/anabranch bench verify $(RESULTS)
 
 gpu-bundle: $(STAMP)  ## collect the wheels a GPU machine may lack into build/gpu-bundle
 	.ci/gpu-bundle

@@ -68,6 +68,7 @@ class Timings:
     dense_seconds: float
     attention_seconds: float
     lane_seconds: float
+    waited_seconds: float
     preemptions: int
 
     @classmethod
@@ -80,6 +81,7 @@ class Timings:
             dense_seconds=message.dense_seconds,
             attention_seconds=message.attention_seconds,
             lane_seconds=message.lane_seconds,
+            waited_seconds=message.waited_seconds,
             preemptions=message.preemptions,
         )
 

@@ -36,6 +36,8 @@ def parse_bytes(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Device = Literal["cpu", "cuda"]
+Cores = Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...]
+_CORES = "Cores the role's processes are kept on; auto: own ones where roles share a machine; []: any."
 
 
 class Section(BaseModel):
@@ -90,6 +92,10 @@ class DenseConfig(Section):
     device: Device = "cpu"
     host: str = "127.0.0.1"
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
+    cores: Cores = Field("auto", description=_CORES)
+    micro_batches: Literal["auto", 1, 2] = Field(
+        "auto", description="Two are staggered: one computes while the other waits for attention."
+    )
     step_tokens: int = Field(256, ge=1, le=65536, description="Token budget of one step over all sequences.")
     max_batch: int = Field(64, ge=1, le=4096, description="Sequences in one step.")
     max_waiting: int = Field(256, ge=1, description="Sequences queued before RESOURCE_EXHAUSTED.")
@@ -112,6 +118,7 @@ class AttentionConfig(Section):
     device: Device = "cpu"
     host: str = "127.0.0.1"
     threads: int = Field(1, ge=1, le=256)
+    cores: Cores = Field("auto", description=_CORES)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
     block_tokens: int = Field(32, ge=1, le=1024, description="Tokens per block.")
     kernel: Literal["auto", "cpu", "reference", "torch", "triton"] = Field(
@@ -155,6 +162,12 @@ class LaneConfig(Section):
     )
     fenced_network: bool = Field(
         False, description="The network between workers is private: TCP lanes may be plain."
+    )
+    spin_us: int | None = Field(
+        None,
+        ge=0,
+        le=10_000,
+        description="How long a lane asks for bytes before it sleeps; null: not, but on cores of its own.",
     )
     deadline_floor_ms: int = Field(2000, ge=10, description="Least time a layer's reply may take.")
     deadline_factor: float = Field(
@@ -259,14 +272,15 @@ class Config(Section):
             )
         if self.controller.expiry_ms < 2 * self.controller.heartbeat_ms:
             raise ValueError("controller.expiry_ms must be at least twice controller.heartbeat_ms")
-        if "tcp" in self.lanes.transports and not (self.lanes.fenced_network or self._all_loopback):
+        if "tcp" in self.lanes.transports and not (self.lanes.fenced_network or self.roles_share_machine):
             raise ValueError(
                 "lanes.transports: tcp is plain text; set lanes.fenced_network: true if it may be"
             )
         return self
 
     @property
-    def _all_loopback(self) -> bool:
+    def roles_share_machine(self) -> bool:
+        """Whether dense and attention workers can only be reached from their own machine."""
         return all(is_loopback(host) for host in (self.attention.host, self.dense.host))
 
     @property

@@ -8,7 +8,8 @@ cannot be beaten, not what will be reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 OVERLAP_ALPHA = 0.2
@@ -113,3 +114,205 @@ def lane_deadline_s(predicted_s: float, floor_ms: float, factor: float) -> float
     """How long a layer's reply may take: the floor plus `factor` times what was predicted."""
     assert predicted_s >= 0
     return floor_ms / 1000 + factor * predicted_s
+
+
+def single_step_s(dense_s: float, attention_s: float, lane_s: float) -> float:
+    """A step of one micro-batch: while one side works the other waits."""
+    return dense_s + attention_s + lane_s
+
+
+def staggered_step_s(
+    first_dense_s: float,
+    second_dense_s: float,
+    first_attention_s: float,
+    second_attention_s: float,
+    lane_s: float,
+) -> float:
+    """A step of two micro-batches, staggered; each argument is over all layers, `lane_s` of either one.
+
+    Lamina's rotational pipelining with n = 2: per layer both sides work for both micro-batches, and each
+    micro-batch passes through dense, lane and attention one after the other. The longest of these decides.
+    """
+    return max(
+        first_dense_s + second_dense_s,
+        first_attention_s + second_attention_s,
+        max(first_dense_s + first_attention_s, second_dense_s + second_attention_s) + lane_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds of some work: `base_s`, and `each_s` for each unit of it."""
+
+    base_s: float
+    each_s: float
+
+    def at(self, units: float) -> float:
+        """Seconds for `units`."""
+        return self.base_s + self.each_s * units
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]], *, is_fixed: bool) -> Line:
+        """Least squares through (units, seconds), neither part negative. Points of one size do not tell what
+        another takes: as much if the work `is_fixed` (weights are read whatever the batch), else its share.
+        """
+        assert points, "a line needs a point"
+        mean_units = sum(units for units, _ in points) / len(points)
+        mean_s = sum(seconds for _, seconds in points) / len(points)
+        spread = sum((units - mean_units) ** 2 for units, _ in points)
+        if spread <= 1e-6 * mean_units**2:
+            return cls(mean_s, 0.0) if is_fixed or mean_units == 0 else cls(0.0, mean_s / mean_units)
+        slope = sum((units - mean_units) * (seconds - mean_s) for units, seconds in points) / spread
+        slope = max(0.0, slope)
+        base_s = mean_s - slope * mean_units
+        return cls(base_s, slope) if base_s >= 0 else cls(0.0, mean_s / mean_units)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one micro-batch asks of both sides: rows, and scores (row x token seen) per layer and head."""
+
+    rows: int
+    scores: int
+
+
+@dataclass(frozen=True, slots=True)
+class SideTimes:
+    """What a micro-batch takes over all layers: dense by rows, attention by scores, and lanes."""
+
+    dense: Line
+    attention: Line
+    lane_s: float
+
+
+def staggering_gain(times: SideTimes, first: MicroBatch, second: MicroBatch) -> float:
+    """How many times as long the step takes as one micro-batch as it takes as these two. Splitting reads the
+    weights twice, so it pays (more than 1) where the sides are alike, and not where one of them rules.
+    """
+    rows, scores = first.rows + second.rows, first.scores + second.scores
+    single_s = single_step_s(times.dense.at(rows), times.attention.at(scores), times.lane_s)
+    staggered_s = staggered_step_s(
+        times.dense.at(first.rows),
+        times.dense.at(second.rows),
+        times.attention.at(first.scores),
+        times.attention.at(second.scores),
+        times.lane_s,
+    )
+    return single_s / staggered_s if staggered_s > 0 else 1.0
+
+
+def staggered_halves_s(dense_s: float, attention_s: float, lane_s: float) -> float:
+    """A step of two equal micro-batches: `dense_s` and `attention_s` of both together, `lane_s` of one."""
+    return staggered_step_s(dense_s / 2, dense_s / 2, attention_s / 2, attention_s / 2, lane_s)
+
+
+def staggered_tax(dense_s: float, attention_s: float, lane_s: float, monolithic_s: float) -> float:
+    """How many times as long the split step takes as the monolithic one."""
+    return staggered_halves_s(dense_s, attention_s, lane_s) / monolithic_s
+
+
+def staggered_gain(dense_s: float, attention_s: float, lane_s: float, monolithic_s: float) -> float:
+    """How many times the throughput of the monolithic step the split one has."""
+    return monolithic_s / staggered_halves_s(dense_s, attention_s, lane_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Two sides, machines alike or halves of one, and the way between them.
+
+    `device`: one machine, all of its cores.
+    """
+
+    device: DeviceSpeed
+    round_trip_s: float
+    lane_bytes_per_s: float
+    is_one_machine: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Most tokens per second of both ways to use a setting, and which to take.
+
+    monolithic: the whole machine, or one instance on each of two. `bottleneck`: dense, attention or lanes.
+    """
+
+    monolithic_tokens_per_s: float
+    split_tokens_per_s: float
+    bottleneck: str
+    sequences_held: float
+    should_split: bool
+    verdict: str
+
+
+def forecast(model: ModelShape, batch: int, context_tokens: int, setting: Setting) -> Forecast:
+    """Floors on both ways for a decoding batch, and the verdict: split where the cache does not fit beside
+    the weights, or where it is faster; otherwise not, with the reason.
+    """
+    instances = 1 if setting.is_one_machine else 2
+    whole = setting.device
+    side = DeviceSpeed(
+        whole.flops_per_s * instances / 2, whole.bandwidth_bytes_per_s * instances / 2, whole.memory_bytes
+    )
+    share = batch / instances
+    monolithic_s = single_step_s(
+        dense_step_floor_s(model, math.ceil(share), whole),
+        attention_step_floor_s(model, math.ceil(share), context_tokens, whole),
+        0.0,
+    )
+    dense_s, attention_s, lane_s = _split_sides(model, batch, context_tokens, side, setting)
+    split_s = min(
+        staggered_halves_s(2 * dense_step_floor_s(model, math.ceil(batch / 2), side), attention_s, lane_s),
+        single_step_s(dense_s, attention_s, lane_s),
+    )
+    bottleneck = max((dense_s, "dense"), (attention_s, "attention"), (lane_s, "lanes"))[1]
+    held = requests_held(max(0.0, whole.memory_bytes - model.weight_bytes), context_tokens, model)
+    fits = held >= share
+    monolithic, split = batch / monolithic_s, batch / split_s
+    should_split = not fits or split > _WORTH_SPLITTING * monolithic
+    verdict = _verdict(should_split, fits, held, split / monolithic, bottleneck)
+    return Forecast(monolithic, split, bottleneck, held, should_split, verdict)
+
+
+_WORTH_SPLITTING = 1.05
+"""Splitting brings more parts that can fail: it must promise this much."""
+
+
+def _split_sides(
+    model: ModelShape, batch: int, context_tokens: int, side: DeviceSpeed, setting: Setting
+) -> tuple[float, float, float]:
+    """Seconds of dense work, attention and lanes of one unsplit step, each side with its device."""
+    lane_s = lane_floor_s(model.layers, setting.round_trip_s)
+    lane_s += exchange_step_bytes(model, batch) / setting.lane_bytes_per_s
+    return (
+        dense_step_floor_s(model, batch, side),
+        attention_step_floor_s(model, batch, context_tokens, side),
+        lane_s,
+    )
+
+
+def _verdict(should_split: bool, fits: bool, held: int, gain: float, bottleneck: str) -> str:
+    if not fits:
+        return f"split: beside the weights this machine holds {held} such sequences; a peer holds the rest"
+    if should_split:
+        return f"split: {gain:.2f} times the throughput of monolithic instances; {bottleneck} limit it"
+    reasons = {
+        "dense": "dense work limits a split step, and weights are read twice",
+        "attention": "attention limits a split step: one side's memory is slower than both sides'",
+        "lanes": "lanes limit a split step: too many layers for this round trip",
+    }
+    return f"do not split: {gain:.2f} times the throughput of monolithic instances; {reasons[bottleneck]}"
+
+
+EQUATIONS: Mapping[str, Callable[..., float]] = {
+    equation.__name__: equation
+    for equation in (
+        single_step_s,
+        staggered_step_s,
+        staggered_halves_s,
+        staggered_tax,
+        staggered_gain,
+        lane_floor_s,
+        lane_deadline_s,
+    )
+}
+"""By name, for records of predictions that carry their inputs."""

@@ -81,6 +81,14 @@ def merge(partials: Sequence[Partial]) -> Partial:
     return Partial(out, peak + torch.log(total), _merge_mass(partials, weights))
 
 
+def merged_out(own: Partial, other: Partial) -> Tensor:
+    """The out of `merge([own, other])` where each row of `own` saw something: a seventh of its time.
+
+    Two weights that sum to 1 are one sigmoid of the difference of their logarithms.
+    """
+    return torch.lerp(own.out, other.out, torch.sigmoid(other.lse - own.lse).unsqueeze(-1))
+
+
 def _merge_mass(partials: Sequence[Partial], weights: Tensor) -> Tensor | None:
     """Each part's token weights times the part's weight; weights are [parts, rows, query_heads]."""
     masses = [partial.mass for partial in partials if partial.mass is not None]

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import typer
 
 from anabranch.cli import model
+from anabranch.cli.bench import command as bench
 from anabranch.cli.chat import chat_command
 from anabranch.cli.demo import demo
+from anabranch.cli.doctor import doctor
 from anabranch.cli.down import down
 from anabranch.cli.generate import generate_command
 from anabranch.cli.status import status
@@ -28,9 +30,11 @@ app.command()(demo)
 app.command()(up)
 app.command()(status)
 app.command()(down)
+app.command()(doctor)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.add_typer(model.app, name="model")
+app.add_typer(bench.app, name="bench")
 
 _USER_ERRORS = (ConfigError, InvalidRequest, ModelError)
 

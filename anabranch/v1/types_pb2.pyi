@@ -467,6 +467,7 @@ class Timings(_message.Message):
     ATTENTION_SECONDS_FIELD_NUMBER: _builtins.int
     LANE_SECONDS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    WAITED_SECONDS_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
     """Waiting for admission."""
     prefill_seconds: _builtins.float
@@ -478,9 +479,13 @@ class Timings(_message.Message):
     attention_seconds: _builtins.float
     """Attention workers' compute of those steps, the slowest worker of each layer."""
     lane_seconds: _builtins.float
-    """Waiting on lanes beyond that compute."""
+    """Lanes: moving bytes, and waiting beyond that compute."""
     preemptions: _builtins.int
     """Times the sequence was preempted."""
+    waited_seconds: _builtins.float
+    """What of attention_seconds and lane_seconds the dense worker waited for with nothing else to do; the rest
+    was hidden behind its own work.
+    """
     def __init__(
         self,
         *,
@@ -491,10 +496,11 @@ class Timings(_message.Message):
         attention_seconds: _builtins.float = ...,
         lane_seconds: _builtins.float = ...,
         preemptions: _builtins.int = ...,
+        waited_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_seconds", b"attention_seconds", "decode_seconds", b"decode_seconds", "dense_seconds", b"dense_seconds", "lane_seconds", b"lane_seconds", "preemptions", b"preemptions", "prefill_seconds", b"prefill_seconds", "queue_seconds", b"queue_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_seconds", b"attention_seconds", "decode_seconds", b"decode_seconds", "dense_seconds", b"dense_seconds", "lane_seconds", b"lane_seconds", "preemptions", b"preemptions", "prefill_seconds", b"prefill_seconds", "queue_seconds", b"queue_seconds", "waited_seconds", b"waited_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

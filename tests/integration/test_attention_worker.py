@@ -17,6 +17,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from prometheus_client import CollectorRegistry
 
 from anabranch.v1 import inference_pb2
 from anabranch.wire import geometry_message
@@ -163,6 +164,11 @@ def test_health_and_reflection() -> None:
         assert _services(host.channel) >= {*SERVICES, "grpc.health.v1.Health"}
 
 
+def sent_bytes(metrics: CollectorRegistry) -> float | None:
+    """What the worker says its lanes sent."""
+    return metrics.get_sample_value("anabranch_attention_lane_bytes_total", {"direction": "sent"})
+
+
 def test_metrics_add_up() -> None:
     """Blocks by state sum to the arena; lanes, their bytes and the busy time are what happened."""
     with serving() as worker, host_of(worker) as host:
@@ -176,8 +182,8 @@ def test_metrics_add_up() -> None:
         assert sum(count or 0 for count in blocks) == BLOCKS
         assert metrics.get_sample_value("anabranch_attention_lanes") == 1
         assert metrics.get_sample_value("anabranch_attention_leases_expired_total") == 0
-        sent = metrics.get_sample_value("anabranch_attention_lane_bytes_total", {"direction": "sent"})
-        assert sent == lane.bytes_received
+        # A reply may be here before its sender has counted it.
+        wait_until(lambda: sent_bytes(metrics) == lane.bytes_received)
         busy = metrics.get_sample_value("anabranch_attention_busy_seconds_total")
         assert busy is not None
         assert busy > 0

@@ -162,7 +162,7 @@ def test_noise_ends_its_own_lane_only(worker: AttentionWorker, host: DenseHost, 
     good = DenseSide(host.open_lane(transport))
     good.step([(sequence, sequence.row(shard, 0, 9))])
     bad = host.open_lane(transport)
-    bad.link.write([torch.full((200,), 7, dtype=torch.uint8).numpy()], time.monotonic() + 10, lambda: None)
+    bad.link.write([memoryview(b"\7" * 200)], time.monotonic() + 10, lambda: None)
     with pytest.raises(LaneBroken):
         bad.receive(1, 0, 0, time.monotonic() + 20)
     parts = [(sequence, sequence.row(shard, 9, 1))]
@@ -271,7 +271,7 @@ def test_a_connection_without_a_ticket_is_closed(
         links = [connect_tcp(address, port)]
         lane.close()
     for link in links:
-        link.write([torch.zeros(TICKET_BYTES, dtype=torch.uint8).numpy()], time.monotonic() + 5, lambda: None)
+        link.write([memoryview(bytes(TICKET_BYTES))], time.monotonic() + 5, lambda: None)
         with pytest.raises(LaneBroken):
             link.read_into(memoryview(bytearray(8)), time.monotonic() + 20)
         link.close()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,10 +14,11 @@ from cluster.errors import AnabranchError, Fenced, InvalidRequest, LaneBroken, V
 from cluster.types import Generation, KvGeometry, ShardId
 from tests.error_kinds import EVERY_KIND
 from workers.lanes import frames
-from workers.lanes.assembler import FrameAssembler, GrowingBuffer
-from workers.lanes.codec import Frame, FrameCodec, torch_dtype
-from workers.lanes.frames import Bytes, FrameHeader, FrameKind
+from workers.lanes.codec import FrameCodec, Packed, torch_dtype
+from workers.lanes.frame_reader import Frame, FrameReader
+from workers.lanes.frames import FrameKind
 from workers.lanes.messages import LayerMessage, PartialReply, PlanRow, StepPlanDifference
+from workers.lanes.plans import MICRO_BATCHES_MOST
 
 INCARNATION = 0x1234_5678_9ABC_DEF0
 ROWS_MOST = 8
@@ -57,28 +57,28 @@ def message(dtype: str = "float32", rows: int = 3, appended: int = 2) -> LayerMe
     )
 
 
-def joined(buffers: Sequence[Bytes]) -> bytes:
+def joined(packed: Packed) -> bytes:
     """The bytes a transport would carry."""
-    return b"".join(buffer.tobytes() for buffer in buffers)
+    return b"".join(buffer.tobytes() for buffers in packed for buffer in buffers)
 
 
-def assemble(lane: FrameCodec, data: bytes, pieces: Sequence[int] = (2**30,)) -> list[Frame]:
-    """Feed bytes in pieces of the given sizes, over and over; the frames they complete."""
-    assembler, found, offset, turn = FrameAssembler(lane, _fresh), list[Frame](), 0, 0
+def arriving(lane: FrameCodec, data: bytes, pieces: Sequence[int] = (2**30,)) -> Iterator[Frame]:
+    """Feed bytes in pieces of the given sizes, over and over; each frame as soon as it is there."""
+    reader, offset, turn = FrameReader(lane.read_header), 0, 0
     while offset < len(data):
-        wanted = assembler.wanted()
+        wanted = reader.wanted()
         count = min(len(wanted), pieces[turn % len(pieces)], len(data) - offset)
         wanted[:count] = data[offset : offset + count]
-        frame = assembler.fill(count)
-        if frame is not None:
-            found.append(frame)
+        reader.received(count)
+        while (frame := reader.next()) is not None:
+            yield frame
         offset += count
         turn += 1
-    return found
 
 
-def _fresh(header: FrameHeader) -> Tensor:
-    return torch.empty(header.payload_bytes, dtype=torch.uint8)
+def assemble(lane: FrameCodec, data: bytes) -> list[Frame]:
+    """All frames in the bytes."""
+    return list(arriving(lane, data))
 
 
 def assert_same_message(got: LayerMessage, sent: LayerMessage) -> None:
@@ -102,8 +102,7 @@ def test_messages_survive_any_cutting_of_the_stream(dtype: str, pieces: tuple[in
         torch_dtype(geometry(dtype))))  # fmt: skip
     sent = [message(dtype), bare, message(dtype, rows=ROWS_MOST), empty]
     data = b"".join(joined(lane.pack_message(item)) for item in sent)
-    frames_found = assemble(lane, data, pieces)
-    for frame, item in zip(frames_found, sent, strict=True):
+    for frame, item in zip(arriving(lane, data, pieces), sent, strict=True):
         assert_same_message(lane.read_message(frame), item)
 
 
@@ -177,27 +176,20 @@ def test_a_foreign_incarnation_is_fenced() -> None:
         assemble(codec(incarnation=INCARNATION + 1), data)
 
 
-def _header(**change: object) -> Bytes:
-    fields: dict[str, object] = {
-        "kind": FrameKind.STEP,
-        "flags": frames.Flag(0),
-        "incarnation": INCARNATION,
-        "step": 0,
-        "micro_batch": 0,
-        "layer": 0,
-        "deadline_ms": 0,
-        "window": 0,
-        "lengths": (0, 0, 0, 0),
-        "seconds": 0.0,
-        "payload_checksum": 0,
-    }
-    return frames.pack_header(FrameHeader(**(fields | change)))  # type: ignore[arg-type]  # any field
+def _header(
+    kind: FrameKind = FrameKind.STEP,
+    flags: int = 0,
+    lengths: tuple[int, int, int, int] = (0, 0, 0, 0),
+    micro_batch: int = 0,
+) -> memoryview:
+    place = (0, micro_batch, 0, 0, 0)
+    return memoryview(frames.pack_header(kind, flags, INCARNATION, place, lengths, (0.0, 0.0)))
 
 
 def test_another_wire_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A header of another version names both."""
     monkeypatch.setattr(frames, "WIRE_VERSION", 99)
-    data = joined([_header()])
+    data = bytes(_header())
     monkeypatch.undo()
     with pytest.raises(VersionMismatch, match="99"):
         assemble(codec(), data)
@@ -218,13 +210,19 @@ def test_lengths_are_checked_before_memory_is_taken(
 ) -> None:
     """A header that announces more than the lane allows is refused while nothing is allocated."""
 
-    def refuse(header: FrameHeader) -> Tensor:
-        raise AssertionError(f"asked for {header.payload_bytes} bytes")
-
-    assembler = FrameAssembler(codec(), refuse)
-    assembler.wanted()[:] = _header(kind=kind, lengths=lengths).tobytes()
+    reader = FrameReader(codec().read_header)
+    before = len(reader.wanted())
+    reader.wanted()[: frames.HEADER_BYTES] = _header(kind, lengths=lengths)
+    reader.received(frames.HEADER_BYTES)
     with pytest.raises(LaneBroken, match="at most"):
-        assembler.fill(frames.HEADER_BYTES)
+        reader.next()
+    assert len(reader.wanted()) == before - frames.HEADER_BYTES
+
+
+def test_a_micro_batch_beyond_the_limit_is_refused() -> None:
+    """A frame cannot make its reader keep memory for micro-batches without end."""
+    with pytest.raises(LaneBroken, match="micro-batch"):
+        assemble(codec(), bytes(_header(micro_batch=MICRO_BATCHES_MOST)))
 
 
 @pytest.mark.parametrize(
@@ -239,9 +237,9 @@ def test_sections_that_are_no_rows_are_refused(
     flags: frames.Flag, lengths: tuple[int, int, int, int]
 ) -> None:
     """A well-checked frame whose sections do not fit the geometry raises LaneBroken."""
-    payload = np.zeros(sum(lengths), dtype=np.uint8)
-    header = _header(flags=flags, lengths=lengths, payload_checksum=frames.checksum([payload]))
-    (frame,) = assemble(codec(), joined([header, payload]))
+    payload = bytes(sum(lengths))
+    data = bytes(_header(flags=flags, lengths=lengths)) + payload
+    (frame,) = assemble(codec(), data + frames.pack_trailer(frames.checksum([payload])))
     with pytest.raises(LaneBroken):
         codec().read_message(frame)
 
@@ -256,10 +254,42 @@ def test_the_sender_refuses_what_the_lane_cannot_carry() -> None:
         codec().pack_message(LayerMessage(step=-1, micro_batch=0, layer=0, deadline_ms=1))
 
 
-def test_the_receive_buffer_is_reused() -> None:
-    """The buffer grows to the largest payload and is not allocated again."""
-    buffer = GrowingBuffer()
-    large = frames.unpack_header(_header(lengths=(0, 512, 0, 0)))
-    small = frames.unpack_header(_header(lengths=(0, 128, 0, 0)))
-    first = buffer(large)
-    assert buffer(small).data_ptr() == first.data_ptr() == buffer(large).data_ptr()
+def test_memory_is_reused() -> None:
+    """Two pieces of memory take a micro-batch's frames in turn; each makes the tensors of a shape once."""
+    lane = codec()
+    one = joined(lane.pack_message(message()))
+    found = assemble(lane, one * 6)
+    tensors = [lane.read_message(frame).query for frame in found]
+    assert {id(tensor) for tensor in tensors} == {id(tensors[0]), id(tensors[1])}
+    places = {frame.memory.tensor.data_ptr() for frame in found}
+    assert len(places) == 2
+
+
+def test_a_reply_stays_whole_while_others_are_read() -> None:
+    """Frames of another micro-batch in the same piece, however many, leave a micro-batch's last reply."""
+    lane = codec()
+    first = PartialReply(1, 0, 0, torch.full((3, 4, 8), 5.0), torch.full((3, 4), 6.0), 0.0)
+    others = [
+        PartialReply(1, 1, layer, torch.full((2, 4, 8), float(layer)), torch.ones(2, 4), 0.0)
+        for layer in range(9)
+    ]
+    data = b"".join(joined(lane.pack_reply(reply)) for reply in (first, *others))
+    kept, *rest = assemble(lane, data)
+    reply = lane.read_reply(kept)
+    assert bool((reply.out == 5).all())
+    assert bool((reply.lse == 6).all())
+    assert bool((lane.read_reply(rest[-1]).out == 8).all())
+
+
+def test_large_frames_between_small_ones() -> None:
+    """A frame far larger than the reader's first memory arrives whole, and so does what follows it."""
+    wide = KvGeometry(1, 64, 64, 64, "float32", 16, "wide")
+    lane = FrameCodec(wide, INCARNATION, 64)
+    messages = [
+        LayerMessage(step, 0, 0, 1, query=torch.full((rows, 64, 64), float(step)))
+        for step, rows in enumerate((1, 64, 1))
+    ]
+    data = b"".join(joined(lane.pack_message(sent)) for sent in messages)
+    for pieces in ((2**30,), (100_000, 7)):
+        for frame, sent in zip(arriving(lane, data, pieces), messages, strict=True):
+            assert_same_message(lane.read_message(frame), sent)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workers.partials import Partial, empty, merge
+from workers.partials import Partial, empty, merge, merged_out
 
 ROWS, HEADS, SIZE = 3, 2, 4
 
@@ -196,3 +196,21 @@ def test_shapes_and_dtypes_are_checked() -> None:
         Partial(torch.zeros(1, 1, 1, dtype=torch.float16), torch.zeros(1, 1))
     with pytest.raises(AssertionError, match="lse"):
         Partial(torch.zeros(2, 1, 1), torch.zeros(1, 1))
+
+
+@CASES
+@given(SEEDS, SPREADS, st.booleans())
+def test_two_parts_merge_by_one_weight(seed: int, spread: float, is_empty: bool) -> None:
+    """`merged_out` is the output of `merge`, however far the sums are apart, and for an empty shard too."""
+    generator = torch.Generator().manual_seed(seed)
+    own = Partial(
+        torch.randn(ROWS, HEADS, SIZE, generator=generator),
+        torch.randn(ROWS, HEADS, generator=generator) * spread,
+    )
+    other = Partial(
+        torch.randn(ROWS, HEADS, SIZE, generator=generator),
+        torch.randn(ROWS, HEADS, generator=generator) * spread,
+    )
+    if is_empty:
+        other = empty(ROWS, HEADS, SIZE)
+    torch.testing.assert_close(merged_out(own, other), merge([own, other]).out, atol=1e-6, rtol=1e-6)

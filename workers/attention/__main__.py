@@ -9,6 +9,7 @@ from anabranch.wire import geometry_value
 from workers import role
 from workers.attention.metrics import AttentionMetrics
 from workers.attention.worker import AttentionWorker
+from workers.cores import pin
 from workers.membership import MembershipClient
 from workers.role import RoleContext
 
@@ -16,8 +17,9 @@ from workers.role import RoleContext
 def serve(context: RoleContext) -> None:
     """Join, serve until told to stop, then wait for the sequences held here to leave."""
     config = context.config
+    spin_s = pin(config, "attention", context.index)
     torch.set_num_threads(config.attention.threads)
-    worker = AttentionWorker(config, context.worker_id, context.epoch)
+    worker = AttentionWorker(config, context.worker_id, context.epoch, spin_s)
     address = context.reachable(config.attention.host, worker.port)
     membership = MembershipClient(
         context, inference_pb2.ROLE_ATTENTION, address, worker.load, _ignore, context.stop.set

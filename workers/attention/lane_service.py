@@ -13,11 +13,11 @@ from anabranch.wire import geometry_message
 from cluster import rpc
 from cluster.errors import Fenced, InvalidRequest, LaneBroken, Unavailable, VersionMismatch
 from cluster.types import LAYOUT_VERSION, WIRE_VERSION
-from workers.attention.session import AttendSession
 from workers.attention.store import Store
 from workers.lanes.codec import FrameCodec
 from workers.lanes.grpc_link import TICKET_METADATA, parts
 from workers.lanes.host_identity import host_identity
+from workers.lanes.messages import LaneHandler
 from workers.lanes.serve import LaneEnd
 from workers.lanes.server import LaneServer
 
@@ -36,7 +36,7 @@ class LaneService(attention_pb2_grpc.AttentionServiceServicer):
     def __init__(
         self,
         store: Store,
-        session: Callable[[], AttendSession],
+        session: Callable[[], LaneHandler],
         lanes: LaneServer,
         offers: LaneOffers,
     ) -> None:

@@ -33,8 +33,11 @@ class AttentionWorker:
     The address is needed to register, and the answer to registering brings the geometry.
     """
 
-    def __init__(self, config: Config, worker: WorkerId, epoch: Epoch) -> None:
-        """Bind the configured host. Raises ConfigError or Unavailable (`cluster.rpc.bind`)."""
+    def __init__(self, config: Config, worker: WorkerId, epoch: Epoch, spin_s: float = 0.0) -> None:
+        """Bind the configured host. `spin_s`: how long lanes ask for messages before they sleep.
+
+        Raises ConfigError or Unavailable (`cluster.rpc.bind`).
+        """
         self._config = config
         self._worker = worker
         self._epoch = epoch
@@ -43,7 +46,7 @@ class AttentionWorker:
         self.port = rpc.bind(self._server, config.attention.host, 0, config.security)
         self._health = health.HealthServicer()
         self._core: AttentionCore | None = None
-        self.lanes = LaneServer(config.attention.max_lanes, _STALL_S)
+        self.lanes = LaneServer(config.attention.max_lanes, _STALL_S, spin_s=spin_s)
 
     @property
     def core(self) -> AttentionCore:

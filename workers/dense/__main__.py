@@ -14,6 +14,7 @@ from cluster.errors import VersionMismatch
 from cluster.types import WorkerId
 from workers import role
 from workers.attention.core import AttentionCore
+from workers.cores import pin
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
 from workers.dense.worker import DenseWorker
@@ -32,13 +33,14 @@ _CONNECT_S = 3.0
 def serve(context: RoleContext) -> int:
     """Load the model, join, serve until told to stop, hand over what runs."""
     config = context.config
+    spin_s = pin(config, "dense", context.index)
     torch.set_num_threads(config.dense.threads)
     decoder = _load(context)
     with contextlib.ExitStack() as stack:
         local = _local_core(context, decoder)
         if local is not None:
             stack.enter_context(local)
-        worker = _worker(context, decoder, local)
+        worker = _worker(context, decoder, local, spin_s)
         stack.callback(worker.stop)
         return _join_and_serve(context, worker, stack)
 
@@ -105,9 +107,11 @@ def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
     return AttentionCore(settings, config.dense.local_arena, geometry, name, context.epoch)
 
 
-def _worker(context: RoleContext, decoder: Decoder, local: AttentionCore | None) -> DenseWorker:
+def _worker(
+    context: RoleContext, decoder: Decoder, local: AttentionCore | None, spin_s: float
+) -> DenseWorker:
     if local is None:
-        return DenseWorker(context.config, decoder, context.worker_id, context.epoch)
+        return DenseWorker(context.config, decoder, context.worker_id, context.epoch, spin_s=spin_s)
     store, blocks = local.store, local.arena.blocks
 
     def member() -> AttentionMember:
@@ -115,7 +119,8 @@ def _worker(context: RoleContext, decoder: Decoder, local: AttentionCore | None)
             store.worker, store.epoch, "", blocks, store.account().available, is_local=True
         )
 
-    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, (member, local.peer()))
+    peer = local.peer()
+    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, (member, peer), spin_s)
 
 
 def _stop_when_broken(context: RoleContext, worker: DenseWorker) -> None:

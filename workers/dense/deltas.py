@@ -31,6 +31,7 @@ class Timings:
     dense_seconds: float
     attention_seconds: float
     lane_seconds: float
+    waited_seconds: float
     preemptions: int
 
 

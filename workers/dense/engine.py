@@ -17,6 +17,7 @@ from workers.dense.inbox import Inbox
 from workers.dense.lane_set import LaneSet, StepAborted
 from workers.dense.members import AttentionMember, Connect
 from workers.dense.metrics import DenseMetrics
+from workers.dense.micro_batches import MicroBatches
 from workers.dense.model import Decoder
 from workers.dense.mover import Mover
 from workers.dense.pool import Pool
@@ -53,9 +54,18 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, decoder: Decoder, kernel: Kernel, connect: Connect, clock: Clock = monotonic
+        self,
+        config: Config,
+        decoder: Decoder,
+        kernel: Kernel,
+        connect: Connect,
+        clock: Clock = monotonic,
+        on_step: Callable[[StepOutcome], None] | None = None,
     ) -> None:
-        """`connect` makes the peers of attention workers; `kernel` attends chunks over themselves."""
+        """`connect` makes the peers of attention workers; `kernel` attends chunks over themselves; `on_step`
+        is told of each step on the engine's thread, before its tokens leave.
+        """
+        self._on_step = on_step
         self.metrics = DenseMetrics()
         self.failed = threading.Event()
         self.max_sequence_length = min(
@@ -66,7 +76,8 @@ class Engine:
         self._inbox = Inbox(_OFFERS_MOST)
         self._outbox = Outbox()
         self._lanes = LaneSet(config.lanes)
-        self._runner = StepRunner(decoder, kernel, self._lanes)
+        micro_batches = MicroBatches(config.dense.micro_batches)
+        self._runner = StepRunner(decoder, kernel, self._lanes, micro_batches)
         limits = _scheduler_limits(config, self.max_sequence_length, decoder.spec.window_tokens)
         self._scheduler = Scheduler(limits)
         self.pool = Pool(_placement_policy(config), connect, self, config.attention.lease_ms)
@@ -221,6 +232,8 @@ class Engine:
 
     def _apply(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Take over what the step brought, and send it."""
+        if self._on_step is not None:
+            self._on_step(outcome)
         self._time(outcome)
         tokens: dict[SequenceKey, int] = {}
         ended: list[Callable[[], None]] = []
@@ -235,7 +248,7 @@ class Engine:
             end()
         self._trimmer.trim(outcome.chunks)
         self._outbox.flush(plan.step)
-        self.metrics.note_step(plan.tokens, len(tokens), outcome.dense_s, outcome.attention_s, outcome.lane_s)
+        self.metrics.note_step(plan.tokens, len(tokens), outcome.micro_batches, outcome.times)
 
     def _chunks(self, plan: StepPlan) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -277,18 +290,20 @@ class Engine:
         self._table.finish(sequence, reason, tokens, matched_token_id)
 
     def _time(self, outcome: StepOutcome) -> None:
+        times = outcome.times
         for chunk in outcome.chunks:
             stopwatch = chunk.sequence.stopwatch
-            stopwatch.dense_seconds += outcome.dense_s
-            stopwatch.attention_seconds += outcome.attention_s
-            stopwatch.lane_seconds += outcome.lane_s
+            stopwatch.dense_seconds += times.dense_s
+            stopwatch.attention_seconds += times.attention_s
+            stopwatch.lane_seconds += times.lane_s
+            stopwatch.waited_seconds += times.waited_s
 
     def _recover(self, aborted: StepAborted) -> None:
         """The step counts for nothing and is repeated without what was lost; writes overwrite (DESIGN 6b)."""
         worker, cause = aborted.worker, aborted.cause
         _log.warning("step_aborted", step=self._step, peer=worker, reason=cause.reason, problem=cause.message)
         self.metrics.steps_aborted.inc()
-        self._lanes.forget(worker, micro_batch=0)
+        self._lanes.forget(worker)
         if isinstance(cause, NeedFull) and worker not in self._told_full:
             self._told_full.add(worker)
         elif not (isinstance(cause, Fenced) and self._keeper.lose_shards_of(aborted)):

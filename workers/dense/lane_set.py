@@ -69,11 +69,15 @@ class LaneSet:
         """By name, a local one last: its lane computes while it is sent to, the others meanwhile."""
         return sorted(workers, key=lambda worker: (self._open[worker].is_local, worker))
 
-    def forget(self, worker: WorkerId, micro_batch: int) -> None:
-        """Send the worker's next plan whole: it does not hold the base of a difference."""
+    def is_local(self, worker: WorkerId) -> bool:
+        """Whether the worker attends in this process, on this thread."""
+        return self._open[worker].is_local
+
+    def forget(self, worker: WorkerId) -> None:
+        """Send the worker's next plans whole: it may not hold the bases of differences."""
         opened = self._open.get(worker)
         if opened is not None:
-            opened.encoder.forget(micro_batch)
+            opened.encoder = PlanEncoder()
 
     def encode(
         self, worker: WorkerId, step: int, micro_batch: int, rows: Sequence[PlanRow], *, whole: bool

@@ -97,5 +97,6 @@ def _timings(timings: Timings) -> types_pb2.Timings:
         dense_seconds=timings.dense_seconds,
         attention_seconds=timings.attention_seconds,
         lane_seconds=timings.lane_seconds,
+        waited_seconds=timings.waited_seconds,
         preemptions=timings.preemptions,
     )

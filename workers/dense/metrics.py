@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from workers.dense.step_runner import StepTimes
+
 _SECONDS = "Seconds of steps by part: dense compute, attention of the slowest worker, lanes beyond that."
+_SIDE_SECONDS = (
+    "Seconds of steps as each side, dense and attention, spent them: computed, waited, transferred."
+)
+_HIDDEN = "Share of the last step's attention and lane time that dense work covered, 0 to 1."
 
 
 class DenseMetrics:
@@ -45,6 +51,13 @@ class DenseMetrics:
             "vllm:prefix_cache_hits", "Prompt tokens whose KV was found in the pool.", registry=registry
         )
         self.seconds = Counter("anabranch_dense_step_seconds", _SECONDS, ["part"], registry=registry)
+        self.side_seconds = Counter(
+            "anabranch_dense_side_seconds", _SIDE_SECONDS, ["side", "state"], registry=registry
+        )
+        self.hidden_ratio = Gauge("anabranch_dense_hidden_ratio", _HIDDEN, registry=registry)
+        self.micro_batches = Counter(
+            "anabranch_dense_micro_batches", "Micro-batches of all steps.", registry=registry
+        )
         self.iteration_tokens = Counter(
             "vllm:iteration_tokens", "Tokens computed in steps.", registry=registry
         )
@@ -62,10 +75,25 @@ class DenseMetrics:
         ):
             Gauge(name, text, registry=self._registry).set_function(read)
 
-    def note_step(self, tokens: int, sampled: int, dense_s: float, attention_s: float, lane_s: float) -> None:
+    def note_step(self, tokens: int, sampled: int, micro_batches: int, times: StepTimes) -> None:
         """One step was computed."""
         self.steps.inc()
         self.sampled.inc(sampled)
         self.iteration_tokens.inc(tokens)
-        for part, seconds in (("dense", dense_s), ("attention", attention_s), ("lane", lane_s)):
-            self.seconds.labels(part).inc(max(0.0, seconds))
+        self.micro_batches.inc(micro_batches)
+        for part, seconds in (
+            ("dense", times.dense_s),
+            ("attention", times.attention_s),
+            ("lane", times.lane_s),
+        ):
+            self.seconds.labels(part).inc(seconds)
+        for side, state, seconds in (
+            ("dense", "computed", times.dense_s),
+            ("dense", "waited", times.waited_s),
+            ("dense", "transferred", times.sent_s),
+            ("attention", "computed", times.attention_s),
+            ("attention", "waited", times.attention_idle_s),
+            ("attention", "transferred", times.lane_s),
+        ):
+            self.side_seconds.labels(side, state).inc(seconds)
+        self.hidden_ratio.set(times.hidden_share)

@@ -6,7 +6,7 @@ biases, normed queries and keys, layers without rope, sliding windows (which onl
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from cluster.model_spec import ModelSpec
 from workers.dense.attention_port import AttentionPort
 from workers.dense.rope import RotaryEmbedding, rotate
-from workers.dense.weights import DecoderWeights, LayerWeights, Progress, load_weights
+from workers.dense.weights import DecoderWeights, LayerWeights, Linear, Progress, load_weights
 
 
 class Decoder:
@@ -65,7 +65,13 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden_size] final-normed hidden states -> [n, vocabulary_size] float32."""
         with torch.inference_mode():
-            return torch.nn.functional.linear(hidden, self._weights.head).to(torch.float32)
+            return self._weights.head(hidden).to(torch.float32)
+
+    def projections(self) -> Iterator[Linear]:
+        """Every matrix product of a step, in order: what remains of it without attention and all else."""
+        for layer in self._weights.layers:
+            yield from (layer.query, layer.key_value, layer.output, layer.gate_up, layer.down)
+        yield self._weights.head
 
     def _begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [rows, hidden] and the tables of rope, one set for all layers."""

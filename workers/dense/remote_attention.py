@@ -17,17 +17,21 @@ from workers.dense.lane_set import LaneSet, deadline_of
 from workers.dense.step_layout import RowIndex, StepLayout, WorkerPart
 from workers.kernels.signature import Kernel
 from workers.lanes.messages import LayerMessage, PartialReply
-from workers.partials import Partial, empty, merge
+from workers.partials import Partial, empty, merge, merged_out
 
 
 @dataclass(slots=True)
 class AttentionTimes:
-    """Seconds of one step, over its layers. attention: compute of the slowest worker of each layer; lane:
-    waiting beyond that; waited: both as far as nothing else was done meanwhile.
+    """Seconds of one micro-batch's step, over its layers.
+
+    attention: compute of the slowest worker of each layer; lane: moving bytes on either side, and waiting
+    beyond compute and moving; sent: the dense side's part of moving, handing messages over; waited: the dense
+    side's, for replies, and for a worker in its own process.
     """
 
     attention_s: float = 0.0
     lane_s: float = 0.0
+    sent_s: float = 0.0
     waited_s: float = 0.0
 
 
@@ -63,7 +67,7 @@ class StepAttention:
         for index, part in enumerate(self._layout.workers):
             message = self._message(index, part, layer, query, fresh)
             if message is not None:
-                self._lanes.send(part.worker, message)
+                self._hand_over(part, message)
                 self._deadlines_s[index] = deadline_of(message)
 
     def send_key_value(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -74,7 +78,7 @@ class StepAttention:
             for index, part in enumerate(self._layout.workers):
                 message = self._message(index, part, layer + 1, None, self._fresh)
                 if message is not None:
-                    self._lanes.send(part.worker, message)
+                    self._hand_over(part, message)
         window = self._spec.sliding_windows[layer]
         own = self._kernel.causal(self._query, key, value, self._layout.chunk_sizes, self._scale, window)
         self._own = Partial(own.out, own.lse)
@@ -83,18 +87,33 @@ class StepAttention:
         """See `AttentionPort`. Raises StepAborted."""
         assert self._own is not None
         assert self._query is not None
-        began_s = monotonic()
-        compute_s = 0.0
+        waited_s = compute_s = moved_s = 0.0
         with torch.inference_mode():
             for index, part in enumerate(self._layout.workers):
                 if part.queries is not None:
+                    began_s = monotonic()
                     reply = self._lanes.receive(
                         part.worker, self._step, self._micro_batch, layer, self._deadlines_s[index]
                     )
+                    waited_s += monotonic() - began_s
                     compute_s = max(compute_s, reply.compute_seconds)
+                    moved_s = max(moved_s, reply.transfer_seconds)
                     self._gather(part, reply)
-            self._note(began_s, compute_s)
-            return self._merged().out.to(self._query.dtype)
+            self.times.waited_s += waited_s
+            self.times.attention_s += compute_s
+            self.times.lane_s += max(moved_s, waited_s - compute_s)
+            return self._merged().to(self._query.dtype)
+
+    def _hand_over(self, part: WorkerPart, message: LayerMessage) -> None:
+        """Send. A local worker attends during that, and nothing else happens meanwhile."""
+        began_s = monotonic()
+        self._lanes.send(part.worker, message)
+        took_s = monotonic() - began_s
+        if self._lanes.is_local(part.worker):
+            self.times.waited_s += took_s
+        else:
+            self.times.sent_s += took_s
+            self.times.lane_s += took_s
 
     def _message(
         self,
@@ -130,6 +149,10 @@ class StepAttention:
         """Put a reply's rows where the merge finds them. The buffers start empty, and each layer
         overwrites the same places, so a row without a shard in some place stays empty there.
         """
+        if self._layout.is_direct:
+            device = part.places.device
+            self._gathered = Partial(reply.out.to(device), reply.lse.to(device))
+            return
         rows, most = self._layout.rows, self._layout.parts_most
         if self._gathered is None:
             device = part.places.device
@@ -137,20 +160,16 @@ class StepAttention:
         self._gathered.out.index_copy_(0, part.places, reply.out.to(part.places.device))
         self._gathered.lse.index_copy_(0, part.places, reply.lse.to(part.places.device))
 
-    def _merged(self) -> Partial:
-        """Own part and shards, in the order of their positions but the own first."""
+    def _merged(self) -> Tensor:
+        """Outputs over own part and shards, in the order of their positions but the own first."""
         assert self._own is not None
         if self._gathered is None:
-            return self._own
+            return self._own.out
         rows = self._layout.rows
         outs, lses = torch.split(self._gathered.out, rows), torch.split(self._gathered.lse, rows)
-        return merge([self._own, *(Partial(out, lse) for out, lse in zip(outs, lses, strict=True))])
-
-    def _note(self, began_s: float, compute_s: float) -> None:
-        waited_s = monotonic() - began_s
-        self.times.waited_s += waited_s
-        self.times.attention_s += compute_s
-        self.times.lane_s += max(0.0, waited_s - compute_s)
+        shards = [Partial(out, lse) for out, lse in zip(outs, lses, strict=True)]
+        # A row sees at least itself, so the own part is never empty.
+        return merged_out(self._own, shards[0]) if len(shards) == 1 else merge([self._own, *shards]).out
 
 
 def _take(tensor: Tensor | None, rows: RowIndex | None) -> Tensor | None:

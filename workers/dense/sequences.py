@@ -90,6 +90,7 @@ class Stopwatch:
     dense_seconds: float = 0.0
     attention_seconds: float = 0.0
     lane_seconds: float = 0.0
+    waited_seconds: float = 0.0
     preemptions: int = 0
 
     def read(self, now_s: float) -> Timings:
@@ -103,6 +104,7 @@ class Stopwatch:
             dense_seconds=self.dense_seconds,
             attention_seconds=self.attention_seconds,
             lane_seconds=self.lane_seconds,
+            waited_seconds=self.waited_seconds,
             preemptions=self.preemptions,
         )
 

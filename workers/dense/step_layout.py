@@ -65,12 +65,15 @@ class WorkerPart:
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """rows: tokens of the step; parts_most: the most shards any row sees."""
+    """rows: tokens of the step; parts_most: the most shards any row sees. is_direct: one worker answers, for
+    all rows in their order, so that its reply needs no sorting.
+    """
 
     chunks: tuple[Chunk, ...]
     rows: int
     parts_most: int
     workers: tuple[WorkerPart, ...]
+    is_direct: bool
 
     @property
     def chunk_sizes(self) -> list[int]:
@@ -106,7 +109,8 @@ def lay_out(
             seen += drafts[placed.shard.worker].add(chunk, placed, reach, seen * rows)
         parts_most = max(parts_most, seen)
     workers = tuple(draft.finish(worker, device) for worker, draft in drafts.items() if draft.plan)
-    return StepLayout(tuple(chunks), rows, parts_most, workers)
+    is_direct = len(workers) == 1 and workers[0].places.tolist() == list(range(rows))
+    return StepLayout(tuple(chunks), rows, parts_most, workers, is_direct)
 
 
 def workers_of(chunks: Iterable[Chunk]) -> set[WorkerId]:

@@ -5,16 +5,52 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from cluster.errors import Internal
 from workers.dense.lane_set import LaneSet
+from workers.dense.micro_batches import MicroBatches, work_of
 from workers.dense.model import Decoder
-from workers.dense.remote_attention import StepAttention
+from workers.dense.remote_attention import AttentionTimes, StepAttention
 from workers.dense.sampler import Sampled, Sampler
-from workers.dense.step_layout import Chunk, lay_out, workers_of
+from workers.dense.step_layout import Chunk, StepLayout, lay_out, workers_of
 from workers.kernels.signature import Kernel
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where a step's seconds went; each side's three add up to `wall_s`, as far as clocks agree.
+
+    Dense: computing, waiting with no micro-batch that could go on, handing messages over. Attention:
+    computing (the slowest worker of each layer), idle, and `lane_s`: moving bytes, waking up on either side.
+    """
+
+    wall_s: float
+    waited_s: float
+    sent_s: float
+    attention_s: float
+    lane_s: float
+
+    @property
+    def dense_s(self) -> float:
+        """The dense side computed."""
+        return max(0.0, self.wall_s - self.waited_s - self.sent_s)
+
+    @property
+    def attention_idle_s(self) -> float:
+        """The attention side had nothing to do."""
+        return max(0.0, self.wall_s - self.attention_s - self.lane_s)
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of attention and lanes that dense work covered: 1 - waiting / (attention + lanes)."""
+        elsewhere_s = self.attention_s + self.lane_s
+        return max(0.0, 1 - self.waited_s / elsewhere_s) if elsewhere_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,55 +59,112 @@ class StepOutcome:
 
     chunks: tuple[Chunk, ...]
     sampled: tuple[tuple[Chunk, Sampled | Internal], ...]
-    dense_s: float
-    attention_s: float
-    lane_s: float
+    micro_batches: int
+    times: StepTimes
 
 
 class StepRunner:
-    """Holds the model, the kernel for chunks over themselves, and the lanes; no state between steps."""
+    """Holds the model, the kernel for chunks over themselves, the lanes, and who is in which micro-batch."""
 
-    def __init__(self, decoder: Decoder, kernel: Kernel, lanes: LaneSet) -> None:
+    def __init__(self, decoder: Decoder, kernel: Kernel, lanes: LaneSet, micro_batches: MicroBatches) -> None:
         self._decoder = decoder
         self._kernel = kernel
         self._lanes = lanes
+        self._micro_batches = micro_batches
         self._sampler = Sampler(decoder.spec.vocabulary_size, decoder.spec.eos_token_ids)
 
     def run(self, step: int, chunks: Sequence[Chunk]) -> StepOutcome:
         """Compute a step. Raises StepAborted; then none of it counts, and it may simply be repeated."""
         began_s = monotonic()
-        spec, device = self._decoder.spec, self._decoder.device
-        order = self._lanes.in_sending_order(workers_of(chunks))
-        layout = lay_out(chunks, spec.sliding_windows, order, device)
-        attention = StepAttention(spec, layout, self._lanes, self._kernel, step, micro_batch=0)
-        forward = self._decoder.forward(layout.token_ids(device), layout.positions(device), attention)
-        (hidden,) = drive([forward])
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        results: list[Sampled | Internal] = []
-        if sampling:
-            logits = self._decoder.logits(hidden[layout.last_rows(sampling, device)])
-            results = self._sampler.sample(logits, [chunk.sequence.sample_row() for chunk in sampling])
-        times = attention.times
+        remote = not all(map(self._lanes.is_local, workers_of(chunks)))
+        halves = self._micro_batches.split(chunks, remote=remote)
+        passes = [_Pass(self, step, index, half) for index, half in enumerate(halves)]
+        logits, busy_s = drive([one.run() for one in passes])
+        sampling = [chunk for one in passes for chunk in one.sampling]
+        rows = [chunk.sequence.sample_row() for chunk in sampling]
+        results = self._sampler.sample(torch.cat(logits), rows) if sampling else []
+        if remote:
+            for one, seconds in zip(passes, busy_s, strict=True):
+                one.tell(self._micro_batches, seconds)
         return StepOutcome(
-            layout.chunks,
+            tuple(chunks),
             tuple(zip(sampling, results, strict=True)),
-            dense_s=monotonic() - began_s - times.waited_s,
-            attention_s=times.attention_s,
-            lane_s=times.lane_s,
+            len(passes),
+            _times(monotonic() - began_s, [one.times for one in passes]),
         )
 
+    def lay_out(self, chunks: Sequence[Chunk]) -> StepLayout:
+        """Who attends which rows of one micro-batch."""
+        order = self._lanes.in_sending_order(workers_of(chunks))
+        return lay_out(chunks, self._decoder.spec.sliding_windows, order, self._decoder.device)
 
-def drive(forwards: Sequence[Generator[None, None, Tensor]]) -> list[Tensor]:
+    def attention(self, layout: StepLayout, step: int, micro_batch: int) -> StepAttention:
+        """The attention of one micro-batch."""
+        return StepAttention(self._decoder.spec, layout, self._lanes, self._kernel, step, micro_batch)
+
+    def forward(
+        self, layout: StepLayout, attention: StepAttention, sampling: Sequence[Chunk]
+    ) -> Generator[None, None, Tensor]:
+        """The layers, then the head over the rows that sample: [sampling, vocabulary]."""
+        device = self._decoder.device
+        hidden = yield from self._decoder.forward(
+            layout.token_ids(device), layout.positions(device), attention
+        )
+        return self._decoder.logits(hidden[layout.last_rows(sampling, device)])
+
+
+class _Pass:
+    """One micro-batch on its way through the layers."""
+
+    def __init__(self, runner: StepRunner, step: int, micro_batch: int, chunks: Sequence[Chunk]) -> None:
+        self.sampling = [chunk for chunk in chunks if chunk.samples]
+        self._runner = runner
+        self._work = work_of(chunks)
+        self._layout = runner.lay_out(chunks)
+        self._attention = runner.attention(self._layout, step, micro_batch)
+
+    def run(self) -> Generator[None, None, Tensor]:
+        """Through all layers: logits [sampling, vocabulary]."""
+        return self._runner.forward(self._layout, self._attention, self.sampling)
+
+    @property
+    def times(self) -> AttentionTimes:
+        """What it waited and sent so far."""
+        return self._attention.times
+
+    def tell(self, micro_batches: MicroBatches, busy_s: float) -> None:
+        """What it took, for the choice of the next steps."""
+        times = self.times
+        dense_s = max(0.0, busy_s - times.waited_s - times.sent_s)
+        micro_batches.note(self._work, dense_s, times.attention_s, times.lane_s)
+
+
+def _times(wall_s: float, passes: Sequence[AttentionTimes]) -> StepTimes:
+    return StepTimes(
+        wall_s,
+        sum(times.waited_s for times in passes),
+        sum(times.sent_s for times in passes),
+        sum(times.attention_s for times in passes),
+        sum(times.lane_s for times in passes),
+    )
+
+
+def drive(forwards: Sequence[Generator[None, None, _T]]) -> tuple[list[_T], list[float]]:
     """Run the forward passes of micro-batches to their ends, each in turn while the others wait for
-    attention; their hidden states.
+    attention; what they return, and the seconds each was run for.
+
+    Strictly in turn: workers serve a lane's messages in order, so replies come in the order of the turns.
     """
-    hidden: dict[int, Tensor] = {}
-    while len(hidden) < len(forwards):
+    returned: dict[int, _T] = {}
+    seconds = [0.0] * len(forwards)
+    while len(returned) < len(forwards):
         for index, forward in enumerate(forwards):
-            if index in hidden:
+            if index in returned:
                 continue
+            began_s = monotonic()
             try:
                 next(forward)
             except StopIteration as end:
-                hidden[index] = end.value
-    return [hidden[index] for index in range(len(forwards))]
+                returned[index] = end.value
+            seconds[index] += monotonic() - began_s
+    return [returned[index] for index in range(len(forwards))], seconds

@@ -23,18 +23,48 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each tensor."""
 
 
+_PACKED_ROWS = 8
+"""Rows for which weights are packed. Measured: one order of the weights serves batches of 1 to 256."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
     """y = x weight^T + bias."""
 
     weight: Tensor
-    """[outputs, inputs]"""
+    """[outputs, inputs]; in oneDNN's own order where packed"""
     bias: Tensor | None
     """[outputs]"""
+    is_packed: bool = False
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """[rows, inputs] -> [rows, outputs]."""
+        if self.is_packed:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(
+                inputs, self.weight, self.bias, "none", [], ""
+            )
+            return product
         return torch.nn.functional.linear(inputs, self.weight, self.bias)
+
+    def packed(self) -> Linear:
+        """The same projection with its weights in the order in which the processor reads them.
+
+        `linear` brings bfloat16 weights into that order at every call: on one core with AVX-512-BF16 packing
+        once makes SmolLM2's projections 1.4 times as fast at 1 to 32 rows and 1.8 times at 256.
+        """
+        return Linear(
+            torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), _PACKED_ROWS), self.bias, True
+        )
+
+
+def packing_pays(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether packed weights are faster: bfloat16 where oneDNN has it. In float32 it depends on the rows."""
+    return (
+        dtype is torch.bfloat16
+        and device.type == "cpu"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +92,8 @@ class DecoderWeights:
     """[vocabulary, hidden]"""
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
-    head: Tensor
-    """[vocabulary, hidden]; the embedding itself where tied"""
+    head: Linear
+    """hidden -> vocabulary; over the embedding itself where tied and not packed"""
 
 
 def load_weights(
@@ -96,19 +126,25 @@ class _Loader:
         self._dtype = dtype
         self._device = device
         self._progress = progress
+        self._packs = packing_pays(dtype, device)
         self._stored = read_stored_tensors(folder)
         self._mappings = {path: WeightMapping(path) for path in {t.path for t in self._stored.values()}}
         self._bytes_total = sum(tensor.end - tensor.start for tensor in self._stored.values())
         self._bytes_done = 0
 
     def load(self) -> DecoderWeights:
-        """Everything, in the order of use."""
+        """Everything."""
         spec = self._spec
         table = (spec.vocabulary_size, spec.hidden_size)
         embedding = self._take("model.embed_tokens.weight", table)
+        # The largest first: to pack a tensor takes room for it twice, which is there before the others come.
+        head = (
+            self._projection(embedding, None)
+            if spec.tied_embeddings
+            else self._linear(["lm_head"], *table, biased=False)
+        )
         layers = tuple(self._take_layer(f"model.layers.{layer}") for layer in range(spec.layers))
         final_norm = self._take("model.norm.weight", (spec.hidden_size,))
-        head = embedding if spec.tied_embeddings else self._take("lm_head.weight", table)
         if self._progress is not None:
             self._progress(self._bytes_total, self._bytes_total)
         return DecoderWeights(embedding, layers, final_norm, head)
@@ -137,7 +173,16 @@ class _Loader:
         """One projection, or several of equal shape fused along their outputs."""
         weight = self._fuse([f"{name}.weight" for name in names], (outputs, inputs))
         bias = self._fuse([f"{name}.bias" for name in names], (outputs,)) if biased else None
-        return Linear(weight, bias)
+        projection = self._projection(weight, bias)
+        if projection.is_packed:
+            for name in names:
+                stored = self._stored[f"{name}.weight"]
+                self._mappings[stored.path].give_back(stored)
+        return projection
+
+    def _projection(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        plain = Linear(weight, bias)
+        return plain.packed() if self._packs else plain
 
     def _fuse(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
         """Tensors of `shape` stacked along the first axis; one alone need not be copied."""

@@ -42,14 +42,23 @@ class DenseWorker:
         worker: WorkerId,
         epoch: Epoch,
         local: tuple[Callable[[], AttentionMember], AttentionPeer] | None = None,
+        spin_s: float = 0.0,
     ) -> None:
-        """Bind the configured host. Raises ConfigError or Unavailable (`cluster.rpc.bind`)."""
+        """Bind the configured host. `spin_s`: how long lanes ask for replies before they sleep.
+
+        Raises ConfigError or Unavailable (`cluster.rpc.bind`).
+        """
         self._config = config
         self._local = local
         spec = decoder.spec
         self.geometry: KvGeometry = spec.geometry(config.model.dtype, config.attention.block_tokens)
         self._caller = Caller(
-            worker, epoch, self.geometry, config.lanes.transports, rows_most(config, self.geometry)
+            worker,
+            epoch,
+            self.geometry,
+            config.lanes.transports,
+            rows_most(config, self.geometry),
+            spin_s,
         )
         self.engine = Engine(config, decoder, select("auto", config.dense.device), self._connect)
         self._service = DenseService(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
-import numpy as np
 
 from anabranch.v1 import attention_pb2, attention_pb2_grpc, types_pb2
 from anabranch.wire import geometry_message
@@ -32,6 +31,8 @@ class Caller:
     geometry: KvGeometry
     transports: Sequence[str]
     rows_most: int
+    spin_s: float = 0.0
+    """How long a lane over a socket asks for a reply before it sleeps."""
 
 
 def dial(channel: grpc.Channel, address: str, epoch: Epoch, caller: Caller) -> FramedLane:
@@ -50,7 +51,7 @@ def dial(channel: grpc.Channel, address: str, epoch: Epoch, caller: Caller) -> F
         except grpc.RpcError as error:
             raise rpc.from_rpc(error) from error
         try:
-            link = _connect(channel, address, offer)
+            link = _connect(channel, address, offer, caller.spin_s)
             break
         except LaneBroken as error:
             problem = error
@@ -77,22 +78,19 @@ def _request(
     )
 
 
-def _connect(channel: grpc.Channel, address: str, offer: attention_pb2.OpenLaneResponse) -> ByteLink:
+def _connect(
+    channel: grpc.Channel, address: str, offer: attention_pb2.OpenLaneResponse, spin_s: float
+) -> ByteLink:
     if offer.transport == attention_pb2.LANE_TRANSPORT_GRPC:
         return GrpcLink(channel, offer.ticket)
     if offer.transport == attention_pb2.LANE_TRANSPORT_LOCAL:
-        link = connect_unix(offer.address)
+        link = connect_unix(offer.address, spin_s)
     else:
         # The worker may listen on a wildcard; the host that answers gRPC is the one that listens.
-        link = connect_tcp(_host(address), int(offer.address.rpartition(":")[2]))
-    ticket = np.frombuffer(offer.ticket, dtype=np.uint8)
-    link.write([ticket], time.monotonic() + CONNECT_TIMEOUT_S, _nothing_to_read)
+        link = connect_tcp(_host(address), int(offer.address.rpartition(":")[2]), spin_s)
+    link.write([memoryview(offer.ticket)], time.monotonic() + CONNECT_TIMEOUT_S, None)
     return link
 
 
 def _host(address: str) -> str:
     return address.rpartition(":")[0].strip("[]")
-
-
-def _nothing_to_read() -> None:
-    """Before its first query a lane has no reply to read."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
-
-from torch import Tensor
 
 from cluster.errors import AnabranchError, Fenced, LaneBroken
-from workers.lanes.assembler import FrameAssembler, GrowingBuffer
-from workers.lanes.codec import Frame, FrameCodec
-from workers.lanes.frames import FrameHeader, FrameKind
+from workers.lanes.codec import FrameCodec
+from workers.lanes.frame_reader import Frame, FrameReader
+from workers.lanes.frames import FrameKind
 from workers.lanes.link import ByteLink
 from workers.lanes.messages import LayerMessage, PartialReply
-from workers.lanes.plans import MICRO_BATCHES_MOST
 from workers.lanes.replies import ReplySlots
 
 _CLOSE_TIMEOUT_S = 1.0
@@ -25,15 +21,14 @@ class FramedLane:
 
         open --deadline missed, damage, other side gone, close()--> closed
 
-    Each micro-batch has a receive buffer of its own, reused: a reply's tensors are valid until the next
+    Each micro-batch has receive memory of its own, reused: a reply's tensors are valid until the next
     message of its micro-batch is sent.
     """
 
     def __init__(self, link: ByteLink, codec: FrameCodec) -> None:
         self.link = link
         self._codec = codec
-        self._buffers: defaultdict[int, GrowingBuffer] = defaultdict(GrowingBuffer)
-        self._assembler = FrameAssembler(codec, self._buffer)
+        self._reader = FrameReader(codec.read_header)
         self._slots = ReplySlots()
         self._closed = False
 
@@ -49,10 +44,12 @@ class FramedLane:
 
     def send(self, message: LayerMessage) -> None:
         """See `Lane.send`; the bytes are with the transport within the message's deadline."""
-        buffers = self._codec.pack_message(message)
         self._check_open()
+        packed = self._codec.pack_message(message)
         try:
-            self.link.write(buffers, time.monotonic() + message.deadline_ms / 1000, self._read_waiting)
+            deadline_s = time.monotonic() + message.deadline_ms / 1000
+            for buffers in packed:
+                self.link.write(buffers, deadline_s, self._read_waiting)
         except (LaneBroken, Fenced):
             self._end()
             raise
@@ -79,7 +76,8 @@ class FramedLane:
         deadline_s = time.monotonic() + _CLOSE_TIMEOUT_S
         # The other side's end of the connection arrives as LaneBroken, and is the answer to a goodbye.
         with contextlib.suppress(LaneBroken, Fenced):
-            self.link.write(self._codec.pack_close(), deadline_s, self._read_waiting)
+            for buffers in self._codec.pack_close():
+                self.link.write(buffers, deadline_s, self._read_waiting)
             while self._read(deadline_s):
                 continue
         self._end()
@@ -98,11 +96,10 @@ class FramedLane:
 
     def _read(self, deadline_s: float) -> bool:
         """Read once; False when nothing came by the deadline."""
-        count = self.link.read_into(self._assembler.wanted(), deadline_s)
-        if count:
-            frame = self._assembler.fill(count)
-            if frame is not None:
-                self._keep(frame)
+        count = self.link.read_into(self._reader.wanted(), deadline_s)
+        self._reader.received(count)
+        while (frame := self._reader.next()) is not None:
+            self._keep(frame)
         return count > 0
 
     def _keep(self, frame: Frame) -> None:
@@ -116,8 +113,3 @@ class FramedLane:
         else:
             raise LaneBroken("a STEP arrived at the dense side")
         self._slots.put((header.step, header.micro_batch, header.layer), outcome)
-
-    def _buffer(self, header: FrameHeader) -> Tensor:
-        if header.micro_batch >= MICRO_BATCHES_MOST:
-            raise LaneBroken(f"a reply to micro-batch {header.micro_batch} of {MICRO_BATCHES_MOST}")
-        return self._buffers[header.micro_batch](header)

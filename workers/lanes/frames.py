@@ -1,14 +1,14 @@
-"""The bytes of a lane: frames with a fixed header, little-endian, then up to four sections.
+"""The bytes of a lane: frames with a fixed header, little-endian, up to four sections, and their checksum.
 
     offset  field               offset  field
       0     magic  "ANBR"         32    window u32 (0: none)
       4     wire version u16      36    section lengths, 4 x u32
-      6     kind u8               52    compute seconds f64 (PARTIAL)
-      7     flags u8              60    CRC32C of all sections u32
-      8     lane incarnation u64  64    CRC32C of bytes 0..64 u32
-     16     step u64              68    sections
-     24     micro-batch u16
-     26     layer u16
+      6     kind u8               52    zeros u32
+      7     flags u8              56    compute seconds f64 (PARTIAL)
+      8     lane incarnation u64  64    transfer seconds f64 (PARTIAL)
+     16     step u64              72    zeros u32
+     24     micro-batch u16       76    CRC32C of bytes 0..76 u32
+     26     layer u16             80    sections, then CRC32C of all sections u32
      28     deadline ms u32
 
     kind       sections
@@ -18,7 +18,9 @@
     CLOSE      none                            the sender is done
 
 Tensors are raw bytes in the dtype and head counts of the geometry, so a length tells the number of rows.
-The header is checked, its lengths against their limits too, before a byte of payload is read, and the
+A frame read into aligned memory has its tensors aligned too: the header's size is a multiple of 16.
+The checksum comes last so that each side sums up a large frame while the other is busy with its bytes.
+The header is checked, its lengths against their limits too, before memory for the payload is taken, and the
 payload before a byte of it is used: whatever does not check raises LaneBroken, another lane's
 incarnation Fenced.
 On a byte stream the ticket of `OpenLane` (`TICKET_BYTES`) precedes the dense side's first frame.
@@ -28,8 +30,8 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -39,15 +41,20 @@ from cluster import rpc
 from cluster.errors import AnabranchError, Fenced, LaneBroken, VersionMismatch
 from cluster.types import WIRE_VERSION
 
-Bytes = npt.NDArray[np.uint8]
+Section = bytes | npt.NDArray[Any]
+"""Contiguous memory of any element type; no memoryview, because the checksum takes none."""
+
+ReceivedBytes = npt.NDArray[np.uint8]
 
 MAGIC = b"ANBR"
 TICKET_BYTES = 32
 SECTIONS = 4
 
-_FIELDS = struct.Struct("<4sHBBQQHHII4IdI")
+_FIELDS = struct.Struct("<4sHBBQQHHII4I4xdd4x")
 _CHECKSUM = struct.Struct("<I")
-HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+_HEADER = struct.Struct(_FIELDS.format + "I")
+HEADER_BYTES = _HEADER.size
+TRAILER_BYTES = _CHECKSUM.size
 
 _TEXT_MOST = 4096
 _TEXTS_MOST = 32
@@ -71,12 +78,15 @@ class Flag(enum.IntFlag):
     KEY_VALUE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class FrameHeader:
-    """The header's fields, without what only guards them."""
+_KINDS = {int(kind): kind for kind in FrameKind}
+_FLAGS_MOST = int(Flag.PLAN | Flag.QUERY | Flag.KEY_VALUE)
+
+
+class FrameHeader(NamedTuple):
+    """The header's fields, without what only guards them. A tuple, because two are made per layer."""
 
     kind: FrameKind
-    flags: Flag
+    flags: int
     incarnation: int
     step: int
     micro_batch: int
@@ -84,70 +94,74 @@ class FrameHeader:
     deadline_ms: int
     window: int
     lengths: tuple[int, int, int, int]
-    seconds: float
-    payload_checksum: int
+    compute_seconds: float
+    transfer_seconds: float
 
     @property
     def payload_bytes(self) -> int:
         """Bytes after the header."""
-        return sum(self.lengths)
+        first, second, third, fourth = self.lengths
+        return first + second + third + fourth
 
 
-def checksum(sections: Sequence[Bytes]) -> int:
+HeaderReader = Callable[[ReceivedBytes], FrameHeader]
+"""Reads and checks a header; raises LaneBroken, Fenced or VersionMismatch."""
+
+
+def checksum(sections: Sequence[Section]) -> int:
     """CRC32C over the sections one after the other."""
     value = 0
     for section in sections:
-        value = google_crc32c.extend(value, section)
-    return int(value)
+        value = extend_checksum(value, section)
+    return value
 
 
-def pack_header(header: FrameHeader) -> Bytes:
-    """The header's bytes. Raises struct.error when a number does not fit its field."""
-    fields = _FIELDS.pack(
-        MAGIC,
-        WIRE_VERSION,
-        header.kind,
-        header.flags,
-        header.incarnation,
-        header.step,
-        header.micro_batch,
-        header.layer,
-        header.deadline_ms,
-        header.window,
-        *header.lengths,
-        header.seconds,
-        header.payload_checksum,
-    )
-    whole = fields + _CHECKSUM.pack(google_crc32c.value(fields))
-    return np.frombuffer(whole, dtype=np.uint8)
+def pack_header(
+    kind: int,
+    flags: int,
+    incarnation: int,
+    place: tuple[int, int, int, int, int],
+    lengths: tuple[int, int, int, int],
+    seconds: tuple[float, float],
+) -> bytes:
+    """The header's bytes; place: step, micro-batch, layer, deadline ms, window; seconds: compute, transfer.
+
+    Raises struct.error when a number does not fit its field.
+    """
+    fields = _FIELDS.pack(MAGIC, WIRE_VERSION, kind, flags, incarnation, *place, *lengths, *seconds)
+    return fields + _CHECKSUM.pack(google_crc32c.value(fields))
 
 
-def unpack_header(data: Bytes) -> FrameHeader:
+def unpack_header(data: ReceivedBytes) -> FrameHeader:
     """Raises LaneBroken when the bytes are no header, VersionMismatch when they are another version's."""
     assert len(data) == HEADER_BYTES, f"{len(data)} bytes are no header"
     whole = data.tobytes()
-    fields = _FIELDS.unpack_from(whole)
-    if fields[0] != MAGIC:
+    (
+        magic, version, kind, flags, incarnation, step, micro_batch, layer, deadline_ms, window,
+        first, second, third, fourth, compute_s, transfer_s, header_checksum,
+    ) = _HEADER.unpack(whole)  # fmt: skip
+    if magic != MAGIC:
         raise LaneBroken("a frame does not begin with the magic: not a lane, or one out of step")
-    if _CHECKSUM.unpack_from(whole, _FIELDS.size)[0] != google_crc32c.value(whole[: _FIELDS.size]):
+    if header_checksum != google_crc32c.value(whole[: _FIELDS.size]):
         raise LaneBroken("a frame's header fails its checksum")
-    if fields[1] != WIRE_VERSION:
-        raise VersionMismatch(f"a frame has wire version {fields[1]}; this process speaks {WIRE_VERSION}")
-    if fields[2] not in FrameKind.__members__.values() or fields[3] & ~int(Flag(7)):
-        raise LaneBroken(f"a frame has kind {fields[2]} and flags {fields[3]}")
-    incarnation, step, micro_batch, layer, deadline_ms, window, *lengths = fields[4:14]
+    if version != WIRE_VERSION:
+        raise VersionMismatch(f"a frame has wire version {version}; this process speaks {WIRE_VERSION}")
+    known = _KINDS.get(kind)
+    if known is None or flags > _FLAGS_MOST:
+        raise LaneBroken(f"a frame has kind {kind} and flags {flags}")
+    lengths = (first, second, third, fourth)
     return FrameHeader(
-        kind=FrameKind(fields[2]),
-        flags=Flag(fields[3]),
-        incarnation=incarnation,
-        step=step,
-        micro_batch=micro_batch,
-        layer=layer,
-        deadline_ms=deadline_ms,
-        window=window,
-        lengths=(lengths[0], lengths[1], lengths[2], lengths[3]),
-        seconds=fields[14],
-        payload_checksum=fields[15],
+        known,
+        flags,
+        incarnation,
+        step,
+        micro_batch,
+        layer,
+        deadline_ms,
+        window,
+        lengths,
+        compute_s,
+        transfer_s,
     )
 
 
@@ -157,22 +171,31 @@ def check_incarnation(header: FrameHeader, incarnation: int) -> None:
         raise Fenced(f"a frame of lane {header.incarnation:016x} arrived on lane {incarnation:016x}")
 
 
-def check_payload(header: FrameHeader, payload: Bytes) -> None:
-    """Raise LaneBroken unless the payload is what was sent."""
-    assert len(payload) == header.payload_bytes, f"{len(payload)} of {header.payload_bytes} bytes"
-    if checksum([payload]) != header.payload_checksum:
-        raise LaneBroken(f"a {header.kind.name} frame of {len(payload)} bytes fails its checksum")
+def extend_checksum(value: int, more: Section) -> int:
+    """CRC32C of what `value` is that of, and `more`."""
+    return int(google_crc32c.extend(value, more))
 
 
-def pack_error(error: AnabranchError) -> Bytes:
+def pack_trailer(value: int) -> bytes:
+    """What follows sections of this checksum."""
+    return _CHECKSUM.pack(value)
+
+
+def check_payload(header: FrameHeader, value: int, trailer: bytes) -> None:
+    """Raise LaneBroken unless the sections, whose checksum is `value`, are what was sent."""
+    if value != _CHECKSUM.unpack(trailer)[0]:
+        raise LaneBroken(f"a {header.kind.name} frame of {header.payload_bytes} bytes fails its checksum")
+
+
+def pack_error(error: AnabranchError) -> bytes:
     """The section of a FAULT; long texts are cut."""
     texts = [error.status, error.reason, error.message]
     texts += [text for pair in error.metadata.items() for text in pair]
     encoded = [text.encode()[:_TEXT_MOST] for text in texts[: _TEXTS_MOST - 1]]
-    return np.frombuffer(b"".join(struct.pack("<H", len(text)) + text for text in encoded), dtype=np.uint8)
+    return b"".join(struct.pack("<H", len(text)) + text for text in encoded)
 
 
-def unpack_error(data: Bytes) -> AnabranchError:
+def unpack_error(data: ReceivedBytes) -> AnabranchError:
     """The error a FAULT carries, metadata included. Raises LaneBroken when the bytes are none."""
     whole, texts, offset = data.tobytes(), list[str](), 0
     while offset < len(whole):

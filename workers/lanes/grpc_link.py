@@ -14,7 +14,6 @@ import grpc
 from anabranch.v1 import attention_pb2, attention_pb2_grpc
 from cluster import rpc
 from cluster.errors import AnabranchError, LaneBroken
-from workers.lanes.frames import Bytes
 
 TICKET_METADATA = "anabranch-lane"
 """Carries the ticket, in hexadecimal."""
@@ -53,12 +52,12 @@ class GrpcLink:
 
     def write(
         self,
-        buffers: Sequence[Bytes],
+        buffers: Sequence[memoryview],
         deadline_s: float,
-        on_readable: Callable[[], None],  # noqa: ARG002  # a thread of its own reads
+        on_readable: Callable[[], None] | None,  # noqa: ARG002  # a thread of its own reads
     ) -> None:
         """See `ByteLink.write`."""
-        data = b"".join(buffer.tobytes() for buffer in buffers)
+        data = b"".join(buffers)
         for part in parts(data):
             if self._closed.is_set():
                 raise LaneBroken("the lane is closed")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from workers.lanes.frames import Bytes
-
 
 class ByteLink(Protocol):
     """A connected, ordered byte stream, used by one thread; `close` may come from another.
@@ -17,11 +15,14 @@ class ByteLink(Protocol):
     bytes_sent: int
     bytes_received: int
 
-    def write(self, buffers: Sequence[Bytes], deadline_s: float, on_readable: Callable[[], None]) -> None:
+    def write(
+        self, buffers: Sequence[memoryview], deadline_s: float, on_readable: Callable[[], None] | None
+    ) -> None:
         """Send all buffers by the monotonic time `deadline_s`, or raise LaneBroken.
 
         While the other side takes nothing, `on_readable` is called whenever bytes wait to be read: two
-        sides that only write would wait for each other for ever.
+        sides that only write would wait for each other for ever. One of them may give None: it never reads
+        before it has written, and lets the other side do so.
         """
         ...
 

@@ -58,7 +58,7 @@ class StepPlanDifference:
     changed: tuple[PlanRow, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class LayerMessage:
     """Dense to attention.
 
@@ -66,6 +66,7 @@ class LayerMessage:
     after the last layer. key, value: [appended rows, kv_heads, head_size] of layer `layer - 1`, for the
     rows of tail shards in plan order, or None. `deadline_ms`: time the reply may take. `window`: the
     sliding window of `layer`, which differs between layers and which the geometry does not tell.
+    Nobody changes one; it is not frozen because freezing triples the time to make it.
     """
 
     step: int
@@ -79,10 +80,11 @@ class LayerMessage:
     window: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class PartialReply:
     """Attention to dense. out: [rows, query_heads, head_size] float32; lse: [rows, query_heads] float32;
-    compute_seconds: the worker's own time on this message.
+    compute_seconds: the worker's own time on this message; transfer_seconds: what moving bytes took it since
+    its reply before, 0 where none are moved. Like a message, not frozen for speed.
     """
 
     step: int
@@ -91,6 +93,7 @@ class PartialReply:
     out: Tensor
     lse: Tensor
     compute_seconds: float
+    transfer_seconds: float = 0.0
 
 
 class Lane(Protocol):

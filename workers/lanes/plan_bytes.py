@@ -14,13 +14,10 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from cluster.errors import InvalidRequest, LaneBroken
 from cluster.types import Generation, ShardId
 from workers.lanes.messages import PlanRow, StepPlanDifference
-
-Bytes = npt.NDArray[np.uint8]
 
 _HEAD = struct.Struct("<QQIIII")
 _REMOVED = struct.Struct("<Q")
@@ -30,7 +27,7 @@ _NO_BASE = 2**64 - 1
 _ALIGNMENT = 16
 
 
-def pack_plan(plan: StepPlanDifference) -> Bytes:
+def pack_plan(plan: StepPlanDifference) -> bytes:
     """Raises InvalidRequest when a number does not fit its field."""
     base = _NO_BASE if plan.base_step is None else plan.base_step
     counts = (len(plan.removed), len(plan.advanced), len(plan.changed))
@@ -45,12 +42,12 @@ def pack_plan(plan: StepPlanDifference) -> Bytes:
         raise InvalidRequest(f"a plan has a number that does not fit its field: {error}") from error
     size = sum(map(len, parts))
     parts.append(bytes(-size % _ALIGNMENT))
-    return np.frombuffer(b"".join(parts), dtype=np.uint8)
+    return b"".join(parts)
 
 
-def unpack_plan(data: Bytes) -> StepPlanDifference:
+def unpack_plan(data: memoryview) -> StepPlanDifference:
     """Raises LaneBroken when the bytes are no plan."""
-    reader = _Reader(data.data)
+    reader = _Reader(data)
     step, base, removed_count, advanced_count, changed_count, _ = reader.take(_HEAD, 1)[0]
     removed = tuple(ShardId(shard) for (shard,) in reader.take(_REMOVED, removed_count))
     heads = reader.take(_ADVANCED, advanced_count)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from time import monotonic
 
 from cluster.errors import AnabranchError, LaneBroken
 from workers.lanes.answer import answer
-from workers.lanes.assembler import FrameAssembler, GrowingBuffer
-from workers.lanes.codec import Frame, FrameCodec
-from workers.lanes.frames import Bytes, FrameKind
+from workers.lanes.codec import FrameCodec, Packed
+from workers.lanes.frame_reader import Frame, FrameReader
+from workers.lanes.frames import FrameKind
 from workers.lanes.link import ByteLink
 from workers.lanes.messages import LaneHandler
 
@@ -33,57 +33,81 @@ def serve_link(lane: LaneEnd, link: ByteLink, stop: threading.Event, stall_s: fl
 
     A frame once begun, and a reply, must get through within `stall_s` seconds.
     """
-    assembler = FrameAssembler(lane.codec, GrowingBuffer())
+    reader = FrameReader(lane.codec.read_header)
+    moving = _Moving()
     while not stop.is_set():
-        idle = assembler.is_between_frames
-        count = link.read_into(assembler.wanted(), time.monotonic() + (_IDLE_S if idle else stall_s))
+        idle = reader.is_between_frames
+        count = link.read_into(reader.wanted(), monotonic() + (_IDLE_S if idle else stall_s))
         if count == 0:
             if not idle:
                 raise LaneBroken(f"a frame stopped arriving for {stall_s} s")
             continue
-        frame = assembler.fill(count)
-        if frame is None:
-            continue
-        if frame.header.kind is FrameKind.CLOSE:
-            return
-        buffers = respond(lane, frame)
-        if buffers is not None:
-            link.write(buffers, time.monotonic() + stall_s, _let_wait)
-    link.write(lane.codec.pack_close(), time.monotonic() + _IDLE_S, _let_wait)
+        moving.begin()
+        reader.received(count)
+        while (frame := reader.next()) is not None:
+            if frame.header.kind is FrameKind.CLOSE:
+                return
+            packed = _respond(lane, frame, moving)
+            deadline_s = monotonic() + stall_s
+            for buffers in packed:
+                link.write(buffers, deadline_s, None)  # the dense side reads when it cannot write
+        moving.end()
+    deadline_s = monotonic() + _IDLE_S
+    for buffers in lane.codec.pack_close():
+        link.write(buffers, deadline_s, None)
 
 
 def serve_parts(lane: LaneEnd, arriving: Iterable[bytes]) -> Iterator[bytes]:
-    """The same over a stream of byte strings; yields each reply whole."""
-    assembler = FrameAssembler(lane.codec, GrowingBuffer())
+    """The same over a stream of byte strings; yields what leaves together."""
+    reader = FrameReader(lane.codec.read_header)
     for part in arriving:
+        moving = _Moving()
+        moving.begin()
         rest = memoryview(part)
         while rest:
-            wanted = assembler.wanted()
+            wanted = reader.wanted()
             count = min(len(wanted), len(rest))
             wanted[:count] = rest[:count]
             rest = rest[count:]
-            frame = assembler.fill(count)
-            if frame is None:
-                continue
-            if frame.header.kind is FrameKind.CLOSE:
-                return
-            buffers = respond(lane, frame)
-            if buffers is not None:
-                yield b"".join(buffer.tobytes() for buffer in buffers)
+            reader.received(count)
+            while (frame := reader.next()) is not None:
+                if frame.header.kind is FrameKind.CLOSE:
+                    return
+                for buffers in _respond(lane, frame, moving):
+                    yield b"".join(buffers)
 
 
-def respond(lane: LaneEnd, frame: Frame) -> list[Bytes] | None:
+class _Moving:
+    """Adds up the time this side spends on bytes, between the coming of some and the leaving of a reply."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since_s = 0.0
+
+    def begin(self) -> None:
+        """Bytes came, or a handler is done with them."""
+        self._since_s = monotonic()
+
+    def end(self) -> None:
+        """All that came is dealt with, or a handler takes over."""
+        self._seconds += monotonic() - self._since_s
+
+    def take(self) -> float:
+        """Seconds since this was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def _respond(lane: LaneEnd, frame: Frame, moving: _Moving) -> Packed:
     """The frame that answers a STEP, if it has an answer. Raises LaneBroken for any other kind."""
     if frame.header.kind is not FrameKind.STEP:
         raise LaneBroken(f"a {frame.header.kind.name} arrived at the attention side")
     message = lane.codec.read_message(frame)
+    moving.end()
     outcome = answer(lane.handler, message)
+    moving.begin()
     if outcome is None:
-        return None
+        return ()
     if isinstance(outcome, AnabranchError):
         return lane.codec.pack_fault(message, outcome)
-    return lane.codec.pack_reply(outcome)
-
-
-def _let_wait() -> None:
-    """Requests may wait while a reply leaves: the dense side reads whenever it cannot write."""
+    return lane.codec.pack_reply(outcome, moving.take())

@@ -53,7 +53,11 @@ class LaneServer:
     threads; `close` ends all.
     """
 
-    def __init__(self, lanes_most: int, stall_s: float, clock: Clock = monotonic) -> None:
+    def __init__(
+        self, lanes_most: int, stall_s: float, clock: Clock = monotonic, spin_s: float = 0.0
+    ) -> None:
+        """`spin_s`: how long a lane over a socket asks for a message before it sleeps."""
+        self._spin_s = spin_s
         self._stall_s = stall_s
         self._tickets = TicketBook(lanes_most, clock)
         self._lanes_most = lanes_most
@@ -168,7 +172,7 @@ class LaneServer:
                     _log.error("lane_not_accepted", error=error)
                     self._stop.wait(_ACCEPT_PAUSE_S)
                     continue
-                self._start("lane", functools.partial(self._serve, SocketLink(connected)))
+                self._start("lane", functools.partial(self._serve, SocketLink(connected, self._spin_s)))
 
     def _serve(self, link: SocketLink) -> None:
         try:

@@ -5,28 +5,40 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 
 from cluster.errors import LaneBroken
-from workers.lanes.frames import Bytes
 
 CONNECT_TIMEOUT_S = 5.0
 _KEEPALIVE_S = 10
 _KEEPALIVE_PROBES = 3
 _SILENCE_MS = 30_000
+_READ_SLICE_S = 0.05
+_WRITE_SLICE_S = 0.002
 
 
 class SocketLink:
-    """A `ByteLink` over a connected stream socket; several buffers leave with one system call."""
+    """A `ByteLink` over a connected stream socket; several buffers leave with one system call.
 
-    def __init__(self, connected: socket.socket) -> None:
-        connected.setblocking(False)
+    The socket blocks, but a read comes back after `_READ_SLICE_S` so that it can look at its deadline: where
+    bytes are on their way, one system call waits for them and takes them. Writes likewise.
+    """
+
+    def __init__(self, connected: socket.socket, spin_s: float = 0.0) -> None:
+        """`spin_s`: how long a read asks again and again before it sleeps. Of use where a core is free for
+        it: to wake a sleeping thread takes longer than most replies.
+        """
+        connected.setblocking(True)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(_READ_SLICE_S))
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_WRITE_SLICE_S))
         if connected.family != socket.AF_UNIX:
             _tune(connected)
         self._socket = connected
-        self._poll = select.poll()
-        self._poll.register(connected, 0)
+        self._readable = select.poll()
+        self._readable.register(connected, select.POLLIN)
+        self._spin_s = spin_s
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -34,32 +46,44 @@ class SocketLink:
         """The socket's descriptor, for what only the kernel counts (TCP_INFO)."""
         return self._socket.fileno()
 
-    def write(self, buffers: Sequence[Bytes], deadline_s: float, on_readable: Callable[[], None]) -> None:
-        """See `ByteLink.write`."""
-        waiting = [buffer.data for buffer in buffers]
-        while waiting:
+    def write(
+        self, buffers: Sequence[memoryview], deadline_s: float, on_readable: Callable[[], None] | None
+    ) -> None:
+        """See `ByteLink.write`. What the kernel does not take at once waits in it: a poll would tell of room
+        only when most of the buffer is empty, and the other side would run dry meanwhile.
+        """
+        waiting, flags = buffers, int(socket.MSG_DONTWAIT)
+        while True:
             try:
-                sent = self._socket.sendmsg(waiting)
+                sent = self._socket.sendmsg(waiting, (), flags)
             except BlockingIOError:
-                events = self._wait(select.POLLIN | select.POLLOUT, deadline_s)
-                if not events:
-                    raise LaneBroken("the other side of the lane takes no bytes") from None
-                if events & select.POLLIN:
-                    on_readable()
-                continue
+                sent = 0
             except OSError as error:
                 raise LaneBroken(f"the lane broke: {error}") from error
             self.bytes_sent += sent
             waiting = _after(waiting, sent)
+            if not waiting:
+                return
+            if time.monotonic() >= deadline_s:
+                raise LaneBroken("the other side of the lane takes no bytes")
+            flags = 0
+            if on_readable is not None and self._readable.poll(0):
+                on_readable()
+                flags = int(socket.MSG_DONTWAIT)
 
     def read_into(self, target: memoryview, deadline_s: float) -> int:
         """See `ByteLink.read_into`."""
         while True:
-            try:
-                count = self._socket.recv_into(target)
-            except BlockingIOError:
-                if not self._wait(select.POLLIN, deadline_s):
+            if self._spin_s:
+                self._spin()
+            flags = 0
+            if deadline_s - time.monotonic() < _READ_SLICE_S:
+                if not self._wait(deadline_s):
                     return 0
+                flags = socket.MSG_DONTWAIT
+            try:
+                count = self._socket.recv_into(target, 0, flags)
+            except BlockingIOError:
                 continue
             except OSError as error:
                 raise LaneBroken(f"the lane broke: {error}") from error
@@ -78,40 +102,41 @@ class SocketLink:
         self.shut_down()
         self._socket.close()
 
-    def _wait(self, events: int, deadline_s: float) -> int:
-        """The events that came, errors and hang-ups included; 0 when the deadline passed."""
-        remaining_ms = (deadline_s - time.monotonic()) * 1000
-        if remaining_ms < 0:
-            return 0
+    def _wait(self, deadline_s: float) -> bool:
+        """Until bytes are there, or the other side's end; False when the deadline passed without."""
         try:
-            self._poll.modify(self._socket, events)
-            ready = self._poll.poll(remaining_ms)
+            return bool(self._readable.poll(max(0.0, (deadline_s - time.monotonic()) * 1000)))
         except (OSError, ValueError) as error:  # closed by another thread
             raise LaneBroken(f"the lane broke: {error}") from error
-        return ready[0][1] if ready else 0
+
+    def _spin(self) -> None:
+        """Until bytes are there, but not for long."""
+        poll, end_s = self._readable.poll, time.monotonic() + self._spin_s
+        while not poll(0) and time.monotonic() < end_s:
+            continue
 
 
-def connect_unix(path: str) -> SocketLink:
+def connect_unix(path: str, spin_s: float = 0.0) -> SocketLink:
     """Connect to a socket file. Raises LaneBroken."""
-    return _connect(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path)
+    return _connect(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path, spin_s)
 
 
-def connect_tcp(host: str, port: int) -> SocketLink:
+def connect_tcp(host: str, port: int, spin_s: float = 0.0) -> SocketLink:
     """Connect over TCP. Raises LaneBroken."""
     try:
-        return SocketLink(socket.create_connection((host, port), CONNECT_TIMEOUT_S))
+        return SocketLink(socket.create_connection((host, port), CONNECT_TIMEOUT_S), spin_s)
     except OSError as error:
         raise LaneBroken(f"{host}:{port} cannot be reached: {error}") from error
 
 
-def _connect(unconnected: socket.socket, address: str) -> SocketLink:
+def _connect(unconnected: socket.socket, address: str, spin_s: float) -> SocketLink:
     unconnected.settimeout(CONNECT_TIMEOUT_S)
     try:
         unconnected.connect(address)
     except OSError as error:
         unconnected.close()
         raise LaneBroken(f"{address} cannot be reached: {error}") from error
-    return SocketLink(unconnected)
+    return SocketLink(unconnected, spin_s)
 
 
 def _tune(connected: socket.socket) -> None:
@@ -124,10 +149,15 @@ def _tune(connected: socket.socket) -> None:
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_MS)
 
 
-def _after(buffers: list[memoryview], sent: int) -> list[memoryview]:
+def _timeval(seconds: float) -> bytes:
+    """The kernel's struct timeval."""
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+def _after(buffers: Sequence[memoryview], sent: int) -> Sequence[memoryview]:
     """What is left of the buffers once `sent` bytes of them are gone."""
     for index, buffer in enumerate(buffers):
-        if sent < len(buffer):
-            return [buffer[sent:], *buffers[index + 1 :]]
-        sent -= len(buffer)
-    return []
+        if sent < buffer.nbytes:
+            return [buffer.cast("B")[sent:], *buffers[index + 1 :]]
+        sent -= buffer.nbytes
+    return ()

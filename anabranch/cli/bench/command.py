@@ -1,0 +1,97 @@
+"""The commands of `anabranch bench`; each measures in a module of its own and reports here.
+
+A bench is a function that returns results (`records`); its command adds options, calls it and gives what it
+returned to `report`. Benches are imported when called: they need torch, whose import takes seconds.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from anabranch.cli.bench import results_file
+from anabranch.cli.bench.records import Results, differences, records
+from anabranch.cli.bench.table import results_table
+from cluster.errors import InvalidRequest
+
+app = typer.Typer(
+    help="Measure the hot path, in turn with what it is compared to.",
+    no_args_is_help=True,
+)
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the results into FILE, beside other benches'."),
+]
+
+
+_WIDTH = 112
+"""A table narrower than this would cut its figures; a narrow terminal wraps it."""
+
+
+def report(results: Results, json_file: Path | None) -> None:
+    """Print the table, and write the file if one is asked for."""
+    stamped = results_file.stamp(results)
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    console.print(results_table(stamped))
+    if json_file is not None:
+        results_file.write(json_file, stamped)
+
+
+@app.command()
+def lane(
+    json_file: JsonFile = None,
+    repeats: Annotated[int, typer.Option(help="Samples of each transport, taken in turn.", min=1)] = 31,
+    host: Annotated[str, typer.Option(help="Address the peer listens on.")] = "127.0.0.1",
+    peer_prefix: Annotated[
+        str,
+        typer.Option(help="Put before the peer's command, for example `ip netns exec NAME`."),
+    ] = "",
+) -> None:
+    """Round trips of 16 KB and 4 MB on each lane beside bare sockets; one core for each of the two processes.
+
+    \b
+    anabranch bench lane
+    anabranch bench lane --peer-prefix "ip netns exec b" --host 10.0.0.2 --json bench/results.json
+    """
+    from anabranch.cli.bench.lane import measure
+
+    report({"lane": measure(repeats, host, shlex.split(peer_prefix))}, json_file)
+
+
+@app.command()
+def step(
+    json_file: JsonFile = None,
+    repeats: Annotated[int, typer.Option(help="Turns of each mode.", min=1)] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw two steps: dense work, lane and attention.")
+    ] = None,
+) -> None:
+    """Decoding steps of SmolLM2, monolithic and split over two cores, and what the model predicts of them.
+
+    \b
+    anabranch bench step
+    anabranch bench step --plot step.png --json bench/results.json
+    """
+    from anabranch.cli.bench.step import measure
+
+    with Console(stderr=True).status("starting") as status:
+        results = measure(repeats, status.update, plot)
+    report(results, json_file)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="What `--json` wrote.")],
+) -> None:
+    """Compute every number of a results file again from the samples beside it; a difference is an error."""
+    results = results_file.read(file)
+    found = differences(results)
+    if found:
+        raise InvalidRequest(f"{file}: {len(found)} differ:\n  " + "\n  ".join(found))
+    print(f"{file}: {sum(1 for _ in records(results))} records follow from their samples")

@@ -1,0 +1,58 @@
+"""A model of SmolLM2's shape with random weights: as fast and as large as the real one, made in seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+}
+_SCALE = 0.02
+
+
+def write(folder: Path) -> None:
+    """Write config.json and model.safetensors."""
+    generator = torch.Generator().manual_seed(0)
+    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    tensors = {
+        name: (torch.randn(shape, generator=generator) * _SCALE if len(shape) > 1 else torch.ones(shape)).to(
+            torch.bfloat16
+        )
+        for name, shape in _shapes()
+    }
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner, kv = 576, 1536, 192
+    yield "model.embed_tokens.weight", (49152, hidden)
+    yield "model.norm.weight", (hidden,)
+    for layer in range(30):
+        prefix = f"model.layers.{layer}."
+        yield prefix + "self_attn.q_proj.weight", (hidden, hidden)
+        yield prefix + "self_attn.k_proj.weight", (kv, hidden)
+        yield prefix + "self_attn.v_proj.weight", (kv, hidden)
+        yield prefix + "self_attn.o_proj.weight", (hidden, hidden)
+        yield prefix + "mlp.gate_proj.weight", (inner, hidden)
+        yield prefix + "mlp.up_proj.weight", (inner, hidden)
+        yield prefix + "mlp.down_proj.weight", (hidden, inner)
+        yield prefix + "input_layernorm.weight", (hidden,)
+        yield prefix + "post_attention_layernorm.weight", (hidden,)

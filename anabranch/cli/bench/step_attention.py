@@ -1,0 +1,36 @@
+"""The attention worker of `anabranch bench step`: a real one in a process and on a core of its own.
+
+    python -m anabranch.cli.bench.step_attention SETTINGS
+
+SETTINGS is the JSON of `StepSettings`. Prints its gRPC port, and ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, ATTENTION_WORKER, StepSettings
+from cluster.model_spec import ModelSpec
+from workers.attention.worker import AttentionWorker
+
+
+def main(settings: StepSettings) -> None:
+    """Serve until the parent closes our standard input."""
+    os.sched_setaffinity(0, settings.attention_cores)
+    torch.set_num_threads(len(settings.attention_cores))
+    config = settings.config()
+    worker = AttentionWorker(config, ATTENTION_WORKER, ATTENTION_EPOCH, settings.spin_us / 1e6)
+    try:
+        spec = ModelSpec.from_folder(settings.model)
+        worker.start(spec.geometry(config.model.dtype, config.attention.block_tokens))
+        print(worker.port, flush=True)
+        sys.stdin.read()
+    finally:
+        worker.stop()
+
+
+if __name__ == "__main__":
+    main(StepSettings.from_json(sys.argv[1]))

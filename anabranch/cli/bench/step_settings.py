@@ -1,0 +1,81 @@
+"""What the processes of `anabranch bench step` are told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from cluster.config import Config
+from cluster.types import Epoch, WorkerId
+
+ATTENTION_WORKER = WorkerId("attention-0")
+ATTENTION_EPOCH = Epoch(2)
+DENSE_WORKER = WorkerId("dense-0")
+LOCAL_WORKER = WorkerId("dense-0-local")
+DENSE_EPOCH = Epoch(1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """One mode: where the dense side computes, and where attention does; no cores: in the dense process."""
+
+    model: str
+    dense_cores: tuple[int, ...]
+    attention_cores: tuple[int, ...] = ()
+    attention_port: int = 0
+    micro_batches: Literal["auto", 1, 2] = "auto"
+    spin_us: int = 50
+    arena_bytes: int = 2**31
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether the cache lies in the dense process."""
+        return not self.attention_cores
+
+    def config(self) -> Config:
+        """The configuration both roles would have."""
+        return Config.model_validate(
+            {
+                "model": {"path": self.model, "dtype": self.dtype},
+                "dense": {
+                    "threads": len(self.dense_cores),
+                    "micro_batches": self.micro_batches,
+                    "local_arena": self.arena_bytes if self.is_monolithic else 0,
+                },
+                "attention": {
+                    "replicas": 0 if self.is_monolithic else 1,
+                    "threads": max(1, len(self.attention_cores)),
+                    "arena": self.arena_bytes,
+                },
+                "placement": {"shard_tokens": 2**20},
+            }
+        )
+
+    def to_json(self) -> str:
+        """For a command line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> StepSettings:
+        """From a command line."""
+        fields = json.loads(text)
+        for name in ("dense_cores", "attention_cores"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one mode is asked to do: decode a batch of contexts for so many steps."""
+
+    batch: int
+    context_tokens: int
+    steps: int
+    traced: bool = False
+
+    @property
+    def name(self) -> str:
+        """Batch x context."""
+        return f"{self.batch}x{self.context_tokens}"

@@ -1,0 +1,159 @@
+"""Which micro-batch each sequence of a step belongs to, and whether there are two at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from cluster.perfmodel import Line, MicroBatch, SideTimes, staggering_gain
+from cluster.types import SequenceKey
+from workers.dense.step_layout import Chunk
+
+MICRO_BATCHES = 2
+"""Most of a step: with two, nothing has to migrate between replicas (Lamina's rotation, n = 2)."""
+
+_GAIN_LEAST = 1.03
+"""Two micro-batches must promise this much: what they were timed by is noisy."""
+
+_LOOK_STEPS = 32
+"""How often the choice is looked at again while the batch stays the same."""
+
+_IMBALANCE_MOST = 0.25
+"""Share of the work by which one side may exceed the other before a sequence changes over."""
+
+_ROW_TOKENS = 64
+"""Tokens of context that weigh as much as a row does beside its attention."""
+
+_NEWEST_SHARE = 0.1
+_SIZES_PER_DOUBLING = 4
+
+
+class TimesSeen:
+    """Seconds of micro-batches by their size, and the line through them.
+
+    Sizes a quarter of a doubling apart are remembered apart, each as a moving average: a batch that decodes
+    for long does not wash out what smaller ones took.
+    """
+
+    def __init__(self, *, is_fixed: bool) -> None:
+        """`is_fixed`: what is believed of other sizes while only one was seen (`Line.through`)."""
+        self._is_fixed = is_fixed
+        self._points: dict[int, tuple[float, float]] = {}
+
+    def note(self, units: int, seconds: float) -> None:
+        """A micro-batch of `units` took `seconds`."""
+        size = round(_SIZES_PER_DOUBLING * math.log2(units + 1))
+        old_units, old_s = self._points.get(size, (float(units), seconds))
+        self._points[size] = (
+            old_units + _NEWEST_SHARE * (units - old_units),
+            old_s + _NEWEST_SHARE * (seconds - old_s),
+        )
+
+    def line(self) -> Line | None:
+        """None before anything was noted."""
+        points = list(self._points.values())
+        return Line.through(points, is_fixed=self._is_fixed) if points else None
+
+
+class MicroBatches:
+    """Owner of who belongs where. A sequence stays where it is, so that its plan rows stay differences,
+    unless one side has grown much heavier than the other; then one sequence a step changes over.
+    """
+
+    def __init__(self, setting: Literal["auto", 1, 2]) -> None:
+        self._setting = setting
+        self._place: dict[SequenceKey, int] = {}
+        self._dense, self._lane = TimesSeen(is_fixed=True), TimesSeen(is_fixed=True)
+        self._attention = TimesSeen(is_fixed=False)
+        self._is_split = setting == 2
+        self._looked_at: tuple[int, int] = (0, 0)
+        """Chunks of the batch for which the choice was made, and steps until it is looked at again."""
+
+    def split(self, chunks: Sequence[Chunk], *, remote: bool) -> list[list[Chunk]]:
+        """The chunks by micro-batch, in the plan's order, offsets counted within each; none is empty.
+
+        `remote`: whether attention runs elsewhere, so that there is something to hide.
+        """
+        assert chunks, "a step has a chunk"
+        self._assign(chunks)
+        halves = [[chunk for chunk in chunks if self._place[chunk.sequence.key] == side] for side in (0, 1)]
+        if not remote or not all(halves) or not self._pays(halves):
+            return [list(chunks)]
+        return [_offset_anew(half) for half in halves]
+
+    def note(self, work: MicroBatch, dense_s: float, attention_s: float, lane_s: float) -> None:
+        """What a micro-batch with remote attention took on both sides and between them."""
+        self._dense.note(work.rows, dense_s)
+        self._attention.note(work.scores, attention_s)
+        self._lane.note(work.rows, lane_s)
+
+    def _pays(self, halves: Sequence[Sequence[Chunk]]) -> bool:
+        if self._setting != "auto":
+            return self._setting == 2
+        count, steps_left = self._looked_at
+        chunks = sum(map(len, halves))
+        if count == chunks and steps_left > 0:
+            self._looked_at = (count, steps_left - 1)
+            return self._is_split
+        dense, attention, lane = self._dense.line(), self._attention.line(), self._lane.line()
+        if dense is not None and attention is not None and lane is not None:
+            self._looked_at = (chunks, _LOOK_STEPS)
+            first, second = (work_of(half) for half in halves)
+            times = SideTimes(dense, attention, lane.at(first.rows))
+            self._is_split = staggering_gain(times, first, second) >= _GAIN_LEAST
+        return self._is_split
+
+    def _assign(self, chunks: Sequence[Chunk]) -> None:
+        """Keep who was there, forget who left, put newcomers on the lighter side, level large differences."""
+        known = self._place
+        self._place = {
+            chunk.sequence.key: known[chunk.sequence.key] for chunk in chunks if chunk.sequence.key in known
+        }
+        weights = [0, 0]
+        for chunk in chunks:
+            side = self._place.get(chunk.sequence.key)
+            if side is not None:
+                weights[side] += _weight(chunk)
+        newcomers = [chunk for chunk in chunks if chunk.sequence.key not in self._place]
+        for chunk in sorted(newcomers, key=_weight, reverse=True):
+            side = 0 if weights[0] <= weights[1] else 1
+            self._place[chunk.sequence.key] = side
+            weights[side] += _weight(chunk)
+        self._level(chunks, weights)
+
+    def _level(self, chunks: Sequence[Chunk], weights: Sequence[int]) -> None:
+        """Move the chunk that levels best from the much heavier side, if one does."""
+        difference = abs(weights[0] - weights[1])
+        if difference <= _IMBALANCE_MOST * sum(weights):
+            return
+        heavy = 0 if weights[0] > weights[1] else 1
+        movable = [
+            chunk
+            for chunk in chunks
+            if self._place[chunk.sequence.key] == heavy and _weight(chunk) < difference
+        ]
+        if movable:
+            best = min(movable, key=lambda chunk: abs(difference - 2 * _weight(chunk)))
+            self._place[best.sequence.key] = 1 - heavy
+
+
+def work_of(chunks: Sequence[Chunk]) -> MicroBatch:
+    """What chunks ask of both sides, windows left out."""
+    return MicroBatch(
+        sum(chunk.count for chunk in chunks), sum(chunk.count * chunk.start for chunk in chunks)
+    )
+
+
+def _weight(chunk: Chunk) -> int:
+    return chunk.count * (chunk.start + _ROW_TOKENS)
+
+
+def _offset_anew(chunks: Sequence[Chunk]) -> list[Chunk]:
+    placed: list[Chunk] = []
+    offset = 0
+    for chunk in chunks:
+        placed.append(replace(chunk, offset=offset))
+        offset += chunk.count
+    return placed
