@@ -26,7 +26,7 @@ _KV_HEADS = 2
 _BLOCK_TOKENS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One measurement: `rows` query rows of every sequence over all of its tokens."""
 
@@ -160,6 +160,7 @@ class _Walk:
         flop = 4 * self.tokens * self.cell.rows * self.cell.head_size * self.cell.group * _KV_HEADS
         return {
             "cache_bytes": self.cache_bytes,
+            "tokens": self.tokens,
             "read_gb_s": read,
             "probe_gb_s": probes,
             "read_ratio": statistics.median(a / b for a, b in zip(read, best, strict=True)),

@@ -44,6 +44,26 @@ def report(results: Results, json_file: Path | None) -> None:
 
 
 @app.command()
+def kernel(
+    json_file: JsonFile = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A little memory only: for a try, since a large cache holds it.")
+    ] = False,
+) -> None:
+    """Attention over a cache larger than any processor's, beside what the memory gives and PyTorch's kernel.
+
+    \b
+    anabranch bench kernel --quick
+    anabranch bench kernel --json bench/results.json
+    """
+    from anabranch.cli.bench.kernel import bench_kernel
+
+    with Console(stderr=True).status("starting") as status:
+        results = bench_kernel(quick, status.update)
+    report(results, json_file)
+
+
+@app.command()
 def lane(
     json_file: JsonFile = None,
     repeats: Annotated[int, typer.Option(help="Samples of each transport, taken in turn.", min=1)] = 31,
