@@ -10,7 +10,7 @@ RESULTS := bench/results.json
 # What pip does, without what it need not do.
 NEWS := sed -u '/already satisfied/d'
 
-.PHONY: demo test test-system check proto oracle-full bench gpu-bundle clean help
+.PHONY: demo test test-system check proto oracle-full bench bench-peers gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -48,8 +48,14 @@ bench: $(STAMP)  ## measure the hot path; writes bench/results.json
 	$(BIN)/anabranch bench step --json $(RESULTS)
 	$(BIN)/anabranch bench verify $(RESULTS)
 
+bench-peers: $(STAMP) .venv-peers/.installed  ## the same batches through vLLM and transformers, in turn with ours
+	$(BIN)/anabranch bench serve --peers .venv-peers/bin/python --json $(RESULTS)
+
+.venv-peers/.installed: anabranch/cli/bench/peers/install
+	$< .venv-peers $(PYTHON) "$(TORCH)"
+
 gpu-bundle: $(STAMP)  ## collect the wheels a GPU machine may lack into build/gpu-bundle
 	.ci/gpu-bundle
 
 clean:  ## remove the environment and caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache build dist

@@ -106,6 +106,37 @@ def step(
 
 
 @app.command()
+def serve(
+    json_file: JsonFile = None,
+    model: Annotated[str, typer.Option(help="Folder, or a name known to `anabranch model list`.")] = (
+        "smollm2-135m-instruct"
+    ),
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="Compute threads of each contender.", min=1)] = 2,
+    step_tokens: Annotated[int, typer.Option(help="Our token budget of a step.", min=64)] = 1024,
+    repeats: Annotated[int, typer.Option(help="Rounds of each cell, contenders in turn.", min=1)] = 3,
+    cells: Annotated[
+        str, typer.Option(help="BATCHxPROMPT, separated by commas; default: all that are recorded.")
+    ] = "",
+    peers: Annotated[
+        str | None, typer.Option(help="Python of the peers' environment, which `make bench-peers` makes.")
+    ] = None,
+) -> None:
+    """Decode and prefill tokens per second of whole batches, ours beside vLLM's and transformers'.
+
+    \b
+    anabranch bench serve --cells 1x128,8x128
+    anabranch bench serve --peers .venv-peers/bin/python --json bench/results.json
+    """
+    from anabranch.cli.bench.serve import CELLS, ServeBench, cell_of, measure
+    from anabranch.cli.model import resolve
+
+    chosen = tuple(map(cell_of, cells.split(","))) if cells else CELLS
+    bench = ServeBench(str(resolve(model)), dtype, threads, step_tokens, repeats, chosen, peers)
+    report(measure(bench), json_file)
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="What `--json` wrote.")],
 ) -> None:
