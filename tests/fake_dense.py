@@ -24,6 +24,9 @@ from tests.tokenizer import EOS_ID, build_tokenizer
 
 LETTER_IDS = tuple(build_tokenizer().encode(string.ascii_lowercase).ids)
 
+TIMINGS = types_pb2.Timings(queue_seconds=0.25, prefill_seconds=0.5, decode_seconds=1.5)
+"""What every delta with tokens, and every end, says."""
+
 Script = Callable[[dense_pb2.Submission, int], int | None]
 """The token of an output index, None for the model's end token."""
 
@@ -244,6 +247,7 @@ class _Stream:
             running.map_sent = True
             delta.shard_map.CopyFrom(_shard_map(worker))
             return delta
+        delta.timings.CopyFrom(TIMINGS)
         limit = submission.sampling.max_tokens
         if worker.pause_at is not None and limit > worker.pause_at:
             limit = max(worker.pause_at, first_index)
@@ -268,7 +272,6 @@ class _Stream:
         reason: types_pb2.FinishReason.ValueType,
     ) -> None:
         delta.finish_reason = reason
-        delta.timings.CopyFrom(types_pb2.Timings(queue_seconds=0.25, prefill_seconds=0.5, decode_seconds=1.5))
         del self._sequences[key]
 
 

@@ -370,7 +370,7 @@ class SequenceDelta(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """With the end."""
+        """So far: with tokens, and with the end. Who ends the sequence at a stop string has the last ones."""
 
     def __init__(
         self,

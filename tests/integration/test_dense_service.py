@@ -175,6 +175,9 @@ def test_a_stream_brings_tokens_timings_and_the_end(worker: DenseWorker, cluster
         firsts = [delta.first_index for delta in client.deltas if delta.token_ids]
         assert firsts == list(range(20))
         assert client.deltas[0].HasField("shard_map")
+        running = [delta.timings for delta in client.deltas if delta.token_ids]
+        assert all(timings.prefill_seconds > 0 and timings.dense_seconds > 0 for timings in running)
+        assert running == sorted(running, key=lambda timings: timings.decode_seconds)
         last = client.last()
         assert last.finish_reason == types_pb2.FINISH_REASON_LENGTH
         assert last.timings.prefill_seconds > 0

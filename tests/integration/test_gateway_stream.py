@@ -8,7 +8,7 @@ import pytest
 
 from anabranch.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from cluster import errors
-from tests.fake_dense import FakeDense, says
+from tests.fake_dense import TIMINGS, FakeDense, says
 from tests.gateways import (
     SEED,
     TOKENIZER,
@@ -57,11 +57,18 @@ async def test_choices_are_sequences_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens_per_step", [1, 4])
 @asynchronous
 async def test_a_stop_string_ends_the_output_and_the_work(tmp_path: Path, tokens_per_step: int) -> None:
-    """Text before the stop string is delivered, the string is not, and the worker is told to stop."""
+    """Text before the stop string is delivered, the string is not, and the worker is told to stop. Its
+    account of the time is in the end and in the histograms all the same.
+    """
     worker = FakeDense("dense-0", says("one two three four"), tokens_per_step=tokens_per_step)
     async with fleet(tmp_path, [worker]) as cluster:
         heard = await generate(cluster.stub(), completion(stop=["zzz", " thr"]))
         await eventually(lambda: len(worker.aborts) == 1, "the sequence is aborted")
+        registry = cluster.gateways[0].metrics.registry
+        for part in ("queue", "prefill", "decode"):
+            name = f"vllm:request_{part}_time_seconds_count"
+            assert registry.get_sample_value(name, {"model_name": "tiny"}) == 1
+    assert heard.finished().timings == TIMINGS
     assert heard.text() == "one two"
     assert heard.finished().reason == types_pb2.FINISH_REASON_STOP
     assert heard.finished().matched_stop == " thr"

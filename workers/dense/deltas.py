@@ -50,6 +50,7 @@ class Delta:
     matched_token_id: int | None = None
     failure: AnabranchError | None = None
     timings: Timings | None = None
+    """So far: with tokens and with the end. A gateway that ends the sequence by itself has the last ones."""
     handoff: bool = False
     cached_tokens: int = 0
     """Prompt tokens whose KV was found in the pool."""

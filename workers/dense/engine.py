@@ -276,7 +276,8 @@ class Engine:
             return lambda: self._finish(sequence, FinishReason.LENGTH, [sampled])
         if sequence.output_count == 1:
             self._submissions.remember(sequence)
-        self._outbox.put(sequence.subscriber, sequence.delta([sampled]))
+        timings = sequence.stopwatch.read(self._clock())
+        self._outbox.put(sequence.subscriber, sequence.delta([sampled], timings=timings))
         return None
 
     def _finish(

@@ -167,7 +167,8 @@ class Submissions:
             sequence.append(token_id)
         if token_ids:
             tokens = [Sampled(token_id, gap=0.0) for token_id in token_ids]
-            self._door.outbox.put(sequence.subscriber, sequence.delta(tokens))
+            timings = sequence.stopwatch.read(self._door.clock())
+            self._door.outbox.put(sequence.subscriber, sequence.delta(tokens, timings=timings))
 
     def _begin(self, sequence: LiveSequence) -> None:
         """A new sequence: with whatever lies in the pool of its prefix."""

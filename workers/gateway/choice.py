@@ -85,6 +85,8 @@ class Choice:
         self.breaks_without_progress = 0
         self.refusals = 0
         self.cached_tokens = 0
+        self.timings: types_pb2.Timings | None = None
+        """Its present dense worker's account, as last heard."""
 
     @property
     def submitted(self) -> bool:
@@ -135,6 +137,8 @@ class Choice:
             raise Gap(f"{self.key}: a delta starts at {delta.first_index}, next is {len(self.tokens)}")
         if delta.HasField("shard_map"):
             self.shard_map = delta.shard_map
+        if delta.HasField("timings"):
+            self.timings = delta.timings
         fresh = tuple(delta.token_ids[known:])
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         piece = self.text.push(fresh)

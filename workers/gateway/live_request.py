@@ -62,7 +62,6 @@ class LiveRequest:
         self._shared = surroundings
         self._buffer = EventBuffer(surroundings.buffer_events)
         self._open = set(self.choices)
-        self._first_token_s: dict[int, float] = {}
         self._last_token_s: dict[int, float] = {}
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(max(0.0, deadline_s - monotonic()), self._expire)
@@ -132,15 +131,12 @@ class LiveRequest:
         rest = choice.text.flush(matched_token_id)
         if rest.text:
             self._publish_delta(choice, News(len(choice.tokens), (), rest.text, (), None, None))
-        self._shared.metrics.timed(final.timings)
         reason = final.finish_reason if rest.matched_stop is None else types_pb2.FINISH_REASON_STOP
-        self._finish(choice, reason, final.timings, rest.matched_stop, matched_token_id)
+        self._finish(choice, reason, rest.matched_stop, matched_token_id)
 
     def on_stopped(self, choice: Choice, stop: str) -> None:
         """See `ChoiceListener`."""
-        first_s = self._first_token_s.get(choice.index, monotonic())
-        timings = types_pb2.Timings(decode_seconds=monotonic() - first_s)
-        self._finish(choice, types_pb2.FINISH_REASON_STOP, timings, stop)
+        self._finish(choice, types_pb2.FINISH_REASON_STOP, stop)
 
     def on_failed(self, choice: Choice, error: AnabranchError) -> None:
         """See `ChoiceListener`. One lost choice ends the request: half an answer is none."""
@@ -172,7 +168,6 @@ class LiveRequest:
         self,
         choice: Choice,
         reason: types_pb2.FinishReason.ValueType,
-        timings: types_pb2.Timings | None = None,
         matched_stop: str | None = None,
         matched_token_id: int | None = None,
     ) -> None:
@@ -187,9 +182,9 @@ class LiveRequest:
             matched_stop=matched_stop,
             matched_token_id=matched_token_id,
             usage=usage,
-            timings=timings,
+            timings=choice.timings,
         )
-        self._shared.metrics.finished(reason, len(choice.tokens))
+        self._shared.metrics.finished(reason, len(choice.tokens), choice.timings)
         self._open.discard(choice)
         self._publish(inference_pb2.GenerateResponse(finished=finished))
         if not self._open:
@@ -235,6 +230,5 @@ class LiveRequest:
         if index in self._last_token_s:
             metrics.inter_token_latency.observe((now_s - self._last_token_s[index]) / count)
         else:
-            self._first_token_s[index] = now_s
             metrics.time_to_first_token.observe(now_s - self._arrived_s)
         self._last_token_s[index] = now_s

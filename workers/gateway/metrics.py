@@ -83,13 +83,16 @@ class GatewayMetrics:
         """Also expose what members report of themselves, and the streams open here."""
         self.registry.register(_MemberGauges(self._model_name, membership, streams))
 
-    def finished(self, reason: types_pb2.FinishReason.ValueType, tokens: int) -> None:
-        """One choice ended."""
+    def finished(
+        self, reason: types_pb2.FinishReason.ValueType, tokens: int, timings: types_pb2.Timings | None
+    ) -> None:
+        """One choice ended; `timings` is its dense worker's account, None where none ran it here."""
         self._success.labels(self._model_name, REASONS[reason]).inc()
         self.request_generation_tokens.observe(tokens)
+        if timings is not None:
+            self._time(timings)
 
-    def timed(self, timings: types_pb2.Timings) -> None:
-        """A dense worker's account of one sequence."""
+    def _time(self, timings: types_pb2.Timings) -> None:
         self._queue_time.observe(timings.queue_seconds)
         self._prefill_time.observe(timings.prefill_seconds)
         self._decode_time.observe(timings.decode_seconds)
