@@ -60,6 +60,11 @@ class ModelConfig(Section):
         None, ge=1, description="Longest prompt + output; default: the model's."
     )
 
+    @property
+    def served_name(self) -> str:
+        """Name requests use, and the `model_name` of metrics."""
+        return self.name or Path(self.path).name
+
 
 class GatewayConfig(Section):
     """The public side."""
@@ -241,7 +246,9 @@ class TelemetryConfig(Section):
         "json", description="One JSON object or one text line per event."
     )
     metrics_port: Port | None = Field(
-        None, description="Prometheus port of workers; 0 draws one; null is off."
+        None,
+        description="Prometheus: gateway i adds i, dense worker i 100 + i, attention worker i 2000 + i. A "
+        "taken port is replaced by a free one; `anabranch status --json` names it. 0 draws one; null is off.",
     )
 
 

@@ -359,6 +359,18 @@ def counted(engine: Engine, name: str, **labels: str) -> float:
     return value or 0.0
 
 
+def computed_tokens(engine: Engine) -> float:
+    """Tokens an engine computed in all its steps."""
+    sums = [
+        sample.value
+        for family in engine.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "vllm:iteration_tokens_total_sum"
+    ]
+    (total,) = sums
+    return total
+
+
 def wait_until(condition: Callable[[], bool], within_s: float = WAIT_S) -> None:
     """Look again and again, yielding the processor; raises AssertionError when the time is over."""
     deadline_s = monotonic() + within_s

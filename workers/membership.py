@@ -51,10 +51,12 @@ class MembershipClient:
         load: Callable[[], inference_pb2.Load],
         on_change: Callable[[control_pb2.Membership], None],
         on_fenced: Callable[[], None],
+        metrics_address: str = "",
     ) -> None:
         self._context = context
         self._role = role
         self._address = address
+        self._metrics_address = metrics_address
         self._load = load
         self._on_change = on_change
         self._on_fenced = on_fenced
@@ -148,6 +150,7 @@ class MembershipClient:
             host=socket.gethostname(),
             process_id=getpid(),
             load=self._loaded(),
+            metrics_address=self._metrics_address,
         )
         request = control_pb2.RegisterRequest(
             member=member,

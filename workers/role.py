@@ -33,6 +33,9 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 """The configuration or the model cannot be served: starting again would not help."""
 
+_METRICS_OFFSET = {"gateway": 0, "dense": 100, "attention": 2000}
+"""What each role adds to `telemetry.metrics_port`, beside its index: roles may share a machine."""
+
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104  (compared with, not bound)
 
 _EPILOG = """\
@@ -69,21 +72,21 @@ class RoleContext:
             host = _address_towards(self.controller)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def serve_metrics(self, registry: CollectorRegistry, host: str) -> int | None:
-        """Serve Prometheus if telemetry.metrics_port says so; returns the port.
+    def serve_metrics(self, registry: CollectorRegistry, host: str) -> str:
+        """Serve Prometheus if telemetry.metrics_port says so; returns the address for others, or nothing.
 
-        Roles that share a machine cannot share a port: a taken one is replaced by a free one, and
-        the log names it.
+        A port that is taken (by another cluster on this machine, say) is replaced by a free one.
         """
-        wanted = self.config.telemetry.metrics_port
-        if wanted is None:
-            return None
+        base = self.config.telemetry.metrics_port
+        if base is None:
+            return ""
+        wanted = base + _METRICS_OFFSET[self.role] + self.index if base else 0
         try:
             port = serve_metrics(registry, host, wanted)
-        except OSError:
+        except (OSError, OverflowError):  # taken, or beyond the last port
             port = serve_metrics(registry, host, 0)
         self.log.info("metrics", host=host, port=port)
-        return port
+        return self.reachable(host, port)
 
 
 def _address_towards(peer: str) -> str:

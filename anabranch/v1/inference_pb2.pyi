@@ -713,6 +713,7 @@ class Member(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Name of the worker slot."""
     role: Global___Role.ValueType
@@ -727,6 +728,8 @@ class Member(_message.Message):
     """Machine it runs on."""
     process_id: _builtins.int
     """Process id on that machine."""
+    metrics_address: _builtins.str
+    """host:port where Prometheus reads it; empty where telemetry.metrics_port is off."""
     @_builtins.property
     def load(self) -> Global___Load:
         """Load as last reported."""
@@ -742,10 +745,11 @@ class Member(_message.Message):
         host: _builtins.str = ...,
         process_id: _builtins.int = ...,
         load: Global___Load | None = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "process_id", b"process_id", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "metrics_address", b"metrics_address", "process_id", b"process_id", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

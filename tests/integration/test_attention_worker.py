@@ -172,7 +172,8 @@ def sent_bytes(metrics: CollectorRegistry) -> float | None:
 def test_metrics_add_up() -> None:
     """Blocks by state sum to the arena; lanes, their bytes and the busy time are what happened."""
     with serving() as worker, host_of(worker) as host:
-        metrics = AttentionMetrics(worker.core, worker.lanes).registry
+        metrics = CollectorRegistry()
+        metrics.register(AttentionMetrics(worker.core, worker.lanes))
         sequence = SmallSequence(1)
         lane = host.open_lane()
         shard = Pool(host.channel).reserve(sequence, 0, 40)
@@ -251,14 +252,12 @@ def test_untouched_blocks_cost_no_memory() -> None:
 
 
 def test_the_worker_serves_its_metrics_over_http(tmp_path: Path) -> None:
-    """With telemetry.metrics_port set, a process answers Prometheus and names the port in its log."""
+    """With telemetry.metrics_port set, a process answers Prometheus, and the membership says where."""
     settings = settings_of_process()
     settings = settings.model_copy(
-        update={"telemetry": settings.telemetry.model_copy(update={"metrics_port": 0, "log_format": "text"})}
+        update={"telemetry": settings.telemetry.model_copy(update={"metrics_port": 0})}
     )
     with running(tmp_path, settings) as worker:
-        worker.wait_for(inference_pb2.MEMBER_STATE_READY)
-        line = next(line for line in worker.log.read_text().splitlines() if " metrics " in line)
-        port = dict(word.split("=", 1) for word in line.split() if "=" in word)["port"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        address = worker.wait_for(inference_pb2.MEMBER_STATE_READY).metrics_address
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             assert b'anabranch_attention_blocks{state="free"} 32.0' in answer.read()

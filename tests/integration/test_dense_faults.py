@@ -9,7 +9,16 @@ import pytest
 
 from cluster.errors import Fenced
 from cluster.types import WorkerId
-from tests.cluster_harness import DenseCluster, Listener, Output, Shape, counted, request, wait_until
+from tests.cluster_harness import (
+    DenseCluster,
+    Listener,
+    Output,
+    Shape,
+    computed_tokens,
+    counted,
+    request,
+    wait_until,
+)
 from tests.models import random_prompt, tiny_model
 from workers.dense.deltas import FinishReason
 from workers.dense.sequences import Submission
@@ -18,7 +27,6 @@ PROMPT = random_prompt(70, 1)
 COUNT = 150
 
 RECOMPUTED = "anabranch_dense_tokens_lost"
-COMPUTED = "vllm:iteration_tokens"
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +165,7 @@ def test_another_dense_worker_takes_over_without_recomputing(folder: Path, expec
             PROMPT, COUNT, key=submission.key, generation=2, output=seen, shard_map=output.maps[-1]
         )
         assert cluster.listener.wait(cluster.submit(resumed)).token_ids == expected
-        assert counted(cluster.engine, COMPUTED) <= COUNT - len(seen) + 2
+        assert computed_tokens(cluster.engine) <= COUNT - len(seen) + 2
         assert counted(cluster.engine, "anabranch_dense_tokens_adopted") >= len(PROMPT)
 
 
@@ -171,7 +179,7 @@ def test_a_take_over_without_a_map_finds_the_shards(folder: Path, expected: list
         cluster.attach(cluster.engine)
         resumed = request(PROMPT, COUNT, key=submission.key, generation=2, output=seen)
         assert cluster.listener.wait(cluster.submit(resumed)).token_ids == expected
-        assert counted(cluster.engine, COMPUTED) <= COUNT - len(seen) + 2
+        assert computed_tokens(cluster.engine) <= COUNT - len(seen) + 2
 
 
 def test_a_dense_worker_that_was_replaced_is_fenced(folder: Path, expected: list[int]) -> None:

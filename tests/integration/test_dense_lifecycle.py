@@ -10,7 +10,16 @@ import pytest
 
 from cluster.errors import AlreadyExists, DeadlineExceeded, Fenced, ResourceExhausted, Unavailable
 from cluster.types import WorkerId
-from tests.cluster_harness import DenseCluster, Listener, Output, Shape, counted, request, wait_until
+from tests.cluster_harness import (
+    DenseCluster,
+    Listener,
+    Output,
+    Shape,
+    computed_tokens,
+    counted,
+    request,
+    wait_until,
+)
 from tests.models import random_prompt, tiny_model
 from workers.dense.deltas import FinishReason
 
@@ -218,7 +227,7 @@ def test_an_orphan_is_resumed_without_recomputing(folder: Path) -> None:
     """A gateway that is back within the grace period gets the rest: same tokens, none computed again."""
     with DenseCluster(folder, TWO) as cluster:
         (expected,) = cluster.generate([request(PROMPT, 200)])
-        before = counted(cluster.engine, "vllm:iteration_tokens")
+        before = computed_tokens(cluster.engine)
         first = cluster.submit(request(PROMPT, 200))
         cluster.listener.wait(first, some)
         cluster.engine.disconnect(cluster.listener)
@@ -228,7 +237,7 @@ def test_an_orphan_is_resumed_without_recomputing(folder: Path) -> None:
             PROMPT, 200, key=first.key, generation=2, output=output.token_ids, shard_map=output.maps[-1]
         )
         assert cluster.listener.wait(cluster.submit(resumed)).token_ids == expected.token_ids
-        computed = counted(cluster.engine, "vllm:iteration_tokens") - before
+        computed = computed_tokens(cluster.engine) - before
         assert computed <= len(PROMPT) + 200 + 1
 
 
@@ -264,6 +273,6 @@ def test_hand_over_gives_every_sequence_back(folder: Path) -> None:
                 PROMPT, 200, key=first.key, generation=2, output=output.token_ids, shard_map=output.maps[-1]
             )
             assert cluster.listener.wait(cluster.submit(resumed, other)).token_ids == expected.token_ids
-            assert counted(other, "vllm:iteration_tokens") <= 200 - len(output.token_ids) + 2
+            assert computed_tokens(other) <= 200 - len(output.token_ids) + 2
         finally:
             other.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster_harness import DenseCluster, Shape, counted, request
+from tests.cluster_harness import DenseCluster, Shape, computed_tokens, counted, request
 from tests.models import random_prompt, tiny_model
 from workers.lanes.framed import FramedLane
 from workers.lanes.sockets import SocketLink
@@ -79,10 +79,10 @@ def test_ten_rows_receive_ten_rows(folder: Path) -> None:
         spec = cluster.decoder.spec
         row_bytes = spec.layers * spec.query_heads * (spec.head_size + 2) * 4
         before = kernel_received_bytes(cluster.lanes[0])
-        tokens = counted(cluster.engine, "vllm:iteration_tokens")
+        tokens = computed_tokens(cluster.engine)
         steps = counted(cluster.engine, "anabranch_dense_steps")
         cluster.generate(request(random_prompt(20, n), 12) for n in range(10))
         received = kernel_received_bytes(cluster.lanes[0]) - before
-        rows = counted(cluster.engine, "vllm:iteration_tokens") - tokens
+        rows = computed_tokens(cluster.engine) - tokens
         steps = counted(cluster.engine, "anabranch_dense_steps") - steps
         assert received <= rows * row_bytes + steps * FIXED_BYTES

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -223,3 +224,28 @@ async def test_metrics_count_what_happened(tmp_path: Path) -> None:
         assert value("vllm:kv_cache_usage_perc") == pytest.approx(0.2)
         assert value("vllm:num_requests_running") == 0
         assert value("anabranch:streams_open") == 0
+        assert value("vllm:prefix_cache_queries_total") == 5
+        assert value("vllm:prefix_cache_hits_total") == 0
+        cache = {"block_size": "32", "cache_dtype": "float32", "enable_prefix_caching": "True"}
+        assert value("vllm:cache_config_info", num_gpu_blocks="10", **cache) == 1
+
+
+@asynchronous
+async def test_refusals_are_counted_by_reason(tmp_path: Path) -> None:
+    """What is refused before it becomes a stream counts as well as what fails later, each once."""
+    worker = FakeDense("dense-0", refusal=errors.ResourceExhausted("queue full"))
+    async with fleet(tmp_path, [worker]) as cluster:
+        stub, registry = cluster.stub(), cluster.gateways[0].metrics.registry
+        for request, refused in (
+            (completion(""), errors.InvalidRequest),
+            (completion(model="other"), errors.NotFound),
+            (completion(), errors.ResourceExhausted),
+        ):
+            with pytest.raises(refused):
+                await generate(stub, request)
+            labels = {"model_name": "tiny", "reason": refused.reason}
+            assert registry.get_sample_value("anabranch:request_failure_total", labels) == 1
+        async with httpx.AsyncClient(base_url=cluster.http) as client:
+            assert (await client.post("/v1/completions", json={"promt": "x"})).status_code == 400
+        labels = {"model_name": "tiny", "reason": errors.InvalidRequest.reason}
+        assert registry.get_sample_value("anabranch:request_failure_total", labels) == 2

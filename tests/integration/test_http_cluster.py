@@ -289,6 +289,9 @@ def _gauge(http: httpx.Client, name: str) -> float:
 
 EXPECTED_METRICS = (
     "vllm:num_requests_running",
+    "vllm:cache_config_info",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
     "vllm:prompt_tokens_total",

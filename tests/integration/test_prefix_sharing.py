@@ -23,7 +23,7 @@ SHAPES = {
     "blocks of seven": Shape(attention_workers=2, block_tokens=7),
     "one token a block": Shape(attention_workers=2, block_tokens=1),
 }
-SHARED_HITS = "vllm:prefix_cache_hits"
+SHARED_HITS = "anabranch_dense_prefix_hits"
 
 
 @pytest.fixture(scope="module")

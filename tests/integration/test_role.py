@@ -171,23 +171,34 @@ def test_a_wildcard_is_replaced_by_an_address_others_reach() -> None:
 
 
 def test_metrics_are_served_even_if_the_port_is_taken() -> None:
-    """Two roles on one machine cannot share telemetry.metrics_port: the second draws a free one."""
+    """A port that somebody else has is replaced by a free one, and the address says which."""
     registry = CollectorRegistry()
     Counter("words", "Words counted.", registry=registry).inc(3)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         wanted = taken.getsockname()[1]
-        telemetry = TelemetryConfig(metrics_port=wanted)
-        port = context_of(Config(telemetry=telemetry)).serve_metrics(registry, "127.0.0.1")
-    assert port not in (None, wanted)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=DEADLINE_S) as page:
+        telemetry = TelemetryConfig(metrics_port=wanted - 100)
+        address = context_of(Config(telemetry=telemetry)).serve_metrics(registry, "127.0.0.1")
+    assert address not in ("", f"127.0.0.1:{wanted}")
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=DEADLINE_S) as page:
         assert b"words_total 3.0" in page.read()
+
+
+@pytest.mark.parametrize(("given", "offset"), [("gateway", 0), ("dense", 100), ("attention", 2000)])
+def test_each_role_and_index_has_a_metrics_port_of_its_own(given: str, offset: int) -> None:
+    """Roles of one machine share telemetry.metrics_port: each adds its own offset and its index."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        wanted = free.getsockname()[1]
+    config = Config(telemetry=TelemetryConfig(metrics_port=wanted - offset - 5))
+    context = RoleContext(given, config, WorkerId("x"), 5, draw_epoch(), "127.0.0.1:1")
+    assert context.serve_metrics(CollectorRegistry(), "127.0.0.1") == f"127.0.0.1:{wanted}"
 
 
 def test_metrics_are_off_unless_asked_for() -> None:
     """No port, no server."""
-    assert context_of(Config()).serve_metrics(CollectorRegistry(), "127.0.0.1") is None
+    assert context_of(Config()).serve_metrics(CollectorRegistry(), "127.0.0.1") == ""
 
 
 def test_memory_is_read_from_the_kernel(tmp_path: Path) -> None:

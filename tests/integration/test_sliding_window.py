@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster_harness import DenseCluster, Output, Shape, counted, request
+from tests.cluster_harness import DenseCluster, Output, Shape, computed_tokens, counted, request
 from tests.models import Reference, random_prompt, reference_tokens, tiny_model
 from workers.dense.sequences import Submission
 
@@ -28,7 +28,6 @@ blocks; some are cut by the edges of shards, and calls to give them back are und
 """
 
 RECOMPUTED = "anabranch_dense_tokens_lost"
-COMPUTED = "vllm:iteration_tokens"
 
 LOCAL = Shape(local_blocks=64, block_tokens=BLOCK_TOKENS)
 
@@ -95,7 +94,7 @@ def test_blocks_stay_bounded_while_windows_pass(shape: Shape, folder: Path, expe
 
         output = cluster.listener.wait(cluster.submit(request(PROMPT, COUNT)), look)
         assert output.token_ids == expected
-        assert counted(cluster.engine, COMPUTED) == len(PROMPT) + COUNT - 1
+        assert computed_tokens(cluster.engine) == len(PROMPT) + COUNT - 1
     assert len(seen) > COUNT - TRIMMED_AFTER - 20
     assert max(seen) <= BLOCKS_MOST
     firsts = [shard_map[0].first for shard_map in output.maps if shard_map]
@@ -164,7 +163,7 @@ def test_a_hole_that_needs_what_expired_begins_at_0(folder: Path, expected: list
         assert output.token_ids == expected
         assert {kept.worker for kept in output.maps[-1]} == cluster.workers.keys()
         again = len(PROMPT) + TRIMMED_AFTER - 1
-        assert counted(cluster.engine, COMPUTED) >= len(PROMPT) + COUNT - 1 + again
+        assert computed_tokens(cluster.engine) >= len(PROMPT) + COUNT - 1 + again
         assert counted(cluster.engine, RECOMPUTED) >= len(PROMPT) + TRIMMED_AFTER
 
 
@@ -178,7 +177,7 @@ def test_the_loss_of_what_nobody_sees_costs_nothing(folder: Path, expected: list
         cluster.kill_worker(first.worker)
         cluster.tell()
         assert cluster.listener.wait(submission).token_ids == expected
-        assert counted(cluster.engine, COMPUTED) == len(PROMPT) + COUNT - 1
+        assert computed_tokens(cluster.engine) == len(PROMPT) + COUNT - 1
 
 
 @pytest.mark.parametrize("place", [0, -2])
@@ -215,7 +214,7 @@ def test_a_take_over_after_expiry(behind: int, recomputes: bool, folder: Path, e
         cluster.attach(cluster.engine)
         again = cluster.submit(resumed(submission, output, tokens))
         assert cluster.listener.wait(again).token_ids == expected
-        computed = counted(cluster.engine, COMPUTED)
+        computed = computed_tokens(cluster.engine)
         if recomputes:
             assert computed >= len(PROMPT) + len(tokens)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from prometheus_client import CollectorRegistry
 
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_value
@@ -21,12 +22,19 @@ def serve(context: RoleContext) -> None:
     torch.set_num_threads(config.attention.threads)
     worker = AttentionWorker(config, context.worker_id, context.epoch, spin_s)
     address = context.reachable(config.attention.host, worker.port)
+    registry = CollectorRegistry()  # empty until the controller has said how the cache is shaped
     membership = MembershipClient(
-        context, inference_pb2.ROLE_ATTENTION, address, worker.load, _ignore, context.stop.set
+        context,
+        inference_pb2.ROLE_ATTENTION,
+        address,
+        worker.load,
+        _ignore,
+        context.stop.set,
+        context.serve_metrics(registry, config.attention.host),
     )
     try:
         worker.start(geometry_value(membership.start().geometry))
-        context.serve_metrics(AttentionMetrics(worker.core, worker.lanes).registry, config.attention.host)
+        registry.register(AttentionMetrics(worker.core, worker.lanes))
         membership.set_state(inference_pb2.MEMBER_STATE_READY)
         context.log.info("serving", address=address, blocks=worker.core.arena.blocks)
         context.stop.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -13,13 +12,11 @@ from workers.lanes.server import LaneServer
 
 
 class AttentionMetrics(Collector):
-    """Collects from one worker; `registry` holds nothing else."""
+    """Collects from one worker, for whatever registry it is put into."""
 
     def __init__(self, core: AttentionCore, lanes: LaneServer) -> None:
         self._core = core
         self._lanes = lanes
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """Blocks by state, how full the arena is, leases ended, seconds of attention, bytes of lanes."""
@@ -35,7 +32,9 @@ class AttentionMetrics(Collector):
             "anabranch_attention_leases_expired", "Sequences nobody renewed.", store.leases_expired
         )
         yield CounterMetricFamily(
-            "anabranch_attention_busy_seconds", "Time spent appending and attending.", self._core.busy_seconds
+            "anabranch_attention_busy_seconds",
+            "Time spent appending and attending; its rate is the busy ratio.",
+            self._core.busy_seconds,
         )
         yield GaugeMetricFamily("anabranch_attention_lanes", "Open lanes.", self._lanes.lanes_open)
         carried = CounterMetricFamily(

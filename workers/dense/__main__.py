@@ -52,7 +52,13 @@ def _join_and_serve(context: RoleContext, worker: DenseWorker, stack: contextlib
     address = context.reachable(context.config.dense.host, worker.port)
     worker.start()
     membership = MembershipClient(
-        context, inference_pb2.ROLE_DENSE, address, worker.load, on_change, context.stop.set
+        context,
+        inference_pb2.ROLE_DENSE,
+        address,
+        worker.load,
+        on_change,
+        context.stop.set,
+        context.serve_metrics(worker.engine.metrics.registry, context.config.dense.host),
     )
     stack.callback(membership.close)
     theirs = geometry_value(membership.start().geometry)
@@ -60,7 +66,6 @@ def _join_and_serve(context: RoleContext, worker: DenseWorker, stack: contextlib
         raise VersionMismatch(f"the controller serves {theirs}, this worker's model gives {worker.geometry}")
     worker.set_members(membership.membership().members)
     worker.wait_connected(_CONNECT_S)
-    context.serve_metrics(worker.engine.metrics.registry, context.config.dense.host)
     membership.set_state(inference_pb2.MEMBER_STATE_READY)
     context.log.info("serving", address=address)
     _stop_when_broken(context, worker)

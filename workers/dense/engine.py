@@ -66,7 +66,7 @@ class Engine:
         is told of each step on the engine's thread, before its tokens leave.
         """
         self._on_step = on_step
-        self.metrics = DenseMetrics()
+        self.metrics = DenseMetrics(config.model.served_name)
         self.failed = threading.Event()
         self.max_sequence_length = min(
             config.model.max_sequence_length or decoder.spec.max_sequence_length,

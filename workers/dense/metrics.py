@@ -1,10 +1,14 @@
-"""What a dense worker tells Prometheus: vLLM's names where dashboards read them, our own beside."""
+"""What a dense worker tells Prometheus.
+
+vLLM's names are the gateways', so that no sum counts anything twice; here is the one that only a dense worker
+knows. The other series are this process's own, and carry no label of the cluster.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from workers.dense.step_runner import StepTimes
 
@@ -12,13 +16,14 @@ _SECONDS = "Seconds of steps by part: dense compute, attention of the slowest wo
 _SIDE_SECONDS = (
     "Seconds of steps as each side, dense and attention, spent them: computed, waited, transferred."
 )
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 _HIDDEN = "Share of the last step's attention and lane time that dense work covered, 0 to 1."
 
 
 class DenseMetrics:
     """Counters of one engine; `registry` holds nothing else. Written by the engine's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
         self.steps = Counter("anabranch_dense_steps", "Steps computed.", registry=registry)
@@ -45,10 +50,10 @@ class DenseMetrics:
             "anabranch_dense_moves", "Moves of shards that ended, by outcome.", ["outcome"], registry=registry
         )
         self.prefix_queries = Counter(
-            "vllm:prefix_cache_queries", "Prompt tokens looked up in the pool.", registry=registry
+            "anabranch_dense_prefix_queries", "Prompt tokens looked up in the pool.", registry=registry
         )
         self.prefix_hits = Counter(
-            "vllm:prefix_cache_hits", "Prompt tokens whose KV was found in the pool.", registry=registry
+            "anabranch_dense_prefix_hits", "Prompt tokens whose KV was found in the pool.", registry=registry
         )
         self.seconds = Counter("anabranch_dense_step_seconds", _SECONDS, ["part"], registry=registry)
         self.side_seconds = Counter(
@@ -58,10 +63,14 @@ class DenseMetrics:
         self.micro_batches = Counter(
             "anabranch_dense_micro_batches", "Micro-batches of all steps.", registry=registry
         )
-        self.iteration_tokens = Counter(
-            "vllm:iteration_tokens", "Tokens computed in steps.", registry=registry
-        )
-        self.preemptions = Counter("vllm:num_preemptions", "Sequences preempted.", registry=registry)
+        self.iteration_tokens = Histogram(
+            "vllm:iteration_tokens_total",
+            "Tokens computed per step.",
+            ["model_name"],
+            registry=registry,
+            buckets=_STEP_TOKENS,
+        ).labels(model_name)
+        self.preemptions = Counter("anabranch_dense_preemptions", "Sequences preempted.", registry=registry)
         self._registry = registry
 
     def read_gauges(
@@ -69,9 +78,9 @@ class DenseMetrics:
     ) -> None:
         """Gauges that are read when asked for."""
         for name, text, read in (
-            ("vllm:num_requests_running", "Sequences in the running batch.", running),
-            ("vllm:num_requests_waiting", "Sequences queued.", waiting),
-            ("vllm:kv_cache_usage_perc", "Share of the known KV pool in use, 0 to 1.", used_share),
+            ("anabranch_dense_sequences_running", "Sequences in the running batch.", running),
+            ("anabranch_dense_sequences_waiting", "Sequences queued.", waiting),
+            ("anabranch_dense_pool_usage_ratio", "Share of the known KV pool in use, 0 to 1.", used_share),
         ):
             Gauge(name, text, registry=self._registry).set_function(read)
 
@@ -79,7 +88,7 @@ class DenseMetrics:
         """One step was computed."""
         self.steps.inc()
         self.sampled.inc(sampled)
-        self.iteration_tokens.inc(tokens)
+        self.iteration_tokens.observe(tokens)
         self.micro_batches.inc(micro_batches)
         for part, seconds in (
             ("dense", times.dense_s),

@@ -44,9 +44,14 @@ async def _join_and_serve(context: RoleContext, gateway: Gateway) -> None:
     host = context.config.gateway.host
     address = context.reachable(host, gateway.port)
     client = MembershipClient(
-        context, inference_pb2.ROLE_GATEWAY, address, gateway.load, on_change, on_fenced=context.stop.set
+        context,
+        inference_pb2.ROLE_GATEWAY,
+        address,
+        gateway.load,
+        on_change,
+        on_fenced=context.stop.set,
+        metrics_address=context.serve_metrics(gateway.metrics.registry, host),
     )
-    context.serve_metrics(gateway.metrics.registry, host)
     try:
         await asyncio.to_thread(client.start)
         client.set_state(inference_pb2.MEMBER_STATE_READY)

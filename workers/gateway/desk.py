@@ -39,6 +39,7 @@ class Desk:
         self.model = model
         self.draining = False
         self._limits = limits
+        self._metrics = metrics
         self._callers = callers
         self._work = work
         self._admission = Admission(model, limits, self._work)
@@ -55,7 +56,8 @@ class Desk:
 
     def authenticate(self, authorization: str | None) -> Caller:
         """The caller behind an `authorization` header. Raises Unauthenticated."""
-        return self._callers.authenticate(authorization)
+        with self._metrics.counting_refusals():
+            return self._callers.authenticate(authorization)
 
     async def open(
         self, request: inference_pb2.GenerateRequest, caller: Caller, time_left_s: float | None
@@ -64,19 +66,8 @@ class Desk:
 
         Raises InvalidRequest, NotFound, AlreadyExists, PermissionDenied, ResourceExhausted, Unavailable.
         """
-        arrived_s = monotonic()
-        self._require_room(caller)
-        self._opening[caller.tenant] += 1
-        self._empty.clear()
-        try:
-            plan = await self._admission.admit(request, caller)
-            texts, stopped = await self._replay(plan)
-        finally:
-            self._opening[caller.tenant] -= 1
-            self._note_if_empty()
-        if time_left_s is None:
-            time_left_s = self._limits.default_deadline_ms / 1000
-        return self._start(plan, caller, texts, stopped, arrived_s, arrived_s + time_left_s)
+        with self._metrics.counting_refusals():
+            return await self._admit(request, caller, time_left_s)
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         """Token ids of text or chat. Raises InvalidRequest, NotFound."""
@@ -96,6 +87,23 @@ class Desk:
             _log.warning("drain_grace_over", streams=self.streams_open)
         for live in tuple(self._live.values()):
             live.give_up()
+
+    async def _admit(
+        self, request: inference_pb2.GenerateRequest, caller: Caller, time_left_s: float | None
+    ) -> LiveRequest:
+        arrived_s = monotonic()
+        self._require_room(caller)
+        self._opening[caller.tenant] += 1
+        self._empty.clear()
+        try:
+            plan = await self._admission.admit(request, caller)
+            texts, stopped = await self._replay(plan)
+        finally:
+            self._opening[caller.tenant] -= 1
+            self._note_if_empty()
+        if time_left_s is None:
+            time_left_s = self._limits.default_deadline_ms / 1000
+        return self._start(plan, caller, texts, stopped, arrived_s, arrived_s + time_left_s)
 
     def _require_room(self, caller: Caller) -> None:
         if self.draining:

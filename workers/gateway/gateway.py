@@ -53,7 +53,7 @@ class Gateway:
         self._work = TextWork()
         self.desk = Desk(model, config.gateway, callers, self._router, self.metrics, self._work)
         self._topology = Topology(self.desk, lambda: self._membership, config.security.tls)
-        self.metrics.watch(lambda: self._membership, lambda: self.desk.streams_open)
+        self.metrics.watch(config, lambda: self._membership, lambda: self.desk.streams_open)
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._server = self._build_server()

@@ -25,7 +25,7 @@ from workers.gateway.callers import Caller
 from workers.gateway.desk import Desk
 from workers.gateway.http_answer import Answer, ChatFormat, CompletionFormat, Format, Json
 from workers.gateway.http_errors import BodyTooLarge, error_body
-from workers.gateway.http_schema import ChatBody, CompletionBody, TokenizeBody, read_body
+from workers.gateway.http_schema import Body, ChatBody, CompletionBody, TokenizeBody, read_body
 from workers.gateway.live_request import LiveRequest
 from workers.gateway.metrics import GatewayMetrics
 from workers.gateway.text_work import TextWork
@@ -69,14 +69,12 @@ class HttpApi:
 
     async def _completions(self, request: Request) -> Response:
         caller = self._caller(request)
-        raw = await self._read(request)
-        body = await self._work.run(lambda: read_body(CompletionBody, raw))
+        body = await self._body(request, CompletionBody)
         return await self._generate(request, caller, body, CompletionFormat(self._desk.model.tokenizer))
 
     async def _chat_completions(self, request: Request) -> Response:
         caller = self._caller(request)
-        raw = await self._read(request)
-        body = await self._work.run(lambda: read_body(ChatBody, raw))
+        body = await self._body(request, ChatBody)
         return await self._generate(request, caller, body, ChatFormat(self._desk.model.tokenizer))
 
     async def _models(self, request: Request) -> Response:
@@ -91,8 +89,7 @@ class HttpApi:
 
     async def _tokenize(self, request: Request) -> Response:
         self._caller(request)
-        raw = await self._read(request)
-        body = await self._work.run(lambda: read_body(TokenizeBody, raw))
+        body = await self._body(request, TokenizeBody)
         tokens = await self._desk.tokenize(body.request())
         longest = self._desk.model.max_sequence_length
         return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens})
@@ -107,7 +104,9 @@ class HttpApi:
     async def _generate(
         self, request: Request, caller: Caller, body: _GenerationBody, form: Format
     ) -> Response:
-        lives = await self._open(body.requests(), caller)
+        with self._metrics.counting_refusals():
+            requests = body.requests()
+        lives = await self._open(requests, caller)
         try:
             answer = Answer(form, self._desk.model.name, lives[0].plan.request_id, len(lives), body.n or 1)
             events = merged(lives)
@@ -134,6 +133,11 @@ class HttpApi:
             _close(lives)
             raise
         return lives
+
+    async def _body(self, request: Request, shape: type[Body]) -> Body:
+        with self._metrics.counting_refusals():
+            raw = await self._read(request)
+            return await self._work.run(lambda: read_body(shape, raw))
 
     async def _read(self, request: Request) -> bytes:
         parts, size = [], 0

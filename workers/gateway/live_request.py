@@ -184,7 +184,7 @@ class LiveRequest:
             usage=usage,
             timings=choice.timings,
         )
-        self._shared.metrics.finished(reason, len(choice.tokens), choice.timings)
+        self._shared.metrics.finished(reason, usage, choice.timings)
         self._open.discard(choice)
         self._publish(inference_pb2.GenerateResponse(finished=finished))
         if not self._open:

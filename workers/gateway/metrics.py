@@ -1,14 +1,21 @@
-"""What a gateway measures, under vLLM's names where they exist: dashboards and request routers read those."""
+"""What a gateway measures, under vLLM's names where they exist: dashboards and request routers read those.
+
+Counters and histograms are of this gateway's requests: sum them over gateways. What members report of
+themselves is the whole cluster's at every gateway: do not sum that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from anabranch.v1 import control_pb2, inference_pb2, types_pb2
+from cluster.config import Config
+from cluster.errors import AnabranchError
 
 _SECONDS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
 _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 40.0)
@@ -63,12 +70,18 @@ class GatewayMetrics:
         self.request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Tokens generated per choice.", _TOKENS
         )
+        self._prefix_queries = self._counter(
+            "vllm:prefix_cache_queries", "Prompt tokens of finished choices, looked up in the pool."
+        )
+        self._prefix_hits = self._counter(
+            "vllm:prefix_cache_hits", "Those of them whose KV was found in the pool."
+        )
         self._preemptions = self._counter(
             "vllm:num_preemptions", "Times that finished sequences had lost their blocks to others."
         )
         self._failures = Counter(
             "anabranch:request_failure",
-            "Requests that ended with an error, by its reason.",
+            "Requests refused or ended with an error, by its reason.",
             ("model_name", "reason"),
             registry=self.registry,
         )
@@ -79,17 +92,24 @@ class GatewayMetrics:
             registry=self.registry,
         )
 
-    def watch(self, membership: Callable[[], control_pb2.Membership], streams: Callable[[], int]) -> None:
+    def watch(
+        self, config: Config, membership: Callable[[], control_pb2.Membership], streams: Callable[[], int]
+    ) -> None:
         """Also expose what members report of themselves, and the streams open here."""
-        self.registry.register(_MemberGauges(self._model_name, membership, streams))
+        self.registry.register(_MemberGauges(self._model_name, config, membership, streams))
 
     def finished(
-        self, reason: types_pb2.FinishReason.ValueType, tokens: int, timings: types_pb2.Timings | None
+        self,
+        reason: types_pb2.FinishReason.ValueType,
+        usage: inference_pb2.Usage,
+        timings: types_pb2.Timings | None,
     ) -> None:
         """One choice ended; `timings` is its dense worker's account, None where none ran it here."""
         self._success.labels(self._model_name, REASONS[reason]).inc()
-        self.request_generation_tokens.observe(tokens)
+        self.request_generation_tokens.observe(usage.completion_tokens)
         if timings is not None:
+            self._prefix_queries.inc(usage.prompt_tokens)
+            self._prefix_hits.inc(usage.cached_tokens)
             self._time(timings)
 
     def _time(self, timings: types_pb2.Timings) -> None:
@@ -101,6 +121,15 @@ class GatewayMetrics:
     def failed(self, reason: str) -> None:
         """A request ended with an error."""
         self._failures.labels(self._model_name, reason).inc()
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Whatever error of the tree leaves the block refuses a request."""
+        try:
+            yield
+        except AnabranchError as error:
+            self.failed(error.reason)
+            raise
 
     def resubmitted(self, cause: str) -> None:
         """A sequence went to a dense worker again."""
@@ -118,9 +147,14 @@ class _MemberGauges(Collector):
     """Sums over the members' last reports, made when somebody reads them."""
 
     def __init__(
-        self, model_name: str, membership: Callable[[], control_pb2.Membership], streams: Callable[[], int]
+        self,
+        model_name: str,
+        config: Config,
+        membership: Callable[[], control_pb2.Membership],
+        streams: Callable[[], int],
     ) -> None:
         self._model_name = model_name
+        self._config = config
         self._membership = membership
         self._streams = streams
 
@@ -144,6 +178,24 @@ class _MemberGauges(Collector):
             _usage([member.load.blocks for member in members]),
         )
         yield self._gauge("anabranch:streams_open", "Requests open at this gateway.", self._streams())
+        yield self._cache_information(sum(member.load.blocks.capacity for member in members))
+
+    def _cache_information(self, blocks: int) -> GaugeMetricFamily:
+        """As vLLM has it: all is in the labels. Request routers compute with block size and count."""
+        labels = {
+            "model_name": self._model_name,
+            "block_size": str(self._config.attention.block_tokens),
+            "cache_dtype": self._config.model.dtype,
+            "enable_prefix_caching": str(self._config.attention.prefix_sharing),
+            "num_gpu_blocks": str(blocks),
+        }
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "The pool of all attention workers, on whatever device.",
+            labels=tuple(labels),
+        )
+        family.add_metric(tuple(labels.values()), 1)
+        return family
 
     def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, documentation, labels=("model_name",))

@@ -34,7 +34,7 @@ class ServedModel:
                 f"model.max_sequence_length is {longest}, but the model serves at most "
                 f"{spec.max_sequence_length}: lower it"
             )
-        return cls(config.model.name or folder.name, spec, Tokenizer(folder), longest)
+        return cls(config.model.served_name, spec, Tokenizer(folder), longest)
 
     def require(self, name: str) -> None:
         """Refuse a request for another model; an empty name means the one served."""
