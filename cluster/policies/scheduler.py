@@ -65,6 +65,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def step(self) -> int:
+        """Number of the last plan; logs name it."""
+        return self._step
+
+    @property
     def waiting(self) -> int:
         """Sequences queued, preempted ones included."""
         return len(self._waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic
@@ -276,3 +277,19 @@ def test_hand_over_gives_every_sequence_back(folder: Path) -> None:
             assert computed_tokens(other) <= 200 - len(output.token_ids) + 2
         finally:
             other.stop()
+
+
+def test_the_log_follows_a_sequence_by_request_and_step(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sequence's admission and end are one line each, with its request and the steps it ran between."""
+    submission = request(PROMPT, 10)
+    with caplog.at_level(logging.INFO, "anabranch"), DenseCluster(folder, TWO) as cluster:
+        cluster.generate([submission])
+    told = {
+        record.getMessage(): fields
+        for record in caplog.records
+        if (fields := getattr(record, "fields", {})).get("request_id") == submission.key.request_id
+    }
+    assert set(told) == {"admitted", "finished"}
+    assert told["finished"]["step"] - told["admitted"]["step"] >= 10

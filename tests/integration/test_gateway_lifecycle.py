@@ -1,6 +1,7 @@
 """A gateway among others: readiness, topology, TLS, draining, and as a process."""
 
 import asyncio
+import logging
 from pathlib import Path
 
 import grpc
@@ -197,8 +198,11 @@ async def test_everything_over_tls(tmp_path: Path, mutual: bool) -> None:
 
 
 @asynchronous
-async def test_metrics_count_what_happened(tmp_path: Path) -> None:
-    """Finished, failed and resubmitted requests, tokens and latencies show in the registry."""
+async def test_metrics_count_what_happened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Finished, failed and resubmitted requests, tokens and latencies show in the registry; the log's line
+    about a request's end names the dense worker it ended at.
+    """
+    caplog.set_level(logging.INFO, "anabranch")
     worker = FakeDense("dense-0", pause_at=3)
     async with fleet(tmp_path, [worker]) as cluster:
         stub, registry = cluster.stub(), cluster.gateways[0].metrics.registry
@@ -228,6 +232,8 @@ async def test_metrics_count_what_happened(tmp_path: Path) -> None:
         assert value("vllm:prefix_cache_hits_total") == 0
         cache = {"block_size": "32", "cache_dtype": "float32", "enable_prefix_caching": "True"}
         assert value("vllm:cache_config_info", num_gpu_blocks="10", **cache) == 1
+    (ended,) = [record for record in caplog.records if record.getMessage() == "request_ended"]
+    assert getattr(ended, "fields", {})["dense"] == ["dense-1"]
 
 
 @asynchronous

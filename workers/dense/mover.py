@@ -149,13 +149,13 @@ class Mover:
 
     def _switch(self, move: _Move, placed: Placed) -> None:
         """The map names the copy from now on; what it lacks of the source's range is lost."""
-        sequence, key = move.sequence, move.sequence.key
+        sequence, key, scheduler = move.sequence, move.sequence.key, self._door.scheduler
         reached = placed.shard.first if move.copy is None else move.copy.shard.end
         sequence.exchange(placed, move.copy)
         if reached < placed.shard.end:
             self._door.lose(sequence, [(reached, placed.shard.end)])
         self._moves.remove(move)
-        self._door.scheduler.thaw(key)
+        scheduler.thaw(key)
         self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
         self._door.pool.release_shard(key, placed)
         self._door.metrics.moved.inc(reached - placed.shard.first)
@@ -164,6 +164,7 @@ class Mover:
             "moved",
             request_id=key.request_id,
             choice=key.choice,
+            step=scheduler.step,
             peer=placed.shard.worker,
             target=move.target[0],
             tokens=reached - placed.shard.first,

@@ -93,9 +93,7 @@ class SequenceTable:
             tuple(tokens), finish=reason, matched_token_id=matched_token_id, timings=timings
         )
         self._outbox.put(sequence.subscriber, delta)
-        _log.info(
-            "finished", request_id=sequence.key.request_id, choice=sequence.key.choice, reason=reason.name
-        )
+        self._tell("finished", sequence.key, reason=reason.name, tokens=sequence.output_count)
         while len(self._finished) > self._limits.max_finished:
             _, oldest = self._finished.popitem(last=False)
             self._orphans.pop(oldest.key, None)
@@ -106,13 +104,7 @@ class SequenceTable:
         self._forget(sequence)
         timings = sequence.stopwatch.read(self._clock())
         self._outbox.put(sequence.subscriber, sequence.delta(failure=error, timings=timings))
-        _log.info(
-            "failed",
-            request_id=sequence.key.request_id,
-            choice=sequence.key.choice,
-            reason=error.reason,
-            problem=error.message,
-        )
+        self._tell("failed", sequence.key, reason=error.reason, problem=error.message)
         if isinstance(error, (Unavailable, Fenced)):
             self._pool.abandon(sequence.key)
         else:
@@ -124,7 +116,7 @@ class SequenceTable:
         if sequence is not None and generation >= sequence.submission.generation:
             self._forget(sequence)
             self._pool.release(key)
-            _log.info("aborted", request_id=key.request_id, choice=key.choice)
+            self._tell("aborted", key)
 
     def acknowledge(self, key: SequenceKey, generation: int) -> None:
         """Its gateway has the end: free."""
@@ -152,7 +144,7 @@ class SequenceTable:
                 return
             self._forget(sequence)
             self._pool.abandon(sequence.key)
-            _log.info("orphan_dropped", request_id=sequence.key.request_id, choice=sequence.key.choice)
+            self._tell("orphan_dropped", sequence.key)
 
     def hand_over(self) -> None:
         """This worker leaves: every live sequence goes back to its gateway, for another dense worker."""
@@ -165,6 +157,9 @@ class SequenceTable:
         """Nothing goes on here."""
         for sequence in tuple(self._live.values()):
             self.fail(sequence, error)
+
+    def _tell(self, event: str, key: SequenceKey, **fields: object) -> None:
+        _log.info(event, request_id=key.request_id, choice=key.choice, step=self._scheduler.step, **fields)
 
     def _forget(self, sequence: LiveSequence) -> None:
         self._scheduler.finish(sequence.key)

@@ -277,7 +277,16 @@ class Submissions:
             sequence.place(placed for placed, _ in pairs)
             self._door.let_expire(sequence, self._door.scheduler.expired_before(sequence.key))
             self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
-        return sum(end - first for _, (first, end) in pairs)
+        found = sum(end - first for _, (first, end) in pairs)
+        _log.info(
+            "admitted",
+            request_id=sequence.key.request_id,
+            choice=sequence.key.choice,
+            step=self._door.scheduler.step,
+            tokens=len(sequence.token_ids),
+            found=found,
+        )
+        return found
 
 
 def refusal(sequence: LiveSequence, error: AnabranchError) -> AnabranchError:

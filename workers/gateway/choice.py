@@ -81,6 +81,8 @@ class Choice:
         self.shard_map = plan.shard_maps[index]
         self.phase = Phase.WAITING
         self.link: DenseLink | None = None
+        self.dense = ""
+        """The dense worker it was last given to."""
         self._attempt = -1
         self.breaks_without_progress = 0
         self.refusals = 0
@@ -107,7 +109,7 @@ class Choice:
         """Enter RUNNING on a link: send prompt, tokens so far, and where the KV lies."""
         assert self.phase is Phase.WAITING
         self._attempt += 1
-        self.link, self.phase = link, Phase.RUNNING
+        self.link, self.phase, self.dense = link, Phase.RUNNING, link.worker_id
         link.open_sequences += 1
         link.send(dense_pb2.ServeRequest(submission=self._submission()))
 

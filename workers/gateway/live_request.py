@@ -216,6 +216,7 @@ class LiveRequest:
         _log.info(
             "request_ended",
             request_id=self.plan.request_id,
+            dense=sorted({choice.dense for choice in self.choices} - {""}),
             problem=reason,
             prompt_tokens=len(self.plan.prompt_token_ids),
             completion_tokens=tokens,
