@@ -101,8 +101,10 @@ class AttentionPeer(Protocol):
         """Copy committed KV of these tokens from another worker; see `KvService.Pull`."""
         ...
 
-    def release(self, key: SequenceKey, generation: Generation) -> int:
-        """Free all shards of a sequence; returns how many blocks became available. Idempotent."""
+    def release(self, key: SequenceKey, generation: Generation, computed_end: int) -> int:
+        """Free all shards of a sequence, of which positions before `computed_end` were computed; returns how
+        many blocks became available. Idempotent.
+        """
         ...
 
     def release_shard(self, key: SequenceKey, generation: Generation, shard: ShardId) -> int:

@@ -388,10 +388,15 @@ class ReleaseRequest(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     SHARD_ID_FIELD_NUMBER: _builtins.int
+    COMPUTED_END_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Which life of it."""
     shard_id: _builtins.int
     """Only this shard, and the sequence goes on; absent: all, and this life of it is over."""
+    computed_end: _builtins.int
+    """With all shards: positions before this one were computed. No row follows that would make the last step
+    certain, so this does, where all its layers arrived: its full blocks may serve others.
+    """
     @_builtins.property
     def believed(self) -> _types_pb2.Believed:
         """Whom the caller means."""
@@ -407,10 +412,11 @@ class ReleaseRequest(_message.Message):
         sequence: _types_pb2.SequenceKey | None = ...,
         generation: _builtins.int = ...,
         shard_id: _builtins.int | None = ...,
+        computed_end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_shard_id", b"_shard_id", "believed", b"believed", "sequence", b"sequence", "shard_id", b"shard_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shard_id", b"_shard_id", "believed", b"believed", "generation", b"generation", "sequence", b"sequence", "shard_id", b"shard_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shard_id", b"_shard_id", "believed", b"believed", "computed_end", b"computed_end", "generation", b"generation", "sequence", b"sequence", "shard_id", b"shard_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__shard_id: _TypeAlias = _typing.Literal["shard_id"]  # noqa: Y015
     _WhichOneofArgType__shard_id: _TypeAlias = _typing.Literal["_shard_id", b"_shard_id"]  # noqa: Y015

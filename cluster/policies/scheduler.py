@@ -88,6 +88,11 @@ class Scheduler:
         sequence = self._sequences[key]
         return min(wanted[1], end_of_room(((0, sequence.computed), *sequence.ahead), wanted[0]))
 
+    def computed(self, key: SequenceKey) -> int:
+        """How much of a sequence has KV, from position 0 on; nothing of an unknown one."""
+        sequence = self._sequences.get(key)
+        return 0 if sequence is None else sequence.computed
+
     def is_asking(self, key: SequenceKey) -> bool:
         """Whether a request for room is on its way."""
         return self._sequences[key].asked is not None

@@ -129,6 +129,27 @@ def test_a_later_request_finds_what_an_earlier_one_left(folder: Path, reference:
         assert onward.cached_tokens == 80
 
 
+@pytest.mark.parametrize(
+    "shape", [SHAPES["one"], SHAPES["three"], SHAPES["local"]], ids=["one", "three", "local"]
+)
+def test_what_the_last_step_computed_is_found_too(shape: Shape, folder: Path, reference: Reference) -> None:
+    """A prompt computed in one step, for one token, warms the prefix for the next: its whole blocks are
+    found. And so is the last block of an answer, which its last step completed.
+    """
+    long = replace(shape, step_tokens=128)
+    with DenseCluster(folder, long) as cluster:
+        outputs = []
+        for _ in range(2):
+            outputs += cluster.generate([request(PROMPT, 1)])
+            cluster.wait_all_free()
+        assert [output.cached_tokens for output in outputs] == [0, 64]
+        assert [output.token_ids[0] for output in outputs] == [reference.tokens[0]] * 2
+        (answer,) = cluster.generate([request(PROMPT, 96 - len(PROMPT) + 1)])
+        cluster.wait_all_free()
+        (onward,) = cluster.generate([request([*PROMPT, *answer.token_ids, 3], 2)])
+        assert onward.cached_tokens == 96
+
+
 def test_a_prompt_found_whole_is_computed_from_its_last_token_on(folder: Path) -> None:
     """A hit covers at most floor((P - 1) / block) blocks: of four whole blocks three are found."""
     prompt = random_prompt(64, 5)

@@ -71,6 +71,23 @@ def test_only_committed_blocks_are_found() -> None:
     assert held.committed_tokens == 8
 
 
+def test_a_release_makes_the_last_step_certain_where_all_its_layers_arrived() -> None:
+    """A release that says what was computed leaves the full blocks of the last step as a cache; without it,
+    or without one of its layers, nothing of that step stays.
+    """
+    for computed_end, last_layer_arrives, found in ((8, True, 8), (7, True, 4), (0, True, 0), (8, False, 0)):
+        memory = build_memory(sharing=True)
+        shard = memory.store.reserve(key("a"), generation(1), 0, 20, TENANT).shard
+        row = chunk(shard, 0, 8)
+        step = memory.begin(row)
+        for layer in range(GEOMETRY.layers if last_layer_arrives else GEOMETRY.layers - 1):
+            memory.append(step, [row], layer)
+        memory.store.release(key("a"), generation(1), computed_end)
+        held = acquire(memory, "b", 8).shard
+        assert (held.committed_tokens if held else 0) == found
+        assert memory.store.audit().sealed_cached == 0
+
+
 @pytest.mark.parametrize("other", [ShardPrefix("tenants"), ShardPrefix("")])
 def test_tenants_share_nothing(other: ShardPrefix) -> None:
     """The same tokens of another tenant are found neither sealed nor open."""

@@ -118,7 +118,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         if request.HasField("shard_id"):
             blocks = self._store.release_shard(key, generation, ShardId(request.shard_id))
         else:
-            blocks = self._store.release(key, generation)
+            blocks = self._store.release(key, generation, request.computed_end)
         return kv_pb2.ReleaseResponse(responder=self._responder(), blocks_released=blocks)
 
     @rpc.unary

@@ -59,9 +59,9 @@ class LocalPeer:
         """See `AttentionPeer.release_shard`."""
         return self._store.release_shard(key, generation, shard)
 
-    def release(self, key: SequenceKey, generation: Generation) -> int:
+    def release(self, key: SequenceKey, generation: Generation, computed_end: int) -> int:
         """See `AttentionPeer.release`."""
-        return self._store.release(key, generation)
+        return self._store.release(key, generation, computed_end)
 
     def trim(self, key: SequenceKey, generation: Generation, keep_from: int) -> int:
         """See `AttentionPeer.trim`."""

@@ -133,12 +133,18 @@ class Store:
             holding.lease_end_s = self._lease_end()
             return Acquisition(self._held_shard(holding, shard), self.available)
 
-    def release(self, key: SequenceKey, generation: Generation) -> int:
+    def release(self, key: SequenceKey, generation: Generation, computed_end: int = 0) -> int:
         """Drop all shards of a sequence and fence its generation; returns how many blocks became available.
         Idempotent.
+
+        Positions before `computed_end` were computed by steps that are over: no row will follow that makes
+        the last one certain, so it becomes certain now, and its full blocks stay as a cache.
         """
         with self.turns:
             self._check_not_lower(key, generation)
+            holding = self._holdings.get(key)
+            if holding is not None and holding.generation == generation:
+                self._commit_last(holding, computed_end)
             self._fences.raise_to(key, generation)
             return self._drop(key)
 
@@ -355,6 +361,11 @@ class Store:
         for shard in holding.shards:
             if shard.first < end and first < shard.end:
                 raise InvalidRequest(f"{holding.key}: {first}..{end} overlaps shard {shard.shard_id}")
+
+    def _commit_last(self, holding: Holding, computed_end: int) -> None:
+        for shard in sorted(holding.shards, key=_first_position):
+            if shard.pending is not None and shard.pending.arrival.is_complete:
+                self.commit(shard, computed_end)
 
     def _free(self, holding: Holding, shard: Shard) -> int:
         holding.shards.remove(shard)

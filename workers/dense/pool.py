@@ -162,9 +162,11 @@ class Pool:
         """Give back one shard of a sequence that goes on; see `Rooms.release_shard`."""
         self._in_order(key, lambda: self._rooms.release_shard(key, placed))
 
-    def release(self, key: SequenceKey) -> None:
-        """Give back all room of a sequence."""
-        self._in_order(key, lambda: self._rooms.release(key))
+    def release(self, key: SequenceKey, computed_end: int = 0) -> None:
+        """Give back all room of a sequence. Where no step of it is under way, positions before `computed_end`
+        were computed and may serve others.
+        """
+        self._in_order(key, lambda: self._rooms.release(key, computed_end))
 
     def trim(self, key: SequenceKey, workers: Iterable[WorkerId], keep_from: int) -> None:
         """Give back what lies at these workers before a position that no row will see any more."""

@@ -99,20 +99,23 @@ class RemotePeer:
         )
         return _acquisition(_call(lambda: self._stub.Pull(request, timeout=_PULL_S)))
 
-    def release(self, key: SequenceKey, generation: Generation) -> int:
+    def release(self, key: SequenceKey, generation: Generation, computed_end: int) -> int:
         """See `AttentionPeer.release`."""
-        return self._release(key, generation, None)
+        return self._release(key, generation, None, computed_end)
 
     def release_shard(self, key: SequenceKey, generation: Generation, shard: ShardId) -> int:
         """See `AttentionPeer.release_shard`."""
-        return self._release(key, generation, shard)
+        return self._release(key, generation, shard, 0)
 
-    def _release(self, key: SequenceKey, generation: Generation, shard: ShardId | None) -> int:
+    def _release(
+        self, key: SequenceKey, generation: Generation, shard: ShardId | None, computed_end: int
+    ) -> int:
         request = kv_pb2.ReleaseRequest(
             believed=self._believed,
             sequence=wire.sequence_message(key),
             generation=generation,
             shard_id=shard,
+            computed_end=computed_end,
         )
         return _call(lambda: self._stub.Release(request, timeout=_TIMEOUT_S)).blocks_released
 

@@ -186,11 +186,11 @@ class Rooms:
             return
         self._members.add_free(shard.worker, shard.epoch, blocks)
 
-    def release(self, key: SequenceKey) -> None:
-        """Give back all room of a sequence."""
+    def release(self, key: SequenceKey, computed_end: int = 0) -> None:
+        """Give back all room of a sequence, of which positions before `computed_end` were computed."""
         for held in self._holders.take(key):
             try:
-                self._release_at(key, held)
+                self._release_at(key, held, computed_end)
             except AnabranchError as error:  # its lease ends by itself
                 _log.warning(
                     "release_failed", request_id=key.request_id, peer=held.worker, problem=error.message
@@ -312,10 +312,10 @@ class Rooms:
             self._holders.put(wanted.key, Held(peer.worker, peer.epoch, wanted.generation))
         return found.shard
 
-    def _release_at(self, key: SequenceKey, held: Held) -> None:
+    def _release_at(self, key: SequenceKey, held: Held, computed_end: int = 0) -> None:
         peer = self._members.peer(held.worker, held.epoch)
         if peer is not None:
-            blocks = peer.release(key, held.generation)
+            blocks = peer.release(key, held.generation, computed_end)
             self._members.add_free(held.worker, held.epoch, blocks)
 
 

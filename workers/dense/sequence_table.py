@@ -86,18 +86,19 @@ class SequenceTable:
         matched_token_id: int | None = None,
     ) -> None:
         """The output is complete; `tokens` are its last. Blocks stay until the gateway acknowledges."""
+        last = tuple(tokens)
         self._forget(sequence)
         self._finished[sequence.key] = sequence
+        if sequence.shards:  # of the last tokens nothing was computed yet, of what lies before everything
+            sequence.computed_end = len(sequence.token_ids) - len(last)
         timings = sequence.stopwatch.read(self._clock())
-        delta = sequence.delta(
-            tuple(tokens), finish=reason, matched_token_id=matched_token_id, timings=timings
-        )
+        delta = sequence.delta(last, finish=reason, matched_token_id=matched_token_id, timings=timings)
         self._outbox.put(sequence.subscriber, delta)
         self._tell("finished", sequence.key, reason=reason.name, tokens=sequence.output_count)
         while len(self._finished) > self._limits.max_finished:
             _, oldest = self._finished.popitem(last=False)
             self._orphans.pop(oldest.key, None)
-            self._pool.release(oldest.key)
+            self._pool.release(oldest.key, oldest.computed_end)
 
     def fail(self, sequence: LiveSequence, error: AnabranchError) -> None:
         """It cannot go on. Unavailable and Fenced leave the blocks to whoever goes on with it."""
@@ -114,8 +115,9 @@ class SequenceTable:
         """Its gateway wants it no more: free at once. An abort of an earlier life is ignored."""
         sequence = self.known(key)
         if sequence is not None and generation >= sequence.submission.generation:
+            computed_end = sequence.computed_end or self._scheduler.computed(key)
             self._forget(sequence)
-            self._pool.release(key)
+            self._pool.release(key, computed_end)
             self._tell("aborted", key)
 
     def acknowledge(self, key: SequenceKey, generation: int) -> None:
@@ -123,7 +125,7 @@ class SequenceTable:
         sequence = self._finished.get(key)
         if sequence is not None and generation >= sequence.submission.generation:
             self._forget(sequence)
-            self._pool.release(key)
+            self._pool.release(key, sequence.computed_end)
 
     def disconnect(self, subscriber: Subscriber) -> None:
         """A gateway's stream is over: its sequences stop stepping and wait to be taken over."""

@@ -131,6 +131,8 @@ class LiveSequence:
     """Since when its gateway's stream is gone."""
     has_held: bool = False
     """Whether any reservation ever succeeded."""
+    computed_end: int = 0
+    """Once it is over: positions before it have KV."""
     moves_failed: int = 0
     cached_tokens: int = 0
     """Of its prompt, found in the pool when it arrived."""
