@@ -43,6 +43,11 @@ class HeldShard:
     blocks: int
     generation: Generation
 
+    @property
+    def committed_end(self) -> int:
+        """One past its last committed position."""
+        return self.shard.first + self.committed_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Acquisition:
@@ -50,6 +55,16 @@ class Acquisition:
 
     shard: HeldShard | None
     blocks_available: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What a take-over left of a sequence at one worker. Keys and values depend on every token before them:
+    behind `first_difference`, the first position whose token there was not the adopter's, none are right.
+    """
+
+    shards: tuple[HeldShard, ...] = ()
+    first_difference: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +136,7 @@ class AttentionPeer(Protocol):
         """Renew leases; returns the sequences that hold nothing here."""
         ...
 
-    def adopt(
-        self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
-    ) -> tuple[HeldShard, ...]:
+    def adopt(self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]) -> Adoption:
         """Take a sequence over: fence lower generations, truncate to what `token_ids` confirm."""
         ...
 

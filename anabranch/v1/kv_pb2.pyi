@@ -626,6 +626,9 @@ class AdoptResponse(_message.Message):
 
     RESPONDER_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    FIRST_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    first_difference: _builtins.int
+    """First position whose token here was not the caller's: behind it the KV of no worker is right."""
     @_builtins.property
     def responder(self) -> _types_pb2.Responder:
         """Who answers."""
@@ -639,12 +642,15 @@ class AdoptResponse(_message.Message):
         *,
         responder: _types_pb2.Responder | None = ...,
         shards: _abc.Iterable[Global___HeldShard] | None = ...,
+        first_difference: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_difference", b"_first_difference", "first_difference", b"first_difference", "responder", b"responder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_difference", b"_first_difference", "first_difference", b"first_difference", "responder", b"responder", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__first_difference: _TypeAlias = _typing.Literal["first_difference"]  # noqa: Y015
+    _WhichOneofArgType__first_difference: _TypeAlias = _typing.Literal["_first_difference", b"_first_difference"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_difference) -> _WhichOneofReturnType__first_difference | None: ...
 
 Global___AdoptResponse: _TypeAlias = AdoptResponse  # noqa: Y015
 

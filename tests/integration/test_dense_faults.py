@@ -182,6 +182,28 @@ def test_a_take_over_without_a_map_finds_the_shards(folder: Path, expected: list
         assert computed_tokens(cluster.engine) <= COUNT - len(seen) + 2
 
 
+def test_a_take_over_with_another_prompt_keeps_nothing_behind_the_difference(folder: Path) -> None:
+    """A client resumes with an early token of its prompt changed: later shards lie on other workers and agree
+    with its tokens, but were computed behind the other one. Everything from there on is computed again.
+    """
+    with DenseCluster(folder, Shape(attention_workers=3)) as cluster:
+        submission = started(cluster)
+        cluster.engine.stop()
+        output = cluster.listener.output(submission)
+        assert len({shard.worker for shard in output.maps[-1]}) > 1
+        seen = list(output.token_ids)
+        changed = [*PROMPT[:3], PROMPT[3] + 1, *PROMPT[4:]]
+        cluster.engine = cluster.new_engine()
+        cluster.attach(cluster.engine)
+        resumed = request(
+            changed, COUNT, key=submission.key, generation=2, output=seen, shard_map=output.maps[-1]
+        )
+        tokens = cluster.listener.wait(cluster.submit(resumed)).token_ids
+        assert counted(cluster.engine, "anabranch_dense_tokens_adopted") == 3
+        afresh = request(changed, COUNT, generation=2, output=seen)
+        assert cluster.listener.wait(cluster.submit(afresh)).token_ids == tokens
+
+
 def test_a_dense_worker_that_was_replaced_is_fenced(folder: Path, expected: list[int]) -> None:
     """Two dense workers believe that they own a sequence: the older generation cannot take another step,
     and its gateway is told; the newer one's tokens are right.

@@ -125,6 +125,26 @@ def test_renouncing_tells_whether_the_sequence_is_anothers() -> None:
         workers.rooms.renounce(KEY, WorkerId("w0"))
 
 
+@pytest.mark.parametrize(
+    ("differs_at", "kept"),
+    [(None, [(0, 8), (8, 16)]), (3, [(0, 3)]), (0, []), (8, [(0, 8)]), (11, [(0, 8), (8, 11)])],
+)
+def test_a_difference_at_one_worker_voids_what_lies_behind_it_at_others(
+    differs_at: int | None, kept: list[tuple[int, int]]
+) -> None:
+    """Each worker confirms its own tokens; keys and values behind a token that differs are wrong wherever
+    they lie, and given back.
+    """
+    workers = Workers(4, 4)
+    for placed, store in zip(workers.reserve(0, 16), workers.stores, strict=True):
+        assert placed.shard.worker == store.worker
+        with store.turns:
+            store.fill(store.shard(placed.shard.shard, ONE), range(placed.shard.first, placed.shard.end))
+    token_ids = [-1 if position == differs_at else position for position in range(16)]
+    assert list(workers.rooms.adopt(KEY, Generation(2), token_ids, None).committed) == kept
+    assert [store.holdings() != () for store in workers.stores] == [len(kept) > 0, len(kept) > 1]
+
+
 def test_a_new_life_replaces_the_old_one() -> None:
     """Membership names another epoch: the old life's peer is to be closed, and is usable no more."""
     workers = Workers(4)

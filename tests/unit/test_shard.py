@@ -126,15 +126,15 @@ def test_a_superseded_step_writes_nothing_more() -> None:
 def test_truncation_keeps_the_longest_confirmed_prefix(
     committed: list[int], pending: int, token_ids: list[int]
 ) -> None:
-    """min(committed, longest common prefix) is left; only a token that differs is a contradiction."""
+    """min(committed, longest common prefix) is left; only a token that differs contradicts, and is named."""
     held = shard(committed=tuple(committed))
     if pending:
         held.append(held.committed, (1,) * pending, arrival())
     confirmed = token_ids[10:]
     longest = max(n for n in range(len(committed) + 1) if committed[:n] == confirmed[:n])
-    agrees = held.truncate(token_ids)
+    differs_at = held.truncate(token_ids)
     assert (held.token_ids, held.pending) == (committed[:longest], None)
-    assert agrees == (longest == min(len(committed), len(confirmed)))
+    assert differs_at == (None if longest == min(len(committed), len(confirmed)) else 10 + longest)
 
 
 def test_slots_follow_the_block_list() -> None:

@@ -128,7 +128,7 @@ def test_truncation_into_a_shared_block_drops_the_reference() -> None:
     memory = build_memory(sharing=True)
     grown(memory, "a", 9)
     acquire(memory, "b", 9)
-    (kept,) = memory.store.adopt(key("b"), generation(2), [0, 1, 2, 3, 4, 5, 99, 7])
+    (kept,) = memory.store.adopt(key("b"), generation(2), [0, 1, 2, 3, 4, 5, 99, 7]).shards
     assert (kept.committed_tokens, kept.shard.end, kept.blocks) == (4, 4, 1)
     assert memory.committed("a") == [(0, 9)]
     memory.store.audit()
@@ -142,7 +142,7 @@ def test_truncation_of_what_nobody_shares_keeps_every_confirmed_token() -> None:
     """The only referrer's block loses its identity and is written again from the first token that differs."""
     memory = build_memory(sharing=True)
     grown(memory, "a", 9)
-    (kept,) = memory.store.adopt(key("a"), generation(2), [0, 1, 2, 3, 4, 5, 99, 7])
+    (kept,) = memory.store.adopt(key("a"), generation(2), [0, 1, 2, 3, 4, 5, 99, 7]).shards
     assert (kept.committed_tokens, kept.shard.end) == (6, 20)
     assert memory.store.audit().sealed_referenced == 1
     held = acquire(memory, "b", 8).shard

@@ -9,6 +9,7 @@ from cluster.errors import Fenced, InvalidRequest, ResourceExhausted, Unavailabl
 from tests.attention_builders import LEASE_MS, build_memory, build_store, chunk, generation, key, reading
 from workers.attention.shard_blocks import BlockAccount
 from workers.attention.store import Store
+from workers.peer import Adoption
 
 
 def free(store: Store) -> int:
@@ -85,7 +86,7 @@ def test_a_write_at_the_committed_length_overwrites() -> None:
     memory.run(chunk(shard, 5, 4, token=100))
     memory.run(chunk(shard, 5, 2))
     memory.begin(reading(shard, 7))
-    assert memory.store.adopt(key("a"), generation(2), range(16))[0].committed_tokens == 7
+    assert memory.store.adopt(key("a"), generation(2), range(16)).shards[0].committed_tokens == 7
 
 
 def test_a_write_below_the_committed_length_is_refused() -> None:
@@ -122,7 +123,7 @@ def test_adopt_fences_lower_generations() -> None:
     row = chunk(shard, 5, 1, life=3)
     begun = memory.begin(row)
     before = memory.arena.layer(0).key.isnan().logical_not().sum()
-    (held,) = store.adopt(key("a"), generation(4), range(5))
+    (held,) = store.adopt(key("a"), generation(4), range(5)).shards
     assert (held.shard, held.committed_tokens, held.generation) == (shard, 5, 4)
     memory.append(begun, [row], layer=0)
     assert memory.arena.layer(0).key.isnan().logical_not().sum() == before
@@ -150,7 +151,7 @@ def test_a_higher_generation_takes_over_before_it_steps() -> None:
 def test_adopt_of_an_unknown_sequence_fences_too() -> None:
     """Nothing is held, and still a lower generation cannot begin; the adopter can."""
     store = build_store()
-    assert store.adopt(key(), generation(5), (1, 2, 3)) == ()
+    assert store.adopt(key(), generation(5), (1, 2, 3)) == Adoption()
     with pytest.raises(Fenced):
         store.reserve(key(), generation(4), 0, 4)
     store.reserve(key(), generation(5), 0, 4)
@@ -167,7 +168,7 @@ def test_adopt_truncates_to_the_common_prefix(confirmed: int, differs_at: int | 
     memory.run(chunk(shard, 0, 7))
     memory.run(chunk(shard, 7, 2))
     token_ids = [-1 if position == differs_at else position for position in range(confirmed)]
-    held = memory.store.adopt(key("a"), generation(2), token_ids)
+    held = memory.store.adopt(key("a"), generation(2), token_ids).shards
     assert [part.committed_tokens for part in held] == ([left] if left else [])
     assert free(memory.store) == (12 if left else 16)
 
@@ -179,10 +180,12 @@ def test_after_a_token_that_differs_later_shards_are_void() -> None:
     memory.run(*rows)
     memory.begin(*(reading(memory.store.locate(key("a"))[i].shard, 20) for i in range(3)))
     token_ids = list(range(20))
-    held = memory.store.adopt(key("a"), generation(2), token_ids)
+    held = memory.store.adopt(key("a"), generation(2), token_ids).shards
     assert [part.shard.first for part in held] == [0, 8, 16]
     token_ids[9] = -1
-    held = memory.store.adopt(key("a"), generation(3), token_ids)
+    adopted = memory.store.adopt(key("a"), generation(3), token_ids)
+    assert adopted.first_difference == 9
+    held = adopted.shards
     assert [(part.shard.first, part.committed_tokens) for part in held] == [(0, 4), (8, 1)]
     assert free(memory.store) == 14
 

@@ -147,10 +147,14 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
     ) -> kv_pb2.AdoptResponse:
         """Take a sequence over."""
         self._check_epoch(request.believed)
-        held = self._store.adopt(
+        adopted = self._store.adopt(
             sequence_key(request.sequence), Generation(request.generation), list(request.token_ids)
         )
-        return kv_pb2.AdoptResponse(responder=self._responder(), shards=map(_held, held))
+        return kv_pb2.AdoptResponse(
+            responder=self._responder(),
+            shards=map(_held, adopted.shards),
+            first_difference=adopted.first_difference,
+        )
 
     @rpc.unary
     def Locate(  # the name of the RPC

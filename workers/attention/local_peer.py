@@ -9,7 +9,7 @@ from cluster.types import Generation, SequenceKey, ShardId
 from workers.attention.session import AttendSession
 from workers.attention.store import Store
 from workers.lanes.inproc import InProcessLane
-from workers.peer import Acquisition, HeldShard, PullSource, Reservation, ShardPrefix
+from workers.peer import Acquisition, Adoption, HeldShard, PullSource, Reservation, ShardPrefix
 
 
 class LocalPeer:
@@ -71,9 +71,7 @@ class LocalPeer:
         """See `AttentionPeer.renew`."""
         return self._store.renew(keys)
 
-    def adopt(
-        self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
-    ) -> tuple[HeldShard, ...]:
+    def adopt(self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]) -> Adoption:
         """See `AttentionPeer.adopt`."""
         return self._store.adopt(key, generation, token_ids)
 

@@ -124,10 +124,11 @@ class Shard:
         if end > self.end:
             raise self.fenced(f"an append to {end} leaves the range reserved, up to {self.end}")
 
-    def truncate(self, token_ids: Sequence[int]) -> bool:
+    def truncate(self, token_ids: Sequence[int]) -> int | None:
         """Keep the longest committed prefix that the sequence's `token_ids` confirm; drop what is pending.
 
-        Returns False when a token differs, and not only more are committed than `token_ids` has.
+        Returns the position of the first token that differs; None where none does, and at most more are
+        committed than `token_ids` has.
         """
         confirmed = token_ids[self.first : self.committed]
         same = 0
@@ -135,7 +136,7 @@ class Shard:
             same += 1
         del self.token_ids[same:]
         self.pending = None
-        return same == len(confirmed)
+        return None if same == len(confirmed) else self.first + same
 
     def trim(self, keep_from: int) -> list[int]:
         """Give up the whole blocks before a certain position; returns them. Raises Fenced."""

@@ -114,18 +114,18 @@ class ShardBlocks:
             shard.blocks[index] = self.ledger.publish(shard.blocks[index], identity)
             shard.hashes.append(identity)
 
-    def truncate(self, shard: Shard, token_ids: Sequence[int]) -> bool:
+    def truncate(self, shard: Shard, token_ids: Sequence[int]) -> int | None:
         """See `Shard.truncate`. Blocks beyond what is left will be written again: those that only this shard
         refers to lose their identity, and before one that others share the shard ends from now on: a
         reference may be dropped, but a shared block is never edited.
         """
-        agrees = shard.truncate(token_ids)
+        differs_at = shard.truncate(token_ids)
         for index in range(shard.sealed, len(shard.hashes)):
             if not self.ledger.withdraw(shard.blocks[index]):
                 self._end_before(shard, index)
                 break
         del shard.hashes[shard.sealed :]
-        return agrees
+        return differs_at
 
     def trim(self, shard: Shard, keep_from: int) -> int:
         """See `Shard.trim`; how many blocks became available. Published ones stay as a cache."""

@@ -9,28 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from cluster.clock import Clock
 from cluster.errors import Fenced, Internal, InvalidRequest, ResourceExhausted, Unavailable
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.attention.fences import Fences
+from workers.attention.holding import Holding
 from workers.attention.shard import Shard
 from workers.attention.shard_blocks import BlockAccount, CopyBlock, ShardBlocks
 from workers.attention.turns import Turns
-from workers.peer import Acquisition, HeldShard, Reservation, ShardPrefix
+from workers.peer import Acquisition, Adoption, HeldShard, Reservation, ShardPrefix
 
 _OF_NOBODY = ShardPrefix()
-
-
-@dataclass(slots=True, eq=False)
-class Holding:
-    """One sequence's shards here, under one generation and one lease."""
-
-    key: SequenceKey
-    generation: Generation
-    lease_end_s: float
-    shards: list[Shard] = field(default_factory=list)
 
 
 class Store:
@@ -121,7 +111,7 @@ class Store:
             is_new = holding is None or holding.generation < generation
             if not is_new:
                 assert holding is not None
-                self._check_apart(holding, first, first + len(token_ids))
+                holding.check_apart(first, first + len(token_ids))
             elif self.draining:
                 raise _draining(self.worker)
             shard = self._blocks.acquire(key, first, token_ids, prefix)
@@ -201,7 +191,7 @@ class Store:
             if holding is None or holding.generation < generation:
                 return 0
             freed = 0
-            for shard in sorted(holding.shards, key=_first_position, reverse=True):
+            for shard in reversed(holding.by_position):
                 if shard.end <= keep_from:
                     freed += self._free(holding, shard)
                 else:  # the one that may refuse comes before any that is freed
@@ -222,24 +212,22 @@ class Store:
                     holding.lease_end_s = self._lease_end()
             return tuple(unknown)
 
-    def adopt(
-        self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
-    ) -> tuple[HeldShard, ...]:
+    def adopt(self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]) -> Adoption:
         """Take a sequence over: fence every lower generation, truncate each shard to the longest committed
         prefix that `token_ids` confirm, free shards of which nothing is left. Raises Fenced.
 
-        Repeated under the same generation (the answer was lost) it shows what is held.
+        Repeated under the same generation (the answer was lost) it shows what is held, and what was found.
         """
         with self.turns:
             self._check_alive(key, generation)
             self._fences.raise_to(key, Generation(generation - 1))
             holding = self._holdings.get(key)
             if holding is None:
-                return ()
+                return Adoption()
             if holding.generation < generation:
                 self._take_over(holding, generation, token_ids)
             holding.lease_end_s = self._lease_end()
-            return self._held(holding)
+            return Adoption(self._held(holding), holding.first_difference)
 
     def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
         """The sequence's shards here, possibly none."""
@@ -336,19 +324,21 @@ class Store:
             raise Fenced(f"{key}: generation {generation} was released")
 
     def _take_over(self, holding: Holding, generation: Generation, token_ids: Sequence[int]) -> None:
-        holding.generation = generation
+        holding.generation, holding.first_difference = generation, None
         self.changes += 1
-        agrees = True
-        for shard in sorted(holding.shards, key=_first_position):
+        for shard in holding.by_position:
             # Keys and values depend on every token before them: after one that differs nothing is right.
-            agrees = self._blocks.truncate(shard, token_ids if agrees else ()) and agrees
+            is_void = holding.first_difference is not None
+            differs_at = self._blocks.truncate(shard, () if is_void else token_ids)
+            if not is_void:
+                holding.first_difference = differs_at
             if shard.committed == shard.first:
                 self._free(holding, shard)
         if not holding.shards:
             self._drop(holding.key)
 
     def _extend(self, holding: Holding, first: int, end: int, apart: bool) -> Shard:
-        self._check_apart(holding, first, end)
+        holding.check_apart(first, end)
         for shard in holding.shards:
             if shard.end == first and not apart:
                 self._blocks.extend(shard, end)
@@ -357,13 +347,8 @@ class Store:
         holding.shards.append(shard)
         return shard
 
-    def _check_apart(self, holding: Holding, first: int, end: int) -> None:
-        for shard in holding.shards:
-            if shard.first < end and first < shard.end:
-                raise InvalidRequest(f"{holding.key}: {first}..{end} overlaps shard {shard.shard_id}")
-
     def _commit_last(self, holding: Holding, computed_end: int) -> None:
-        for shard in sorted(holding.shards, key=_first_position):
+        for shard in holding.by_position:
             if shard.pending is not None and shard.pending.arrival.is_complete:
                 self.commit(shard, computed_end)
 
@@ -379,14 +364,14 @@ class Store:
         holding = self._holdings.pop(key, None)
         if holding is None:
             return 0
-        shards = sorted(holding.shards, key=_first_position, reverse=True)
+        shards = reversed(holding.by_position)
         freed = sum(self._free(holding, shard) for shard in shards)
         if not self._holdings:
             self.empty.set()
         return freed
 
     def _held(self, holding: Holding) -> tuple[HeldShard, ...]:
-        shards = sorted(holding.shards, key=_first_position)
+        shards = holding.by_position
         return tuple(self._held_shard(holding, shard) for shard in shards)
 
     def _held_shard(self, holding: Holding, shard: Shard) -> HeldShard:
@@ -402,7 +387,3 @@ class Store:
 
 def _draining(worker: WorkerId) -> Unavailable:
     return Unavailable(f"{worker} is draining; reserve elsewhere")
-
-
-def _first_position(shard: Shard) -> int:
-    return shard.first

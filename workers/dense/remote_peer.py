@@ -15,7 +15,7 @@ from cluster.types import Generation, SequenceKey, ShardId
 from workers.dense.members import AttentionMember
 from workers.lanes.dial import Caller, dial
 from workers.lanes.messages import Lane
-from workers.peer import Acquisition, HeldShard, PullSource, Reservation, ShardPrefix
+from workers.peer import Acquisition, Adoption, HeldShard, PullSource, Reservation, ShardPrefix
 
 _TIMEOUT_S = 3.0
 """Of every call: the store answers from memory, so a longer silence means that it does not live."""
@@ -135,9 +135,7 @@ class RemotePeer:
         response = _call(lambda: self._stub.Renew(request, timeout=_TIMEOUT_S))
         return tuple(map(wire.sequence_key, response.unknown))
 
-    def adopt(
-        self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
-    ) -> tuple[HeldShard, ...]:
+    def adopt(self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]) -> Adoption:
         """See `AttentionPeer.adopt`."""
         request = kv_pb2.AdoptRequest(
             believed=self._believed,
@@ -145,7 +143,9 @@ class RemotePeer:
             generation=generation,
             token_ids=token_ids,
         )
-        return tuple(map(_held, _call(lambda: self._stub.Adopt(request, timeout=_TIMEOUT_S)).shards))
+        response = _call(lambda: self._stub.Adopt(request, timeout=_TIMEOUT_S))
+        differs_at = response.first_difference if response.HasField("first_difference") else None
+        return Adoption(tuple(map(_held, response.shards)), differs_at)
 
     def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
         """See `AttentionPeer.locate`."""

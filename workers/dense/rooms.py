@@ -114,14 +114,18 @@ class Rooms:
     ) -> Adopted:
         """Take over what lies at the workers of a map, or without one at every worker. A worker that
         cannot be reached counts as having nothing. Raises Fenced.
+
+        Each worker confirms the tokens of its own shards. What lies behind a token that differs at any of
+        them is given back, wherever it is.
         """
         found: list[HeldShard] = []
+        differences: list[int] = []
         named = None if shard_map is None else {(shard.worker, shard.epoch) for shard in shard_map}
         for peer in self._members.peers():
             if named is not None and (peer.worker, peer.epoch) not in named:
                 continue
             try:
-                shards = peer.adopt(key, generation, token_ids)
+                adoption = peer.adopt(key, generation, token_ids)
             except Fenced:
                 raise
             except AnabranchError as error:
@@ -129,10 +133,15 @@ class Rooms:
                     "adopt_failed", request_id=key.request_id, peer=peer.worker, problem=error.message
                 )
                 continue
-            if shards:
+            if adoption.shards:
                 self._holders.put(key, Held(peer.worker, peer.epoch, generation))
-                found += shards
-        return _without_overlaps(found)
+                found += adoption.shards
+            if adoption.first_difference is not None:
+                differences.append(adoption.first_difference)
+        void = [held for held in found if differences and held.committed_end > min(differences)]
+        for held in void:
+            self.release_shard(key, Placed(held.shard, held.generation))
+        return _without_overlaps(held for held in found if held not in void)
 
     def pull(self, wanted: PullWanted) -> Placed | None:
         """Let the target copy from the source; the copy with all it has by now, None where nothing came.
@@ -352,5 +361,5 @@ def _without_overlaps(found: Iterable[HeldShard]) -> Adopted:
     chosen.sort(key=lambda held: held.shard.first)
     return Adopted(
         tuple(Placed(held.shard, held.generation) for held in chosen),
-        tuple((held.shard.first, held.shard.first + held.committed_tokens) for held in chosen),
+        tuple((held.shard.first, held.committed_end) for held in chosen),
     )
