@@ -15,7 +15,7 @@ import grpc
 
 from cluster import rpc
 from cluster.clock import Clock, monotonic
-from cluster.errors import AnabranchError, DeadlineExceeded, Unavailable
+from cluster.errors import AnabranchError, DeadlineExceeded, Stopping, Unavailable
 
 _PAUSE_FIRST_S = 0.05
 _PAUSE_LONGEST_S = 2.0
@@ -50,6 +50,7 @@ class Failover:
         self._position = 0
         self._failures = 0
         self._failing_since_s = 0.0
+        self._said_stop = False
 
     @property
     def address(self) -> str:
@@ -66,6 +67,7 @@ class Failover:
     def answered(self) -> None:
         """The gateway brought news: the outage, if there was one, is over."""
         self._failures = 0
+        self._said_stop = False
 
     def interrupted(self, error: AnabranchError) -> float:
         """Turn to the next gateway; returns the pause before asking it, in seconds.
@@ -77,10 +79,14 @@ class Failover:
             self._failing_since_s = now_s
         self._failures += 1
         self._position += 1
+        self._said_stop |= isinstance(error, Stopping)
         remaining_s = self.remaining_s()
         if now_s - self._failing_since_s >= self._outage_s:
             silence = f" for {self._outage_s:g} s" if self._outage_s else ""
-            raise Unavailable(f"no gateway answered{silence} ({', '.join(self._addresses)}): {error.message}")
+            stopped = " since one said that it stops; is the cluster down?" if self._said_stop else ""
+            raise Unavailable(
+                f"no gateway answered{silence}{stopped} ({', '.join(self._addresses)}): {error.message}"
+            )
         return min(self._pause_s(), remaining_s)
 
     def deadline_error(self) -> DeadlineExceeded:

@@ -8,6 +8,7 @@
     +-- PermissionDenied        PERMISSION_DENIED     the key may not do this
     +-- ResourceExhausted       RESOURCE_EXHAUSTED    queue or pool full: back off, or ask for less
     +-- Unavailable             UNAVAILABLE           draining or not reachable: retry elsewhere
+    |   +-- Stopping            UNAVAILABLE           it says itself that it stops
     +-- DeadlineExceeded        DEADLINE_EXCEEDED     the request's time is over
     +-- Cancelled               CANCELLED             the caller hung up or aborted
     +-- Fenced                  FAILED_PRECONDITION   an older generation or epoch spoke
@@ -92,6 +93,12 @@ class Unavailable(AnabranchError):
 
     status = "UNAVAILABLE"
     reason = "UNAVAILABLE"
+
+
+class Stopping(Unavailable):
+    """The peer says that it stops, alone or with the whole cluster; another one may serve."""
+
+    reason = "STOPPING"
 
 
 class DeadlineExceeded(AnabranchError):

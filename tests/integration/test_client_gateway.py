@@ -13,9 +13,10 @@ from tests.fake_dense import FakeDense
 from tests.gateways import SEED, TOKENIZER, Fleet, asynchronous, eventually, expected_letters, fleet
 
 
-def _client(cluster: Fleet) -> AsyncClient:
+def _client(cluster: Fleet, outage_s: float = 10.0) -> AsyncClient:
     """A client of all gateways."""
-    return AsyncClient([f"127.0.0.1:{gateway.port}" for gateway in cluster.gateways])
+    addresses = [f"127.0.0.1:{gateway.port}" for gateway in cluster.gateways]
+    return AsyncClient(addresses, outage_s=outage_s)
 
 
 @asynchronous
@@ -62,6 +63,19 @@ async def test_a_stream_survives_its_gateway(tmp_path: Path) -> None:
         0: (FinishReason.STOP, stop),
         1: (FinishReason.LENGTH, None),
     }
+
+
+@asynchronous
+async def test_a_stopped_cluster_is_named(tmp_path: Path) -> None:
+    """The only gateway stops in the middle of a stream: the client says so, once its patience is over."""
+    worker = FakeDense("dense-0", pause_at=3)
+    async with fleet(tmp_path, [worker]) as cluster, _client(cluster, outage_s=0.2) as client:
+        stream = client.generate("hello", max_tokens=20)
+        while not (await anext(stream)).text:
+            continue
+        await cluster.gateways[0].stop()
+        with pytest.raises(errors.Unavailable, match="one said that it stops; is the cluster down"):
+            await stream.text()
 
 
 @asynchronous

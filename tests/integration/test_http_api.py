@@ -184,7 +184,7 @@ async def test_logprobs_in_both_shapes(tmp_path: Path) -> None:
 
 @asynchronous
 async def test_chat_content_as_parts(tmp_path: Path) -> None:
-    """Text parts are joined; developer is system; what is no text is refused."""
+    """Text parts are joined; developer is system; what is no text is refused as such."""
     worker = FakeDense("dense-0", says("x"))
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     async with served(tmp_path, worker) as (_, client):
@@ -196,6 +196,8 @@ async def test_chat_content_as_parts(tmp_path: Path) -> None:
     assert "system\nBe kind." in prompt
     assert "user\none\ntwo" in prompt
     assert refused.status_code == 400
+    message = refused.json()["error"]["message"]
+    assert message == "messages.0.content: only text parts are supported, not 'image_url'"
 
 
 @asynchronous

@@ -6,7 +6,7 @@ import pytest
 
 from anabranch.failover import Failover
 from cluster.clock import ManualClock
-from cluster.errors import DeadlineExceeded, Unavailable
+from cluster.errors import DeadlineExceeded, Stopping, Unavailable
 
 GONE = Unavailable("gone")
 
@@ -56,6 +56,23 @@ def test_an_answer_ends_the_outage() -> None:
     failover.interrupted(GONE)
     clock.advance(16)
     with pytest.raises(Unavailable, match=r"no gateway answered for 30 s \(a\): gone"):
+        failover.interrupted(GONE)
+
+
+def test_a_cluster_that_was_stopped_is_named_as_such() -> None:
+    """After a gateway said that it stops, silence is no riddle; an answer from another one ends that."""
+    clock = ManualClock()
+    failover = make_failover(clock, "a", "b")
+    failover.interrupted(Stopping("the gateway stops"))
+    clock.advance(31)
+    with pytest.raises(
+        Unavailable, match=r"for 30 s since one said that it stops; is the cluster down\? \(a, b\)"
+    ):
+        failover.interrupted(GONE)
+    failover.answered()
+    failover.interrupted(GONE)
+    clock.advance(31)
+    with pytest.raises(Unavailable, match=r"for 30 s \(a, b\): gone"):
         failover.interrupted(GONE)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from anabranch.v1 import inference_pb2
 from cluster.clock import monotonic
 from cluster.config import GatewayConfig
-from cluster.errors import ResourceExhausted, Unavailable
+from cluster.errors import ResourceExhausted, Stopping
 from cluster.telemetry import logger
 from workers.gateway.admission import Admission, require_successor
 from workers.gateway.callers import Caller, CallerDirectory
@@ -107,7 +107,7 @@ class Desk:
 
     def _require_room(self, caller: Caller) -> None:
         if self.draining:
-            raise Unavailable("the gateway drains: use another gateway")
+            raise Stopping("the gateway drains: use another gateway")
         of_tenant = sum(live.plan.tenant == caller.tenant for live in self._live.values())
         caller.require_streams(of_tenant + self._opening[caller.tenant])
         if self.streams_open >= self._limits.max_streams:
@@ -135,7 +135,7 @@ class Desk:
     ) -> LiveRequest:
         """Register and submit; from check to entry nothing else runs on the loop."""
         if self.draining:
-            raise Unavailable("the gateway drains: use another gateway")
+            raise Stopping("the gateway drains: use another gateway")
         name = plan.sequence_key(0).request_id
         before = self._live.get(name)
         if before is not None:

@@ -11,7 +11,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from anabranch.v1 import inference_pb2, types_pb2
 from cluster.errors import InvalidRequest
@@ -187,6 +188,18 @@ class Message(BaseModel):
     name: str | None = None
     refusal: None = None
     tool_calls: None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_only(cls, content: object) -> object:
+        """Say what is wrong with an image, instead of what each other form of content would have been."""
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                raise PydanticCustomError(
+                    "text_only", "only text parts are supported, not {kind}", {"kind": repr(kind)}
+                )
+        return content
 
     def to_proto(self) -> inference_pb2.ChatMessage:
         """As the public contract has it; `developer` is the newer word for `system`."""

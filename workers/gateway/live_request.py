@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from anabranch.v1 import dense_pb2, inference_pb2, types_pb2
 from cluster.clock import monotonic, remaining_ms
-from cluster.errors import AnabranchError, Cancelled, DeadlineExceeded, Fenced, Unavailable
+from cluster.errors import AnabranchError, Cancelled, DeadlineExceeded, Fenced, Stopping
 from cluster.telemetry import logger
 from workers.gateway.callers import Caller
 from workers.gateway.choice import Choice, News
@@ -111,7 +111,7 @@ class LiveRequest:
 
     def give_up(self) -> None:
         """This gateway stops; the client may go on through another one."""
-        error = Unavailable("the gateway stops: resume the request through another gateway")
+        error = Stopping("the gateway stops: resume the request through another gateway")
         self._end(error, abort=False)
 
     def remaining_ms(self) -> int:
