@@ -72,6 +72,20 @@ def test_a_decode_step_receives_the_same_bytes_at_500_and_3000_tokens(folder: Pa
         assert two_workers == 2 * one_worker
 
 
+def test_one_worker_sends_the_same_bytes_at_both_contexts(folder: Path) -> None:
+    """With all of either context on one worker the bytes received per decode step are equal to the byte."""
+    shape = Shape(
+        attention_workers=1,
+        transports=("tcp",),
+        worker_blocks=256,
+        step_tokens=256,
+        overrides={"attention": {"prefix_sharing": False}},
+    )
+    with DenseCluster(folder, shape) as cluster:
+        short, long = received_per_step(cluster, 500), received_per_step(cluster, 3000)
+        assert short == long > 0
+
+
 def test_ten_rows_receive_ten_rows(folder: Path) -> None:
     """The bytes grow with the rows of the batch, as the bound does."""
     shape = Shape(attention_workers=1, transports=("tcp",), worker_blocks=1024)
