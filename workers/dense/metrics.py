@@ -12,12 +12,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from workers.dense.step_runner import StepTimes
 
-_SECONDS = "Seconds of steps by part: dense compute, attention of the slowest worker, lanes beyond that."
 _SIDE_SECONDS = (
-    "Seconds of steps as each side, dense and attention, spent them: computed, waited, transferred."
+    "Seconds of steps as each side, dense and attention, spent them: computed (its rate is the busy ratio), "
+    "waited, transferred."
 )
-_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 _HIDDEN = "Share of the last step's attention and lane time that dense work covered, 0 to 1."
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 
 class DenseMetrics:
@@ -55,7 +55,6 @@ class DenseMetrics:
         self.prefix_hits = Counter(
             "anabranch_dense_prefix_hits", "Prompt tokens whose KV was found in the pool.", registry=registry
         )
-        self.seconds = Counter("anabranch_dense_step_seconds", _SECONDS, ["part"], registry=registry)
         self.side_seconds = Counter(
             "anabranch_dense_side_seconds", _SIDE_SECONDS, ["side", "state"], registry=registry
         )
@@ -90,12 +89,6 @@ class DenseMetrics:
         self.sampled.inc(sampled)
         self.iteration_tokens.observe(tokens)
         self.micro_batches.inc(micro_batches)
-        for part, seconds in (
-            ("dense", times.dense_s),
-            ("attention", times.attention_s),
-            ("lane", times.lane_s),
-        ):
-            self.seconds.labels(part).inc(seconds)
         for side, state, seconds in (
             ("dense", "computed", times.dense_s),
             ("dense", "waited", times.waited_s),
