@@ -128,6 +128,8 @@ class Controller:
     def _supervise(self, supervisor: Supervisor, stop: threading.Event, service: ControlService) -> None:
         """The loop: what was posted, who fell silent, what is due."""
         sweep_next_s = 0.0
+        if stop.is_set():  # told while Ray started
+            self._drain(0.0)
         while not supervisor.is_stopped:
             self._run_calls()
             if time.monotonic() >= sweep_next_s:

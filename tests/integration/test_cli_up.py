@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +136,36 @@ def test_ctrl_c_drains_and_leaves_nothing(tmp_path: Path) -> None:
         assert process.wait(DEADLINE_S) == 0
     assert alive(processes) == []
     assert "Traceback" not in screen.text
+
+
+def test_sigterm_while_ray_starts_leaves_nothing(tmp_path: Path) -> None:
+    """In the middle of Ray's start SIGTERM ends `up` as it does later: status 0, "stopped", and neither
+    a process nor Ray's folder is left.
+    """
+    with up_in_pipe(tmp_path) as (process, screen):
+        screen.await_text(re.compile("starting Ray"))
+        await_program("gcs_server", process.pid)
+        processes = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+        screen.await_end()
+    assert screen.text.endswith("stopped\n")
+    assert alive(processes) == []
+    assert list(Path("/tmp").glob(f"anabranch-ray-*/r/session_*_{process.pid}")) == []
+
+
+def await_program(name: str, process_id: int) -> None:
+    """Wait until a program runs below a process."""
+    end_s = time.monotonic() + DEADLINE_S
+    while not any(name in command for command in commands(descendants(process_id))):
+        assert time.monotonic() < end_s, f"{name} does not run"
+
+
+def commands(processes: dict[int, str]) -> Iterator[str]:
+    """Command lines of those that still run."""
+    for number in processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield Path(f"/proc/{number}/cmdline").read_text()
 
 
 def test_status_and_down_find_the_cluster(tmp_path: Path) -> None:
