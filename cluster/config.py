@@ -149,7 +149,9 @@ class PlacementConfig(Section):
         None, description="key=value a node must carry to hold attention workers."
     )
     exclusive: bool = Field(False, description="Demand the custom resources anabranch_dense, ... of a node.")
-    timeout_s: float = Field(30.0, gt=0, description="A role that finds no node for this long has failed.")
+    timeout_s: float = Field(
+        15.0, gt=0, description="A role that finds no node of a joined Ray cluster for this long has failed."
+    )
 
 
 class LaneConfig(Section):

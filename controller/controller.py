@@ -75,6 +75,8 @@ class Controller:
         )
         with self._state.claim(), self._fleet(demands) as fleet, self._serving(service, fleet):
             place = Placer(self._config, demands, fleet.nodes)
+            if self._config.ray.address is None:
+                place.require_room(self._slots)  # no node will join: waiting for one would not help
             self._supervisor = Supervisor(self._slots, self._limits(), place, fleet, self._on_slot)
             fleet.listener = self._supervisor
             self._supervise(self._supervisor, stop, service)
@@ -143,7 +145,8 @@ class Controller:
                 self._drain(self._config.controller.drain_grace_s)
             elif (failure := supervisor.failure(self._complete)) is not None:
                 self._failure = failure
-                self._drain(self._config.controller.drain_grace_s)
+                # What never served as a whole has no streams to finish.
+                self._drain(self._config.controller.drain_grace_s if self._complete else 0.0)
             elif not self._complete and supervisor.is_ready:
                 self._complete = True
                 self._announce()

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cluster.clock import Clock, monotonic
-from cluster.errors import AnabranchError, ConfigError, Unavailable, Unplaceable
+from cluster.errors import AnabranchError, ConfigError, Unavailable
+from controller.placing import unplaceable
 from controller.slots import Hands, Limits, NotPlaced, Phase, Place, Slot
 
 DRAIN_ORDER = ("gateway", "dense", "attention")
@@ -95,7 +96,7 @@ class Supervisor:
         if given_up:
             return _error_of(given_up[0])
         unplaced = None if was_complete else self._unplaced()
-        return Unplaceable(f"{unplaced.worker_id} cannot be placed: {unplaced.problem}") if unplaced else None
+        return unplaceable(unplaced.worker_id, unplaced.problem) if unplaced else None
 
     def started(self, worker_id: str, attempt: int, process_id: int, log_file: str) -> None:
         """The process of an attempt runs."""
