@@ -18,10 +18,17 @@ from anabranch.cli.status import status
 from anabranch.cli.up import up
 from cluster.errors import AnabranchError, ConfigError, InvalidRequest, ModelError
 
+_EPILOG = """\
+Start with `anabranch demo`. Every command explains itself: `anabranch up --help`.
+
+Exit status of every command: 0 done; 2 something you can correct, a flag, a key, a file, the model's name or
+folder; 1 anything else that failed. The line on standard error says what to do.
+"""
+
 app = typer.Typer(
     name="anabranch",
     help="A distributed LLM serving cluster that computes attention where the KV cache lies.",
-    epilog="Start with `anabranch demo`. Every command explains itself: `anabranch up --help`.",
+    epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -112,7 +112,7 @@ def compose(config_file: Path | None, overrides: dict[str, Any], arena: str | No
 def resolve_model(config: Config) -> Config:
     """The same with `model.path` a folder and `model.name` a name.
 
-    Raises ModelError, or NotFound saying how to fetch the model.
+    Raises ModelError, which says how to fetch the model if it is not here.
     """
     folder = model_store.resolve(config.model.path).absolute()
     named = config.model.model_copy(update={"path": str(folder), "name": config.model.name or folder.name})
