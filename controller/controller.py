@@ -149,7 +149,7 @@ class Controller:
                 self._drain(self._config.controller.drain_grace_s if self._complete else 0.0)
             elif not self._complete and supervisor.is_ready:
                 self._complete = True
-                self._announce()
+                self._publish()
 
     def _run_calls(self) -> None:
         """Run what was posted; wait up to a tick for the first."""
@@ -167,10 +167,12 @@ class Controller:
         if self._supervisor is not None:
             self._supervisor.drain(grace_s)
 
-    def _announce(self) -> None:
+    def _publish(self) -> None:
+        """Let clients know the gateways there are, and the observer when nothing is missing."""
         record = self._record()
         self._state.write(record)
-        self._observe(ClusterReady(record))
+        if self._supervisor is not None and self._supervisor.is_ready:
+            self._observe(ClusterReady(record))
 
     def _on_member(self, member: inference_pb2.Member) -> None:
         if member.state == inference_pb2.MEMBER_STATE_READY:
@@ -181,7 +183,7 @@ class Controller:
         if self._supervisor is not None and self._table.holds(member.worker_id, member.epoch):
             self._supervisor.ready(member.worker_id)
             if self._complete:
-                self._announce()  # a gateway may have come back at another address
+                self._publish()  # a gateway may have come back at another address
 
     def _on_slot(self, slot: Slot) -> None:
         if not slot.has_process:
@@ -232,10 +234,11 @@ class Controller:
 
 
 def _slot_message(slot: Slot) -> control_pb2.Slot:
+    problem = f"{slot.phase.value}: {slot.problem}" if slot.problem else slot.phase.value
     return control_pb2.Slot(
         worker_id=slot.worker_id,
         role=roles.ROLES[slot.role],
         node=slot.node,
-        problem="" if slot.phase is Phase.READY else slot.problem or slot.phase.value,
+        problem="" if slot.phase is Phase.READY else problem,
         starts=slot.attempt,
     )

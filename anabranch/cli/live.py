@@ -24,10 +24,9 @@ _STATES = {
     inference_pb2.MEMBER_STATE_READY: "ready",
     inference_pb2.MEMBER_STATE_DRAINING: "draining",
 }
-_PHASES = ("", *(phase.value for phase in Phase))
-"""What a slot says that has no problem."""
-
-_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow"}
+_PHASES = frozenset(phase.value for phase in Phase)
+_STYLES = {"ready": "green", "given up": "red", "stopped": "dim"}
+_OTHER_STYLE = "yellow"
 _SHOWN_LETTERS = 6  # of a node's id, of an epoch: enough to tell them apart
 _COLUMNS = ("slot", "state", "node", "pid", "epoch", "memory", "cache", "work")
 
@@ -42,24 +41,31 @@ def fleet_table(fleet: control_pb2.GetFleetResponse) -> Group:
     for name in sorted(slots.keys() | members.keys()):
         table.add_row(*_row(name, slots.get(name), members.get(name)))
     problems = [
-        Text(f"{slot.worker_id}, start {slot.starts}: {slot.problem}", style="yellow")
+        Text(f"{slot.worker_id}, start {slot.starts}: {problem}", style="yellow")
         for slot in fleet.slots
-        if slot.problem not in _PHASES
+        if (problem := _phase_and_problem(slot)[1])
     ]
     return Group(table, *problems)
+
+
+def _phase_and_problem(slot: control_pb2.Slot) -> tuple[str, str]:
+    """What a slot that is not ready says of itself: `PHASE` or `PHASE: problem`; empty if it is ready."""
+    phase, _, problem = slot.problem.partition(": ")
+    return (phase, problem) if phase in _PHASES else ("", slot.problem)
 
 
 def _row(
     name: str, slot: control_pb2.Slot | None, member: inference_pb2.Member | None
 ) -> tuple[str | Text, ...]:
     node = slot.node[:_SHOWN_LETTERS] if slot is not None else ""
+    phase = _phase_and_problem(slot)[0] if slot is not None else ""
     if member is None:
-        waiting = slot is not None and not slot.node
-        return name, Text("waiting" if waiting else "starting", style="yellow"), node, "", "", "", "", ""
-    state = _STATES.get(member.state, "")
+        return name, _state(phase or Phase.WAITING.value), node, "", "", "", "", ""
+    # The slot knows better, but for what a process that comes up says of itself.
+    state = phase if phase not in ("", Phase.STARTING.value) else _STATES.get(member.state, "")
     return (
         name,
-        Text(state, style=_STYLES.get(state, "")),
+        _state(state),
         node or member.host,
         str(member.process_id),
         f"{member.epoch:016x}"[:_SHOWN_LETTERS],
@@ -67,6 +73,10 @@ def _row(
         _blocks(member.load.blocks),
         _work(member),
     )
+
+
+def _state(words: str) -> Text:
+    return Text(words, style=_STYLES.get(words, _OTHER_STYLE))
 
 
 def _blocks(account: inference_pb2.BlockAccount) -> str:

@@ -16,8 +16,10 @@ from anabranch.cli.live import LiveView
 from cluster import config as configuration
 from cluster.config import Config
 from cluster.errors import ConfigError
-from cluster.telemetry import configure_logging
+from cluster.telemetry import configure_logging, logger
 from controller import roles
+from controller.event_log import LogObserver
+from controller.events import Event
 from controller.signals import Interrupts
 from controller.state import StateFolder
 
@@ -128,11 +130,17 @@ def run(config: Config, command: roles.Command = roles.module_command) -> int:
     from controller.controller import Controller
 
     _log_to_file(config, StateFolder.of(config).logs)
+    log = LogObserver(logger("controller"))
     controller = Controller(config, command)
     stop = threading.Event()
     view = LiveView(Console(stderr=True), f"Anabranch: {config.model.name}", controller.fleet)
+
+    def observe(event: Event) -> None:
+        log(event)
+        view(event)
+
     with Interrupts(stop.set, controller.hurry), view:
-        return controller.run(stop, view)
+        return controller.run(stop, observe)
 
 
 def _log_to_file(config: Config, folder: Path) -> None:

@@ -195,6 +195,33 @@ def test_status_and_down_find_the_cluster(tmp_path: Path) -> None:
     assert "anabranch up" in gone.stderr
 
 
+def test_a_death_is_shown_logged_and_not_called_serving(tmp_path: Path) -> None:
+    """Which process died and why stands in controller.log as on the terminal, and "serving" is said again
+    only when nothing is missing any more.
+    """
+    with up_in_pipe(tmp_path) as (process, screen):
+        screen.await_text(_READY)
+        victims = {
+            name: number
+            for number in descendants(process.pid)
+            for name in ("gateway-0", "dense-0")
+            if f"--worker-id\0{name}\0" in Path(f"/proc/{number}/cmdline").read_text()
+        }
+        for number in victims.values():
+            os.kill(number, signal.SIGKILL)
+        screen.await_text(re.compile(_READY.pattern + ".*" + _READY.pattern, re.DOTALL))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+        screen.await_end()
+    between = _READY.split(screen.text)[1]
+    events = [json.loads(line) for line in (tmp_path / "state/logs/controller.log").read_text().splitlines()]
+    for name in victims:
+        assert f"{name} paused: ended by SIGKILL" in between
+        assert re.search(rf"^{name} ready", between, re.MULTILINE)
+        assert [e for e in events if e.get("slot") == name and e["problem"] == "ended by SIGKILL"]
+    assert {"opened", "ready", "stopping"} <= {event["event"] for event in events}
+
+
 def test_a_crash_of_the_controller_takes_the_processes_along(tmp_path: Path) -> None:
     """Killed without a chance to drain, `up` leaves no role process behind, and its record counts as
     dead. (Two agents of Ray's need a minute to notice.)
@@ -310,11 +337,15 @@ def test_sizes_are_for_people() -> None:
 
 
 def test_the_table_fits_a_terminal_and_shows_what_is_missing() -> None:
-    """No cell is cut, whatever the figures; a slot without a process is a row, and its problem a line."""
+    """No cell is cut, whatever the figures; a slot without a process is a row, with its own phase, and its
+    problem a line.
+    """
     slots = [
         control_pb2.Slot(worker_id=name, node="ab" * 28, starts=1) for name in ("attention-63", "dense-0")
     ]
-    slots.append(control_pb2.Slot(worker_id="dense-1", problem="needs GPU: 1", starts=2))
+    slots.append(control_pb2.Slot(worker_id="dense-1", problem="waiting: needs GPU: 1", starts=2))
+    for number, phase in enumerate(("starting", "ending", "paused", "given up", "stopped")):
+        slots.append(control_pb2.Slot(worker_id=f"gateway-{number}", problem=phase, starts=1))
     load = inference_pb2.Load(resident_bytes=1023 * 2**20, sequences_running=64, sequences_waiting=256)
     load.blocks.MergeFrom(inference_pb2.BlockAccount(capacity=40960, free=1))
     members = [
@@ -333,5 +364,15 @@ def test_the_table_fits_a_terminal_and_shows_what_is_missing() -> None:
     console.print(fleet_table(fleet))
     text = console.export_text()
     assert "…" not in text
-    assert re.search(r"^dense-1 +waiting", text, re.MULTILINE)
+    shown = dict(re.findall(r"^(\S+-\d+) +(given up|[a-z]+)", text, re.MULTILINE))
+    assert shown == {
+        "attention-63": "draining",
+        "dense-0": "draining",
+        "dense-1": "waiting",
+        "gateway-0": "starting",
+        "gateway-1": "ending",
+        "gateway-2": "paused",
+        "gateway-3": "given up",
+        "gateway-4": "stopped",
+    }
     assert "dense-1, start 2: needs GPU: 1" in text
