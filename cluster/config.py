@@ -21,15 +21,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cluster.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_bytes(value: object) -> object:
-    """`"512MiB"` to an integer of bytes; integers pass; anything else is left for the validator."""
+    """`"512MiB"`, `"2GB"` to an integer of bytes; integers pass; anything else is left for the validator."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*", value)
-    if match is None:
-        raise ValueError("a size such as 512MiB or 8GiB is expected")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(
+            f"a size such as 512MiB or 2GB is expected; units: {', '.join(filter(None, _UNITS))}"
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -337,10 +340,21 @@ def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     dotted = ".".join(location)
     if item["type"] != "extra_forbidden":
-        return f"{dotted}: {item['msg']}" if dotted else str(item["msg"])
+        said = _in_our_words(item)
+        return f"{dotted}: {said}" if dotted else said
     valid = _keys_at(location[:-1])
     near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
     return f"unknown key {dotted}; did you mean {'.'.join([*location[:-1], *near])}?"
+
+
+def _in_our_words(item: Any) -> str:
+    """What is wrong with a value, without the validator's own vocabulary."""
+    if item["type"] in ("model_type", "model_attributes_type"):
+        return f"is a section: keys below it are expected, not {item['input']!r}"
+    said = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return said
+    return f"{said.replace('Input should be', 'must be')}, not {item['input']!r}"
 
 
 def _keys_at(location: list[str]) -> list[str]:

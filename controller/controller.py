@@ -13,10 +13,11 @@ from pathlib import Path
 
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_message
+from cluster import rpc
 from cluster.config import Config, is_loopback
 from cluster.errors import AnabranchError, ConfigError
 from cluster.model_spec import ModelSpec
-from cluster.types import draw_epoch
+from cluster.types import KvGeometry, draw_epoch
 from controller import ports, roles
 from controller.events import ClusterReady, Observer, Opened, SlotChanged, Stopping
 from controller.fleet import RayFleet
@@ -69,7 +70,9 @@ class Controller:
         self._observe = observe
         spec = ModelSpec.from_folder(Path(self._config.model.path))
         demands = Demands(self._config, spec)
+        self._require_safe_hosts()
         geometry = spec.geometry(self._config.model.dtype, self._config.attention.block_tokens)
+        self._require_arenas(geometry)
         service = ControlService(
             self._table, draw_epoch(), geometry_message(geometry), self._slot_messages, self._on_shutdown
         )
@@ -118,6 +121,24 @@ class Controller:
             yield
         finally:
             server.stop()
+
+    def _require_safe_hosts(self) -> None:
+        """What each role would refuse to bind is refused before anything starts."""
+        config = self._config
+        for host in (config.controller.host, config.gateway.host, config.dense.host, config.attention.host):
+            rpc.require_safe_bind(host, config.security)
+
+    def _require_arenas(self, geometry: KvGeometry) -> None:
+        attention, dense = self._config.attention, self._config.dense
+        arenas = {"attention.arena": attention.arena} if attention.replicas else {}
+        if dense.local_arena:
+            arenas["dense.local_arena"] = dense.local_arena
+        for key, arena_bytes in arenas.items():
+            if arena_bytes < geometry.block_bytes:
+                raise ConfigError(
+                    f"{key}: {arena_bytes} bytes do not hold one block, which takes {geometry.block_bytes} "
+                    f"bytes ({attention.block_tokens} tokens of this model): raise it, for example to 1GiB"
+                )
 
     def _require_reachable(self, host: str, machines: set[str]) -> None:
         if len(machines) > 1 and is_loopback(host):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from anabranch.cli import model as model_store
 from anabranch.cli.live import LiveView
+from anabranch.cli.preflight import require_servable
 from cluster import config as configuration
 from cluster.config import Config
 from cluster.errors import ConfigError
@@ -75,7 +76,9 @@ def up(
     }
     overrides = {key: value for key, value in flags.items() if value is not None}
     overrides |= parse_settings(settings or [])
-    raise typer.Exit(run(resolve_model(compose(config_file, overrides, arena))))
+    config = resolve_model(compose(config_file, overrides, arena))
+    require_servable(config)
+    raise typer.Exit(run(config))
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -274,6 +274,8 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         (["--set", "dense.threads"], "key=value"),
         (["--set", "dense.threads=[1"], "YAML"),
         (["--arena", "lots"], "512MiB"),
+        (["--arena", "2Gb"], "MB, GB"),
+        (["--set", "dense=3"], "dense: is a section"),
         (["--dtype", "int3"], "float32"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
@@ -318,6 +320,24 @@ def test_the_ports_of_several_gateways_do_not_meet() -> None:
     assert up.compose(None, {}, None).gateway.http_port == 8651
     chosen = {"gateway.replicas": 2, "gateway.http_port": 9100}
     assert up.compose(None, chosen, None).gateway.http_port == 9100
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("attention.arena=0", r"attention\.arena: 0 bytes do not hold one block"),
+        ("gateway.host=0.0.0.0", "--insecure"),
+        ("attention.host=0.0.0.0", "--insecure"),
+    ],
+)
+def test_what_a_role_would_refuse_is_refused_before_ray(tmp_path: Path, setting: str, said: str) -> None:
+    """One line and status 2, and Ray's folder was never made: nobody waits for what can be known at once."""
+    with up_in_pipe(tmp_path, setting) as (process, screen):
+        assert process.wait(DEADLINE_S) == 2
+        screen.await_end()
+    assert re.search(rf"^anabranch: .*{said}", screen.text, re.MULTILINE)
+    assert "controller at" not in screen.text
+    assert list(Path("/tmp").glob(f"anabranch-ray-*/r/session_*_{process.pid}")) == []
 
 
 def test_settings_are_yaml() -> None:

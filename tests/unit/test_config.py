@@ -38,7 +38,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one(key: str, expected
     ("overrides", "named"),
     [
         ({"dense.threads": 0}, "dense.threads"),
-        ({"attention.arena": "3GB"}, "attention.arena"),
+        ({"attention.arena": "3Gb"}, "attention.arena"),
         ({"model.dtype": "int3"}, "model.dtype"),
         ({"gateway.port": 70000}, "gateway.port"),
         ({"attention.replicas": 0}, "dense.local_arena"),
@@ -56,10 +56,15 @@ def test_a_wrong_value_is_refused_by_name(overrides: dict[str, object], named: s
     with pytest.raises(ConfigError) as caught:
         load(None, overrides)
     assert named in caught.value.message
+    for foreign in ("Value error", "Input should", "instance of", "Config"):
+        assert foreign not in caught.value.message
 
 
-def test_sizes_take_binary_units() -> None:
-    """`512MiB` is bytes."""
+def test_sizes_take_binary_and_decimal_units() -> None:
+    """`512MiB` and `2GB` are bytes; a refusal lists the units."""
+    assert load(None, {"attention.arena": "2GB"}).attention.arena == 2 * 10**9
+    with pytest.raises(ConfigError, match=r"kB, KB, MB, GB"):
+        load(None, {"attention.arena": "3Gb"})
     assert load(None, {"attention.arena": "512MiB"}).attention.arena == 512 * 2**20
     assert load(None, {"attention.arena": "1.5 GiB"}).attention.arena == 3 * 2**29
 
