@@ -92,53 +92,66 @@ def _config(folder: Path, state: str) -> configuration.Config:
     )
 
 
+class _Watcher:
+    """Tells what becomes of the cluster, and notes when it is ready; a `controller.Observer`."""
+
+    def __init__(self, console: Console) -> None:
+        self.records: list[ClusterRecord] = []
+        self.came_up = threading.Event()
+        self._console = console
+        self._lines = SlotLines()
+        self._awaited = Awaited()
+
+    def __call__(self, event: Event) -> None:
+        self._awaited(event)
+        if isinstance(event, ClusterReady):
+            self.records.append(event.record)
+            self.came_up.set()
+        elif isinstance(event, SlotChanged):
+            self._tell(self._lines.line(event.slot))
+
+    def pulse(self, passed_s: float) -> None:
+        """Say what is waited for."""
+        if words := self._awaited.words():
+            self._tell(f"{passed_s:.0f} s: {words}")
+
+    def _tell(self, words: str | None) -> None:
+        if words:
+            self._console.print(f"  {words}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _cluster(console: Console, folder: Path, state: str) -> Iterator[ClusterRecord]:
     """A running cluster; drained and stopped at the end, whatever happens inside."""
     config = _config(folder, state)
     controller = Controller(config)
     stop = threading.Event()
-    ready: list[ClusterRecord] = []
-    came_up = threading.Event()
+    watcher = _Watcher(console)
     failed: list[BaseException] = []
-
-    lines, awaited = SlotLines(), Awaited()
-
-    def on_event(event: Event) -> None:
-        awaited(event)
-        if isinstance(event, ClusterReady):
-            ready.append(event.record)
-            came_up.set()
-        elif isinstance(event, SlotChanged) and (line := lines.line(event.slot)) is not None:
-            console.print(f"  {line}", style="dim", markup=False, highlight=False)
-
-    def say(passed_s: float) -> None:
-        if words := awaited.words():
-            console.print(f"  {passed_s:.0f} s: {words}", style="dim", markup=False, highlight=False)
 
     def serve() -> None:
         try:
-            controller.run(stop, on_event)
+            controller.run(stop, watcher)
         except AnabranchError as error:
             failed.append(error)
         finally:
-            came_up.set()
+            watcher.came_up.set()
 
     thread = threading.Thread(target=serve, name="controller")
-    console.print("starting Ray, a controller, a gateway, a dense worker and two attention workers ...")
+    console.print("starting Ray, controller, gateway, dense worker and two attention workers ...")
     thread.start()
     try:
-        with pulse(say):
-            is_up = came_up.wait(_START_TIMEOUT_S)
+        with pulse(watcher.pulse):
+            is_up = watcher.came_up.wait(_START_TIMEOUT_S)
         if not is_up:
             raise Unavailable(f"the cluster was not ready within {_START_TIMEOUT_S:.0f} s; see {state}/logs")
         if failed:
             raise failed[0]
-        yield ready[-1]
+        yield watcher.records[-1]
     finally:
         console.print("stopping ...")
         stop.set()
-        with pulse(say):
+        with pulse(watcher.pulse):
             thread.join(_STOP_TIMEOUT_S)
     if thread.is_alive():
         raise Internal(f"the cluster did not stop within {_STOP_TIMEOUT_S:.0f} s")
