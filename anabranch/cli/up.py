@@ -132,7 +132,9 @@ def run(config: Config, command: roles.Command = roles.module_command) -> int:
     # Here, not above: importing Ray takes half a second that `--help` need not take.
     from controller.controller import Controller
 
-    _log_to_file(config, StateFolder.of(config).logs)
+    state = StateFolder.of(config)
+    state.prepare()
+    _log_to_file(config, state.logs)
     log = LogObserver(logger("controller"))
     controller = Controller(config, command)
     stop = threading.Event()
@@ -148,7 +150,6 @@ def run(config: Config, command: roles.Command = roles.module_command) -> int:
 
 def _log_to_file(config: Config, folder: Path) -> None:
     """The terminal belongs to the view."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     configure_logging(config.telemetry, role="controller", worker="controller-0")
     for handler in logging.getLogger("anabranch").handlers:
         if isinstance(handler, logging.StreamHandler):

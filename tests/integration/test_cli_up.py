@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -286,6 +287,24 @@ def test_a_wrong_flag_is_one_clear_line(words: list[str], said: str) -> None:
     assert result.returncode == 2
     assert said in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_state_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder we make, and the default one, are closed to others; a user's own folder keeps its mode."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    default = tmp_path / "home" / "anabranch"
+    default.mkdir(parents=True, mode=0o755)
+    own = tmp_path / "own"
+    own.mkdir(mode=0o755)
+    modes = {}
+    for folder in (default, own, tmp_path / "deep" / "new"):
+        StateFolder(folder).prepare()
+        modes[folder.name] = stat.S_IMODE(folder.stat().st_mode)
+        assert stat.S_IMODE((folder / "logs").stat().st_mode) == 0o700
+    assert modes == {"anabranch": 0o700, "own": 0o755, "new": 0o700}
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="state_dir"):
+        StateFolder(tmp_path / "file" / "below").prepare()
 
 
 def test_a_record_of_another_process_is_stale(tmp_path: Path) -> None:
