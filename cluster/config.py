@@ -67,7 +67,7 @@ class ModelConfig(Section):
 class GatewayConfig(Section):
     """The public side."""
 
-    replicas: int = Field(1, ge=1, le=64)
+    replicas: int = Field(1, ge=1, le=64, description="Gateway processes.")
     host: str = Field("127.0.0.1", description="Address the gRPC and HTTP servers bind.")
     port: Port = Field(8650, description="gRPC; 0 draws a free one; replica i adds i.")
     http_port: Port | None = Field(
@@ -91,9 +91,9 @@ class GatewayConfig(Section):
 class DenseConfig(Section):
     """Weights and everything but attention."""
 
-    replicas: int = Field(1, ge=1, le=1024)
-    device: Device = "cpu"
-    host: str = "127.0.0.1"
+    replicas: int = Field(1, ge=1, le=1024, description="Dense workers.")
+    device: Device = Field("cpu", description="cpu or cuda.")
+    host: str = Field("127.0.0.1", description="Address the server for gateways binds.")
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     micro_batches: Literal["auto", 1, 2] = Field(
@@ -116,11 +116,14 @@ class AttentionConfig(Section):
     """The KV cache and attention over it."""
 
     replicas: int = Field(
-        2, ge=0, le=4096, description="0 is monolithic mode: the cache lies in the dense worker."
+        2,
+        ge=0,
+        le=4096,
+        description="Attention workers; 0 is monolithic mode: the cache lies in the dense worker.",
     )
-    device: Device = "cpu"
-    host: str = "127.0.0.1"
-    threads: int = Field(1, ge=1, le=256)
+    device: Device = Field("cpu", description="cpu or cuda.")
+    host: str = Field("127.0.0.1", description="Address the servers for dense workers and lanes bind.")
+    threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
     block_tokens: int = Field(32, ge=1, le=1024, description="Tokens per block.")
@@ -183,7 +186,7 @@ class LaneConfig(Section):
 class ControllerConfig(Section):
     """Membership and supervision."""
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", description="Address the control server binds.")
     port: Port = Field(8600, description="0 draws a free one.")
     heartbeat_ms: int = Field(500, ge=10, description="How often each member says that it lives.")
     expiry_ms: int = Field(2500, ge=50, description="Silence after which a member is taken for dead.")
@@ -229,7 +232,7 @@ class TlsConfig(Section):
 class SecurityConfig(Section):
     """Who may connect."""
 
-    tls: TlsConfig = TlsConfig()
+    tls: TlsConfig = Field(TlsConfig(), description="Certificates; without them connections are plain text.")
     insecure: bool = Field(False, description="Allow plain text beyond loopback.")
     api_keys_file: str | None = Field(
         None, description="YAML: key -> {tenant, salt, max_streams, max_tokens}."

@@ -104,8 +104,9 @@ class StateFolder:
         except NotFound:
             who = "just starting or stopping"
         return (
-            f"a cluster runs already with the state folder {self.path} ({who}): `anabranch down` stops it, "
-            "--set state_dir=FOLDER starts another beside it"
+            f"a cluster runs already with the state folder {self.path} ({who}): `anabranch down` stops it; "
+            "another beside it needs a folder and ports of its own: --set state_dir=FOLDER --port 0 "
+            "--http-port 0 --set controller.port=0"
         )
 
 

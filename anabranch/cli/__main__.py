@@ -10,6 +10,7 @@ import typer
 from anabranch.cli import model
 from anabranch.cli.bench import command as bench
 from anabranch.cli.chat import chat_command
+from anabranch.cli.config import config_command
 from anabranch.cli.demo import demo
 from anabranch.cli.doctor import doctor
 from anabranch.cli.down import down
@@ -21,8 +22,11 @@ from cluster.errors import AnabranchError, ConfigError, InvalidRequest, ModelErr
 _EPILOG = """\
 Start with `anabranch demo`. Every command explains itself: `anabranch up --help`.
 
-Exit status of every command: 0 done; 2 something you can correct, a flag, a key, a file, the model's name or
-folder; 1 anything else that failed. The line on standard error says what to do.
+\b
+Exit status of every command:
+0  done
+2  refused for what you can correct: a flag, a key, a file, the model's name or folder
+1  anything else that failed; `up` also where a process had to be killed at its work
 """
 
 app = typer.Typer(
@@ -35,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(up)
+app.command("config")(config_command)
 app.command()(status)
 app.command()(down)
 app.command()(doctor)

@@ -19,7 +19,7 @@ from anabranch.cli.models.store import ModelStore, StoredModel, cache_folder
 
 app = typer.Typer(help="Fetch, list and inspect models.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of a table.")]
 
 
 @app.command("fetch")

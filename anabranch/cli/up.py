@@ -16,6 +16,7 @@ from anabranch.cli.live import LiveView
 from anabranch.cli.preflight import require_servable
 from cluster import config as configuration
 from cluster.config import Config
+from cluster.config_text import default_of
 from cluster.errors import ConfigError
 from cluster.telemetry import configure_logging, logger
 from controller import roles
@@ -28,27 +29,54 @@ _DEFAULT_ARENA = "1GiB"
 _GATEWAYS_MOST = 64  # gateway i adds i to both ports: this far apart they never meet
 
 
+def about(key: str, words: str) -> str:
+    """What a flag says of the key it sets."""
+    default = default_of(key)
+    return f"{words} ({key})." if default == "null" else f"{words} ({key}; default {default})."
+
+
 def up(
     model: Annotated[
-        str | None, typer.Option(help="Model folder, or a name of `anabranch model list`.")
+        str | None,
+        typer.Option(help=about("model.path", "Model folder, or a name of `anabranch model list`")),
     ] = None,
     config_file: Annotated[
-        Path | None, typer.Option("--config", help="YAML file; flags override it.")
+        Path | None,
+        typer.Option("--config", help="YAML file (`anabranch config` prints one); flags override it."),
     ] = None,
-    gateways: Annotated[int | None, typer.Option(help="Gateway processes (gateway.replicas).")] = None,
-    dense: Annotated[int | None, typer.Option(help="Dense workers (dense.replicas).")] = None,
+    gateways: Annotated[int | None, typer.Option(help=about("gateway.replicas", "Gateway processes"))] = None,
+    dense: Annotated[int | None, typer.Option(help=about("dense.replicas", "Dense workers"))] = None,
     attention: Annotated[
-        int | None, typer.Option(help="Attention workers; 0 keeps the cache in the dense worker.")
+        int | None,
+        typer.Option(
+            help=about("attention.replicas", "Attention workers, 0 keeps the cache in the dense worker")
+        ),
     ] = None,
-    arena: Annotated[str | None, typer.Option(help="KV cache per worker, for example 2GiB.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    port: Annotated[int | None, typer.Option(help="gRPC port of the first gateway; 0 draws one.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="HTTP port of the first gateway.")] = None,
-    host: Annotated[str | None, typer.Option(help="Host every server binds, for example 0.0.0.0.")] = None,
+    arena: Annotated[
+        str | None,
+        typer.Option(help=about("attention.arena", "KV cache per worker, for example 2GiB or 2GB")),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=about("model.dtype", "float32, bfloat16 or float16"))
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help=about("gateway.port", "gRPC port of the first gateway, 0 draws one"))
+    ] = None,
+    http_port: Annotated[
+        int | None,
+        typer.Option(help=about("gateway.http_port", "HTTP port of the first gateway, 0 draws one")),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help=about("gateway.host", "Host every server binds, for example 0.0.0.0")),
+    ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Join this Ray cluster (HOST:PORT) instead of starting one.")
+        str | None,
+        typer.Option(help=about("ray.address", "Join this Ray cluster (HOST:PORT) instead of starting one")),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plain text beyond loopback.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", metavar="", help="Allow plain text beyond loopback.")
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any key: --set dense.threads=2. Repeatable.")
     ] = None,
@@ -60,7 +88,7 @@ def up(
     anabranch up --attention 3 --arena 2GiB   three attention workers
     anabranch up --attention 0                all in the dense worker
     anabranch up --model ~/models/Qwen3-0.6B  any Hugging Face folder
-    anabranch up --set dense.step_tokens=512  any key of cluster/config.py
+    anabranch up --set dense.step_tokens=512  any key that `anabranch config` shows
     """
     flags = {
         "gateway.replicas": gateways,

@@ -26,6 +26,7 @@ from rich.console import Console
 from anabranch.cli import up
 from anabranch.cli.live import fleet_table, size
 from anabranch.v1 import control_pb2, inference_pb2
+from cluster import config as configuration
 from cluster.errors import ConfigError, NotFound
 from controller.state import ClusterRecord, StateFolder, process_start
 from tests.integration.clusters import DEADLINE_S, alive, descendants
@@ -305,6 +306,25 @@ def test_the_state_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="state_dir"):
         StateFolder(tmp_path / "file" / "below").prepare()
+
+
+def test_help_teaches_defaults_and_shows_flags_as_flags() -> None:
+    """`up --help` names what happens without a flag; a flag takes no value."""
+    shown = " ".join(anabranch("up", "--help").stdout.replace("│", " ").split())
+    assert "gateway.port; default 8650" in shown
+    assert "--insecure Allow" in shown
+    assert "2 refused for what you can correct" in " ".join(anabranch("--help").stdout.split())
+
+
+def test_the_printed_configuration_is_the_one_given(tmp_path: Path) -> None:
+    """`anabranch config` prints a file to begin with, and what a short one comes to."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text("dense: {threads: 3}\n")
+    printed = anabranch("config", "--config", str(file))
+    assert printed.returncode == 0
+    (tmp_path / "whole.yaml").write_text(printed.stdout)
+    assert configuration.load(tmp_path / "whole.yaml") == configuration.load(file)
+    assert "# Compute threads" in anabranch("config").stdout
 
 
 def test_a_record_of_another_process_is_stale(tmp_path: Path) -> None:

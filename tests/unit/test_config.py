@@ -1,11 +1,13 @@
 """The configuration file: what it accepts, what it refuses, and how it says so."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.config import Config, load
+from cluster.config_text import commented, default_of
 from cluster.errors import ConfigError
 
 
@@ -103,3 +105,31 @@ def test_the_file_is_frozen() -> None:
 def test_yaml_is_plain() -> None:
     """The written file needs no Python types to be read."""
     assert yaml.safe_load(load(None).to_yaml())["dense"]["threads"] == 1
+
+
+def test_the_printed_file_explains_every_key_and_loads_to_itself(tmp_path: Path) -> None:
+    """What `anabranch config` prints is the configuration, each key below a comment that says what it is."""
+    config = load(None, {"attention.arena": "3MB", "placement.dense_classes": ["h100"], "model.name": "a: b"})
+    path = tmp_path / "config.yaml"
+    path.write_text(commented(config))
+    assert load(path) == config
+    lines = [line.strip() for line in commented(config).splitlines() if line]
+    unexplained = [
+        line for above, line in itertools.pairwise(lines) if not line.startswith("#") and above[0] != "#"
+    ]
+    assert unexplained == []
+    assert "arena: 3000000" in lines
+
+
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [
+        ("attention.arena", "1GiB"),
+        ("model.name", "null"),
+        ("security.tls.mutual", "false"),
+        ("dense.threads", "1"),
+    ],
+)
+def test_a_default_is_named_as_the_file_shows_it(key: str, default: str) -> None:
+    """Sizes in their unit, the rest in YAML."""
+    assert default_of(key) == default
