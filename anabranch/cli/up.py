@@ -29,6 +29,11 @@ _DEFAULT_ARENA = "1GiB"
 _GATEWAYS_MOST = 64  # gateway i adds i to both ports: this far apart they never meet
 
 
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any key: --set dense.threads=2. Repeatable.")
+]
+
+
 def about(key: str, words: str) -> str:
     """What a flag says of the key it sets."""
     default = default_of(key)
@@ -77,9 +82,7 @@ def up(
     insecure: Annotated[
         bool, typer.Option("--insecure", metavar="", help="Allow plain text beyond loopback.")
     ] = False,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any key: --set dense.threads=2. Repeatable.")
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Start a cluster and show it until Ctrl-C, which drains and stops it.
 
