@@ -7,17 +7,15 @@ digest exchanged at registration covers it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
-import types
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.config_errors import explain
 from cluster.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -328,7 +326,7 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         where = f"{path}: " if path else ""
-        raise ConfigError(where + "; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError(where + explain(error, Config)) from error
 
 
 def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -337,36 +335,3 @@ def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:
         if not isinstance(raw, dict):
             raise ConfigError(f"{'.'.join(keys)}: {key} is a value, not a section")
     raw[keys[-1]] = value
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    dotted = ".".join(location)
-    if item["type"] != "extra_forbidden":
-        said = _in_our_words(item)
-        return f"{dotted}: {said}" if dotted else said
-    valid = _keys_at(location[:-1])
-    near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
-    return f"unknown key {dotted}; did you mean {'.'.join([*location[:-1], *near])}?"
-
-
-def _in_our_words(item: Any) -> str:
-    """What is wrong with a value, without the validator's own vocabulary."""
-    if item["type"] in ("model_type", "model_attributes_type"):
-        return f"is a section: keys below it are expected, not {item['input']!r}"
-    said = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return said
-    return f"{said.replace('Input should be', 'must be')}, not {item['input']!r}"
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
-    for key in location:
-        annotation = section.model_fields[key].annotation
-        if isinstance(annotation, types.UnionType):
-            annotation = typing.get_args(annotation)[0]
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
-    return list(section.model_fields)

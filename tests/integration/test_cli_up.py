@@ -271,7 +271,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         (["--set", "dense.threads=[1"], "YAML"),
         (["--arena", "lots"], "512MiB"),
         (["--arena", "2Gb"], "MB, GB"),
-        (["--set", "dense=3"], "dense: is a section"),
+        (["--set", "dense=3"], "dense: must be a section"),
         (["--dtype", "int3"], "float32"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],

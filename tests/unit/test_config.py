@@ -62,6 +62,23 @@ def test_a_wrong_value_is_refused_by_name(overrides: dict[str, object], named: s
         assert foreign not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"dense.cores": "some"}, "dense.cores: must be 'auto' or a list, not 'some'"),
+        ({"dense.threads": "two"}, "dense.threads: must be an integer"),
+        ({"dense": 3}, "dense: must be a section with keys below it, not 3"),
+        ({"gateway.port": 70000}, "gateway.port: must be less than or equal to 65535, not 70000"),
+        ({"lanes.transports": ["post"]}, "lanes.transports.0: must be 'local', 'tcp' or 'grpc', not 'post'"),
+    ],
+)
+def test_a_refusal_says_what_would_do_and_what_was_given(overrides: dict[str, object], said: str) -> None:
+    """In the words of the file: no name of a form or type that only the validator knows."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, overrides)
+    assert caught.value.message.startswith(said)
+
+
 def test_sizes_take_binary_and_decimal_units() -> None:
     """`512MiB` and `2GB` are bytes; a refusal lists the units."""
     assert load(None, {"attention.arena": "2GB"}).attention.arena == 2 * 10**9
