@@ -7,23 +7,25 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 RESULTS := bench/results.json
-# What pip does, without what it need not do.
-NEWS := sed -u '/already satisfied/d'
+# The demo does without what tests and checks need; where that is installed, it has all.
+DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),.venv/.installed-demo)
 
 .PHONY: demo test test-system check proto oracle-full bench bench-peers gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
+$(STAMP): EXTRAS := dev
+.venv/.installed-demo: EXTRAS := convert
 # The attention kernel is compiled by the install, where there is a C++ compiler.
-$(STAMP): pyproject.toml $(wildcard workers/kernels/cpu/*.cpp workers/kernels/cpu/*.h workers/kernels/cpu/*.txt)
-	@test -d .venv || $(PYTHON) -m venv .venv
+$(STAMP) .venv/.installed-demo: pyproject.toml $(wildcard workers/kernels/cpu/*.cpp workers/kernels/cpu/*.h workers/kernels/cpu/*.txt)
 	@echo "installing into .venv (about a minute, longer on a first download) ..."
-	$(BIN)/pip install --disable-pip-version-check $(TORCH) | $(NEWS)
-	$(BIN)/pip install --disable-pip-version-check -e '.[dev]' | $(NEWS)
-	@touch $(STAMP)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	.ci/pip-install $(TORCH)
+	.ci/pip-install -e '.[$(EXTRAS)]'
+	@touch $@
 
-demo: $(STAMP)  ## serve a real model from a cluster on this machine and ask it two questions
+demo: $(DEMO_STAMP)  ## serve a real model from a cluster on this machine and ask it two questions
 	$(BIN)/anabranch demo
 
 test: $(STAMP)  ## all tests that need no root

@@ -7,29 +7,30 @@ digest exchanged at registration covers it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
-import types
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.config_errors import explain
 from cluster.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_bytes(value: object) -> object:
-    """`"512MiB"` to an integer of bytes; integers pass; anything else is left for the validator."""
+    """`"512MiB"`, `"2GB"` to an integer of bytes; integers pass; anything else is left for the validator."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*", value)
-    if match is None:
-        raise ValueError("a size such as 512MiB or 8GiB is expected")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(
+            f"a size such as 512MiB or 2GB is expected; units: {', '.join(filter(None, _UNITS))}"
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -69,7 +70,7 @@ class ModelConfig(Section):
 class GatewayConfig(Section):
     """The public side."""
 
-    replicas: int = Field(1, ge=1, le=64)
+    replicas: int = Field(1, ge=1, le=64, description="Gateway processes.")
     host: str = Field("127.0.0.1", description="Address the gRPC and HTTP servers bind.")
     port: Port = Field(8650, description="gRPC; 0 draws a free one; replica i adds i.")
     http_port: Port | None = Field(
@@ -93,9 +94,9 @@ class GatewayConfig(Section):
 class DenseConfig(Section):
     """Weights and everything but attention."""
 
-    replicas: int = Field(1, ge=1, le=1024)
-    device: Device = "cpu"
-    host: str = "127.0.0.1"
+    replicas: int = Field(1, ge=1, le=1024, description="Dense workers.")
+    device: Device = Field("cpu", description="cpu or cuda.")
+    host: str = Field("127.0.0.1", description="Address the server for gateways binds.")
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     micro_batches: Literal["auto", 1, 2] = Field(
@@ -118,11 +119,14 @@ class AttentionConfig(Section):
     """The KV cache and attention over it."""
 
     replicas: int = Field(
-        2, ge=0, le=4096, description="0 is monolithic mode: the cache lies in the dense worker."
+        2,
+        ge=0,
+        le=4096,
+        description="Attention workers; 0 is monolithic mode: the cache lies in the dense worker.",
     )
-    device: Device = "cpu"
-    host: str = "127.0.0.1"
-    threads: int = Field(1, ge=1, le=256)
+    device: Device = Field("cpu", description="cpu or cuda.")
+    host: str = Field("127.0.0.1", description="Address the servers for dense workers and lanes bind.")
+    threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
     block_tokens: int = Field(32, ge=1, le=1024, description="Tokens per block.")
@@ -154,7 +158,9 @@ class PlacementConfig(Section):
         None, description="key=value a node must carry to hold attention workers."
     )
     exclusive: bool = Field(False, description="Demand the custom resources anabranch_dense, ... of a node.")
-    timeout_s: float = Field(30.0, gt=0, description="A role that finds no node for this long has failed.")
+    timeout_s: float = Field(
+        15.0, gt=0, description="A role that finds no node of a joined Ray cluster for this long has failed."
+    )
 
 
 class LaneConfig(Section):
@@ -183,7 +189,7 @@ class LaneConfig(Section):
 class ControllerConfig(Section):
     """Membership and supervision."""
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", description="Address the control server binds.")
     port: Port = Field(8600, description="0 draws a free one.")
     heartbeat_ms: int = Field(500, ge=10, description="How often each member says that it lives.")
     expiry_ms: int = Field(2500, ge=50, description="Silence after which a member is taken for dead.")
@@ -229,7 +235,7 @@ class TlsConfig(Section):
 class SecurityConfig(Section):
     """Who may connect."""
 
-    tls: TlsConfig = TlsConfig()
+    tls: TlsConfig = Field(TlsConfig(), description="Certificates; without them connections are plain text.")
     insecure: bool = Field(False, description="Allow plain text beyond loopback.")
     api_keys_file: str | None = Field(
         None, description="YAML: key -> {tenant, salt, max_streams, max_tokens}."
@@ -327,7 +333,7 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         where = f"{path}: " if path else ""
-        raise ConfigError(where + "; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError(where + explain(error, Config)) from error
 
 
 def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -336,25 +342,3 @@ def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:
         if not isinstance(raw, dict):
             raise ConfigError(f"{'.'.join(keys)}: {key} is a value, not a section")
     raw[keys[-1]] = value
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    dotted = ".".join(location)
-    if item["type"] != "extra_forbidden":
-        return f"{dotted}: {item['msg']}" if dotted else str(item["msg"])
-    valid = _keys_at(location[:-1])
-    near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
-    return f"unknown key {dotted}; did you mean {'.'.join([*location[:-1], *near])}?"
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
-    for key in location:
-        annotation = section.model_fields[key].annotation
-        if isinstance(annotation, types.UnionType):
-            annotation = typing.get_args(annotation)[0]
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
-    return list(section.model_fields)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_message
+from cluster import rpc
 from cluster.config import Config, is_loopback
 from cluster.errors import AnabranchError, ConfigError
 from cluster.model_spec import ModelSpec
-from cluster.types import draw_epoch
+from cluster.types import KvGeometry, draw_epoch
 from controller import ports, roles
 from controller.events import ClusterReady, Observer, Opened, SlotChanged, Stopping
 from controller.fleet import RayFleet
@@ -69,12 +70,16 @@ class Controller:
         self._observe = observe
         spec = ModelSpec.from_folder(Path(self._config.model.path))
         demands = Demands(self._config, spec)
+        self._require_safe_hosts()
         geometry = spec.geometry(self._config.model.dtype, self._config.attention.block_tokens)
+        self._require_arenas(geometry)
         service = ControlService(
             self._table, draw_epoch(), geometry_message(geometry), self._slot_messages, self._on_shutdown
         )
         with self._state.claim(), self._fleet(demands) as fleet, self._serving(service, fleet):
             place = Placer(self._config, demands, fleet.nodes)
+            if self._config.ray.address is None:
+                place.require_room(self._slots)  # no node will join: waiting for one would not help
             self._supervisor = Supervisor(self._slots, self._limits(), place, fleet, self._on_slot)
             fleet.listener = self._supervisor
             self._supervise(self._supervisor, stop, service)
@@ -117,6 +122,24 @@ class Controller:
         finally:
             server.stop()
 
+    def _require_safe_hosts(self) -> None:
+        """What each role would refuse to bind is refused before anything starts."""
+        config = self._config
+        for host in (config.controller.host, config.gateway.host, config.dense.host, config.attention.host):
+            rpc.require_safe_bind(host, config.security)
+
+    def _require_arenas(self, geometry: KvGeometry) -> None:
+        attention, dense = self._config.attention, self._config.dense
+        arenas = {"attention.arena": attention.arena} if attention.replicas else {}
+        if dense.local_arena:
+            arenas["dense.local_arena"] = dense.local_arena
+        for key, arena_bytes in arenas.items():
+            if arena_bytes < geometry.block_bytes:
+                raise ConfigError(
+                    f"{key}: {arena_bytes} bytes do not hold one block, which takes {geometry.block_bytes} "
+                    f"bytes ({attention.block_tokens} tokens of this model): raise it, for example to 1GiB"
+                )
+
     def _require_reachable(self, host: str, machines: set[str]) -> None:
         if len(machines) > 1 and is_loopback(host):
             raise ConfigError(
@@ -128,6 +151,8 @@ class Controller:
     def _supervise(self, supervisor: Supervisor, stop: threading.Event, service: ControlService) -> None:
         """The loop: what was posted, who fell silent, what is due."""
         sweep_next_s = 0.0
+        if stop.is_set():  # told while Ray started
+            self._drain(0.0)
         while not supervisor.is_stopped:
             self._run_calls()
             if time.monotonic() >= sweep_next_s:
@@ -141,10 +166,11 @@ class Controller:
                 self._drain(self._config.controller.drain_grace_s)
             elif (failure := supervisor.failure(self._complete)) is not None:
                 self._failure = failure
-                self._drain(self._config.controller.drain_grace_s)
+                # What never served as a whole has no streams to finish.
+                self._drain(self._config.controller.drain_grace_s if self._complete else 0.0)
             elif not self._complete and supervisor.is_ready:
                 self._complete = True
-                self._announce()
+                self._publish()
 
     def _run_calls(self) -> None:
         """Run what was posted; wait up to a tick for the first."""
@@ -162,10 +188,12 @@ class Controller:
         if self._supervisor is not None:
             self._supervisor.drain(grace_s)
 
-    def _announce(self) -> None:
+    def _publish(self) -> None:
+        """Let clients know the gateways there are, and the observer when nothing is missing."""
         record = self._record()
         self._state.write(record)
-        self._observe(ClusterReady(record))
+        if self._supervisor is not None and self._supervisor.is_ready:
+            self._observe(ClusterReady(record))
 
     def _on_member(self, member: inference_pb2.Member) -> None:
         if member.state == inference_pb2.MEMBER_STATE_READY:
@@ -176,7 +204,7 @@ class Controller:
         if self._supervisor is not None and self._table.holds(member.worker_id, member.epoch):
             self._supervisor.ready(member.worker_id)
             if self._complete:
-                self._announce()  # a gateway may have come back at another address
+                self._publish()  # a gateway may have come back at another address
 
     def _on_slot(self, slot: Slot) -> None:
         if not slot.has_process:
@@ -227,10 +255,11 @@ class Controller:
 
 
 def _slot_message(slot: Slot) -> control_pb2.Slot:
+    problem = f"{slot.phase.value}: {slot.problem}" if slot.problem else slot.phase.value
     return control_pb2.Slot(
         worker_id=slot.worker_id,
         role=roles.ROLES[slot.role],
         node=slot.node,
-        problem="" if slot.phase is Phase.READY else slot.problem or slot.phase.value,
+        problem="" if slot.phase is Phase.READY else problem,
         starts=slot.attempt,
     )

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import secrets
-import shutil
-import signal
 import socket
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, Protocol
@@ -29,6 +26,7 @@ from cluster.config import RayConfig
 from cluster.errors import ConfigError, Unavailable
 from cluster.telemetry import logger
 from controller.keeper import Ended, Keeper, Started
+from controller.ray_folder import RayFolder
 from controller.slots import Node, Order, Slot
 
 _log = logger("fleet")
@@ -83,11 +81,15 @@ class RayFleet:
         self._post = post
         self.listener: Listener | None = None
         self._keepers: dict[str, Any] = {}
-        self._folder: str | None = None
-        if config.address is None:
-            self._folder = _start_private(cpus)
-        else:
-            _join(config.address)
+        self._folder: RayFolder | None = None
+        # On the main thread Ray would take SIGTERM for itself. The thread lives as long as Ray: the kernel
+        # ends Ray's processes with the thread that started them.
+        self._starter = futures.ThreadPoolExecutor(1, thread_name_prefix="ray")
+        try:
+            self._starter.submit(self._connect, config, cpus).result()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End all keepers, and the private cluster. Idempotent."""
@@ -95,8 +97,9 @@ class RayFleet:
             _kill(keeper)
         self._keepers.clear()
         ray.shutdown()
+        self._starter.shutdown()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     @property
     def address(self) -> str:
@@ -141,6 +144,13 @@ class RayFleet:
         if keeper is not None:
             _kill(keeper)
 
+    def _connect(self, config: RayConfig, cpus: int) -> None:
+        if config.address is None:
+            self._folder = RayFolder()
+            _start_private(cpus, self._folder)
+        else:
+            _join(config.address)
+
     def _watch(self, ref: Any, done: Callable[[futures.Future[Any]], None]) -> None:
         ref.future().add_done_callback(lambda future: self._post(functools.partial(done, future)))
 
@@ -163,16 +173,15 @@ class RayFleet:
             self.listener.ended(slot.worker_id, slot.attempt, ended.status, ended.last_line)
 
 
-def _start_private(cpus: int) -> str:
-    """Start a cluster of this machine alone; returns its folder, to be removed after it stopped."""
+def _start_private(cpus: int, folder: RayFolder) -> None:
+    """Start a cluster of this machine alone, which keeps its files in the folder."""
     # Ray reads these once per process, so they stay; the token is in no file.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray._raylet.Config.initialize("")  # it was read when Ray was imported
-    folder = tempfile.mkdtemp(prefix="anabranch-ray-", dir="/tmp")  # paths of sockets must be short
     try:
-        with _loopback_believed(), _handlers_kept():
+        with _loopback_believed(), _warnings_kept_back():
             ray.init(
                 num_cpus=cpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
@@ -180,13 +189,11 @@ def _start_private(cpus: int) -> str:
                 log_to_driver=False,
                 logging_level="ERROR",
                 _node_ip_address=_LOOPBACK,
-                _temp_dir=folder,
+                _temp_dir=str(folder.files),
                 _system_config={"prestart_worker_first_driver": False},
             )
     except Exception as error:  # Ray raises bare ones here
-        shutil.rmtree(folder, ignore_errors=True)
         raise Unavailable(f"a private Ray cluster did not start: {_first_line(error)}") from error
-    return folder
 
 
 def _join(address: str) -> None:
@@ -196,7 +203,7 @@ def _join(address: str) -> None:
         )
     _require_listener(address)
     try:
-        with _handlers_kept():
+        with _warnings_kept_back():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray raises bare ones here
         raise Unavailable(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
@@ -227,16 +234,17 @@ def _loopback_believed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Keep the SIGTERM handler, which ray.init replaces by one that leaves at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
+def _warnings_kept_back() -> Iterator[None]:
+    """Ray warns, before it takes its logging level, that off the main thread it catches no SIGTERM: that
+    is what we want.
+    """
+    log = logging.getLogger("ray._private.worker")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        log.setLevel(level)
 
 
 def _node(raw: dict[str, Any], available: dict[str, float]) -> Node:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster import hardware
 from cluster.config import Config
-from cluster.errors import ConfigError, Unavailable
+from cluster.errors import ConfigError, Unavailable, Unplaceable
 from cluster.model_spec import ModelSpec
-from cluster.policies.node_placement import Assignment, NodeInfo, RoleDemand, assign, role_demand
+from cluster.policies.node_placement import Assignment, NodeInfo, RoleDemand, Unplaced, assign, role_demand
 from controller.slots import Node, NotPlaced, Placed, Slot
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,6 +65,21 @@ class Placer:
             else NotPlaced(answer.missing)
             for answer in answers
         }
+
+    def require_room(self, slots: Sequence[Slot]) -> None:
+        """For a cluster of nodes that no other will join, and on which nothing runs yet: raises Unplaceable
+        naming the first slot for which there would never be room, and what is missing.
+        """
+        nodes = [_info(replace(node, available=node.total)) for node in self._nodes()]
+        demands = [self._demands.of(slot) for slot in slots]
+        for answer in assign(demands, nodes, (), self._catalogue, self._config):
+            if isinstance(answer, Unplaced):
+                raise unplaceable(answer.worker_id, answer.missing)
+
+
+def unplaceable(worker_id: str, missing: str) -> Unplaceable:
+    """The error for a slot that no node can hold."""
+    return Unplaceable(f"{worker_id} cannot be placed: {missing}")
 
 
 def _info(node: Node) -> NodeInfo:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.config import Config
-from cluster.errors import AlreadyExists, NotFound
+from cluster.errors import AlreadyExists, ConfigError, NotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,22 @@ class StateFolder:
         """Where each role process writes WORKER.log."""
         return self.path / "logs"
 
+    def prepare(self) -> None:
+        """Make the folder, for this user alone; one that was there keeps its mode unless it is the default
+        one. Raises ConfigError when it cannot be used.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if self.path == default_path():
+                self.path.chmod(0o700)
+            self.logs.mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError(f"state_dir: {self.path} cannot be used: {error.strerror}") from error
+
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
         """Hold the folder for one cluster. Raises AlreadyExists while another process holds it."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.prepare()
         with self._lock_file.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,8 +104,9 @@ class StateFolder:
         except NotFound:
             who = "just starting or stopping"
         return (
-            f"a cluster runs already with the state folder {self.path} ({who}): `anabranch down` stops it, "
-            "--set state_dir=FOLDER starts another beside it"
+            f"a cluster runs already with the state folder {self.path} ({who}): `anabranch down` stops it; "
+            "another beside it needs a folder and ports of its own: --set state_dir=FOLDER --port 0 "
+            "--http-port 0 --set controller.port=0"
         )
 
 

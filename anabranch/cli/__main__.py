@@ -10,6 +10,7 @@ import typer
 from anabranch.cli import model
 from anabranch.cli.bench import command as bench
 from anabranch.cli.chat import chat_command
+from anabranch.cli.config import config_command
 from anabranch.cli.demo import demo
 from anabranch.cli.doctor import doctor
 from anabranch.cli.down import down
@@ -18,16 +19,27 @@ from anabranch.cli.status import status
 from anabranch.cli.up import up
 from cluster.errors import AnabranchError, ConfigError, InvalidRequest, ModelError
 
+_EPILOG = """\
+Start with `anabranch demo`. Every command explains itself: `anabranch up --help`.
+
+\b
+Exit status of every command:
+0  done
+2  refused for what you can correct: a flag, a key, a file, the model's name or folder
+1  anything else that failed; `up` also where a process had to be killed at its work
+"""
+
 app = typer.Typer(
     name="anabranch",
     help="A distributed LLM serving cluster that computes attention where the KV cache lies.",
-    epilog="Start with `anabranch demo`. Every command explains itself: `anabranch up --help`.",
+    epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
 app.command()(up)
+app.command("config")(config_command)
 app.command()(status)
 app.command()(down)
 app.command()(doctor)

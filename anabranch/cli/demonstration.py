@@ -21,8 +21,12 @@ from rich.table import Table
 
 from anabranch.answers import Member, ShardUsage
 from anabranch.cli import model as models
+from anabranch.cli.awaited import Awaited
+from anabranch.cli.invocation import invocation
+from anabranch.cli.live import SlotLines
 from anabranch.cli.models.catalogue import DEFAULT_MODEL
 from anabranch.cli.models.progress import ConsoleProgress
+from anabranch.cli.pulse import pulse
 from anabranch.client import Client
 from anabranch.events import Finished, Started, TokenDelta
 from cluster import config as configuration
@@ -38,7 +42,6 @@ _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 60.0
 _ANSWER_TOKENS = 32
 _LONG_TOKENS_LEAST = 3000
-_PROGRESS_S = 2.0
 _LOOKS = 3  # what the last step wrote is committed by the next one: look again
 
 
@@ -69,7 +72,9 @@ def run(console: Console) -> int:
     if problem:
         console.print(f"demo: {problem}", style="red", markup=False)
         return 1
-    console.print("Everything is stopped. Next: anabranch up, then anabranch chat.", style="bold")
+    command = invocation()
+    console.print("Everything is stopped. Next, each in a terminal of its own:", style="bold")
+    console.print(f"  {command} up\n  {command} chat", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -87,50 +92,69 @@ def _config(folder: Path, state: str) -> configuration.Config:
     )
 
 
+class _Watcher:
+    """Tells what becomes of the cluster, and notes when it is ready; a `controller.Observer`."""
+
+    def __init__(self, console: Console) -> None:
+        self.records: list[ClusterRecord] = []
+        self.came_up = threading.Event()
+        self._console = console
+        self._lines = SlotLines()
+        self._awaited = Awaited()
+
+    def __call__(self, event: Event) -> None:
+        self._awaited(event)
+        if isinstance(event, ClusterReady):
+            self.records.append(event.record)
+            self.came_up.set()
+        elif isinstance(event, SlotChanged):
+            self._tell(self._lines.line(event.slot))
+
+    def pulse(self, passed_s: float) -> None:
+        """Say what is waited for."""
+        if words := self._awaited.words():
+            self._tell(f"{passed_s:.0f} s: {words}")
+
+    def _tell(self, words: str | None) -> None:
+        if words:
+            self._console.print(f"  {words}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _cluster(console: Console, folder: Path, state: str) -> Iterator[ClusterRecord]:
     """A running cluster; drained and stopped at the end, whatever happens inside."""
     config = _config(folder, state)
     controller = Controller(config)
     stop = threading.Event()
-    ready: list[ClusterRecord] = []
-    came_up = threading.Event()
+    watcher = _Watcher(console)
     failed: list[BaseException] = []
 
     def serve() -> None:
         try:
-            controller.run(stop, lambda event: _on_event(console, event, ready, came_up))
+            controller.run(stop, watcher)
         except AnabranchError as error:
             failed.append(error)
         finally:
-            came_up.set()
+            watcher.came_up.set()
 
     thread = threading.Thread(target=serve, name="controller")
-    console.print("starting Ray, a controller, a gateway, a dense worker and two attention workers ...")
+    console.print("starting Ray, controller, gateway, dense worker and two attention workers ...")
     thread.start()
     try:
-        if not came_up.wait(_START_TIMEOUT_S):
+        with pulse(watcher.pulse):
+            is_up = watcher.came_up.wait(_START_TIMEOUT_S)
+        if not is_up:
             raise Unavailable(f"the cluster was not ready within {_START_TIMEOUT_S:.0f} s; see {state}/logs")
         if failed:
             raise failed[0]
-        yield ready[-1]
+        yield watcher.records[-1]
     finally:
         console.print("stopping ...")
         stop.set()
-        thread.join(_STOP_TIMEOUT_S)
+        with pulse(watcher.pulse):
+            thread.join(_STOP_TIMEOUT_S)
     if thread.is_alive():
         raise Internal(f"the cluster did not stop within {_STOP_TIMEOUT_S:.0f} s")
-
-
-def _on_event(console: Console, event: Event, ready: list[ClusterRecord], came_up: threading.Event) -> None:
-    if isinstance(event, SlotChanged):
-        problem = f": {event.slot.problem}" if event.slot.problem else ""
-        console.print(
-            f"  {event.slot.worker_id} {event.slot.phase.value}{problem}", style="dim", markup=False
-        )
-    elif isinstance(event, ClusterReady):
-        ready.append(event.record)
-        came_up.set()
 
 
 def _ask_both(console: Console, record: ClusterRecord) -> str | None:
@@ -183,20 +207,13 @@ def _ask(console: Console, client: Client, question: str, shown: str) -> Answer:
 @contextmanager
 def _prefill_shown(console: Console, client: Client, request_id: str, total: int) -> Iterator[None]:
     """Show how much of a prompt is in the cache, until left; says nothing of what takes under two seconds."""
-    over = threading.Event()
 
-    def watch() -> None:
-        while not over.wait(_PROGRESS_S):
-            held = sum(shard.committed_tokens for shard in client.topology(request_id).shards)
-            console.print(f"  {held:,} of {total:,} prompt tokens are in the cache", style="dim")
+    def say(_passed_s: float) -> None:
+        held = sum(shard.committed_tokens for shard in client.topology(request_id).shards)
+        console.print(f"  {held:,} of {total:,} prompt tokens are in the cache", style="dim")
 
-    watcher = threading.Thread(target=watch, name="prefill", daemon=True)
-    watcher.start()
-    try:
+    with pulse(say):
         yield
-    finally:
-        over.set()
-        watcher.join()
 
 
 def _cache_table(answer: Answer) -> Table:
@@ -206,12 +223,18 @@ def _cache_table(answer: Answer) -> Table:
     for shard in answer.shards:
         table.add_row(
             shard.worker_id,
-            f"{shard.first_position} to {shard.first_position + shard.committed_tokens}",
+            _positions(shard),
             str(shard.committed_tokens),
             str(shard.blocks),
             f"{shard.bytes:,}",
         )
     return table
+
+
+def _positions(shard: ShardUsage) -> str:
+    """First and last position held."""
+    last = shard.first_position + shard.committed_tokens - 1
+    return f"{shard.first_position} to {last}" if shard.committed_tokens else "none"
 
 
 def _speed_table(short: Answer, long: Answer) -> Table:

@@ -13,7 +13,7 @@ from anabranch.cli.status import Address, ConfigFile
 
 def down(
     grace_s: Annotated[float, typer.Option("--grace", min=0, help="Seconds open streams get.")] = 10.0,
-    now: Annotated[bool, typer.Option("--now", help="Kill everything at once.")] = False,
+    now: Annotated[bool, typer.Option("--now", metavar="", help="Kill everything at once.")] = False,
     address: Address = None,
     config_file: ConfigFile = None,
 ) -> None:

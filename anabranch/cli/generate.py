@@ -33,7 +33,7 @@ INTERRUPTED_STATUS = 130
 
 def generate_command(
     text: Annotated[str, typer.Argument(help="What to continue; - reads standard input.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Treat the text as a user's message.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", metavar="", help="Take it for a user's message.")] = False,
     system: System = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -41,7 +41,9 @@ def generate_command(
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.")] = None,
     n: Annotated[int, typer.Option("--n", help="Number of outputs.", min=1)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print a JSON object at the end.")
+    ] = False,
     address: Address = None,
     api_key: ApiKey = None,
     authority: Authority = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -10,6 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from anabranch.cli.awaited import Awaited
+from anabranch.cli.pulse import pulse
 from anabranch.v1 import control_pb2, inference_pb2
 from controller.events import ClusterReady, Event, Opened, SlotChanged, Stopping
 from controller.slots import Phase, Slot
@@ -21,10 +24,9 @@ _STATES = {
     inference_pb2.MEMBER_STATE_READY: "ready",
     inference_pb2.MEMBER_STATE_DRAINING: "draining",
 }
-_PHASES = ("", *(phase.value for phase in Phase))
-"""What a slot says that has no problem."""
-
-_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow"}
+_PHASES = frozenset(phase.value for phase in Phase)
+_STYLES = {"ready": "green", "given up": "red", "stopped": "dim"}
+_OTHER_STYLE = "yellow"
 _SHOWN_LETTERS = 6  # of a node's id, of an epoch: enough to tell them apart
 _COLUMNS = ("slot", "state", "node", "pid", "epoch", "memory", "cache", "work")
 
@@ -39,24 +41,31 @@ def fleet_table(fleet: control_pb2.GetFleetResponse) -> Group:
     for name in sorted(slots.keys() | members.keys()):
         table.add_row(*_row(name, slots.get(name), members.get(name)))
     problems = [
-        Text(f"{slot.worker_id}, start {slot.starts}: {slot.problem}", style="yellow")
+        Text(f"{slot.worker_id}, start {slot.starts}: {problem}", style="yellow")
         for slot in fleet.slots
-        if slot.problem not in _PHASES
+        if (problem := _phase_and_problem(slot)[1])
     ]
     return Group(table, *problems)
+
+
+def _phase_and_problem(slot: control_pb2.Slot) -> tuple[str, str]:
+    """What a slot that is not ready says of itself: `PHASE` or `PHASE: problem`; empty if it is ready."""
+    phase, _, problem = slot.problem.partition(": ")
+    return (phase, problem) if phase in _PHASES else ("", slot.problem)
 
 
 def _row(
     name: str, slot: control_pb2.Slot | None, member: inference_pb2.Member | None
 ) -> tuple[str | Text, ...]:
     node = slot.node[:_SHOWN_LETTERS] if slot is not None else ""
+    phase = _phase_and_problem(slot)[0] if slot is not None else ""
     if member is None:
-        waiting = slot is not None and not slot.node
-        return name, Text("waiting" if waiting else "starting", style="yellow"), node, "", "", "", "", ""
-    state = _STATES.get(member.state, "")
+        return name, _state(phase or Phase.WAITING.value), node, "", "", "", "", ""
+    # The slot knows better, but for what a process that comes up says of itself.
+    state = phase if phase not in ("", Phase.STARTING.value) else _STATES.get(member.state, "")
     return (
         name,
-        Text(state, style=_STYLES.get(state, "")),
+        _state(state),
         node or member.host,
         str(member.process_id),
         f"{member.epoch:016x}"[:_SHOWN_LETTERS],
@@ -64,6 +73,10 @@ def _row(
         _blocks(member.load.blocks),
         _work(member),
     )
+
+
+def _state(words: str) -> Text:
+    return Text(words, style=_STYLES.get(words, _OTHER_STYLE))
 
 
 def _blocks(account: inference_pb2.BlockAccount) -> str:
@@ -94,8 +107,26 @@ def addresses(record: ClusterRecord) -> str:
     return f"serving {record.model}: gRPC at {', '.join(record.gateways)}{http}"
 
 
+class SlotLines:
+    """What becomes of slots, as lines: every phase once, every problem once."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, Slot] = {}
+
+    def line(self, slot: Slot) -> str | None:
+        """The line for a change; None if it says nothing new."""
+        told = self._told.get(slot.worker_id)
+        self._told[slot.worker_id] = slot
+        has_news = slot.problem and (told is None or slot.problem != told.problem)
+        if told is not None and slot.phase is told.phase and not has_news:
+            return None
+        about = f" process {slot.process_id}" if slot.process_id else ""
+        return f"{slot.worker_id} {slot.phase.value}{about}{f': {slot.problem}' if has_news else ''}"
+
+
 class LiveView:
-    """Shows a cluster while it runs: on a terminal a table that refreshes, else a line per event.
+    """Shows a cluster while it runs: on a terminal a table that refreshes, else a line per event, and
+    every two seconds one that says what is waited for.
 
     A `controller.Observer`; use as a context manager.
     """
@@ -107,7 +138,9 @@ class LiveView:
         self._title = title
         self._fleet = fleet
         self._headline = "starting Ray"
-        self._problems: dict[str, str] = {}
+        self._lines = SlotLines()
+        self._awaited = Awaited()
+        self._until_exit = ExitStack()
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> LiveView:
@@ -115,12 +148,14 @@ class LiveView:
             self._live.start()
         else:
             self._console.print(f"{self._title}: {self._headline}")
+            self._until_exit.enter_context(pulse(self._say))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._headline = "stopped"
+        self._until_exit.close()
         if self._console.is_terminal:
             self._live.stop()
         elif error is None:
@@ -128,6 +163,7 @@ class LiveView:
 
     def __call__(self, event: Event) -> None:
         """See `controller.Observer`."""
+        self._awaited(event)
         match event:
             case Opened():
                 self._headline = (
@@ -143,17 +179,15 @@ class LiveView:
             self._print(event)
 
     def _print(self, event: Event) -> None:
-        if isinstance(event, SlotChanged):
-            self._console.print(self._line(event.slot), highlight=False, soft_wrap=True, markup=False)
-        else:
-            self._console.print(self._headline, highlight=False, soft_wrap=True, markup=False)
+        line = self._lines.line(event.slot) if isinstance(event, SlotChanged) else self._headline
+        if line is not None:
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def _line(self, slot: Slot) -> str:
-        """A slot's change; a problem is told once."""
-        about = f" process {slot.process_id}" if slot.process_id else ""
-        problem = f": {slot.problem}" if slot.problem != self._problems.get(slot.worker_id, "") else ""
-        self._problems[slot.worker_id] = slot.problem
-        return f"{slot.worker_id} {slot.phase.value}{about}{problem}".rstrip(": ")
+    def _say(self, passed_s: float) -> None:
+        if words := self._awaited.words():
+            self._console.print(f"  {passed_s:.0f} s: {words}", highlight=False, soft_wrap=True, markup=False)
 
     def _render(self) -> Group:
-        return Group(Text(self._title, style="bold"), Text(self._headline), fleet_table(self._fleet()))
+        words = self._awaited.words()
+        lines = [Text(self._headline), *([Text(f"{words} ...", style="dim")] if words else [])]
+        return Group(Text(self._title, style="bold"), *lines, fleet_table(self._fleet()))

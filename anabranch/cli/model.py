@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +16,10 @@ from anabranch.cli.models.catalogue import DEFAULT_MODEL
 from anabranch.cli.models.describe import ModelDescription, describe
 from anabranch.cli.models.progress import ConsoleProgress, FetchProgress
 from anabranch.cli.models.store import ModelStore, StoredModel, cache_folder
-from cluster.errors import AnabranchError
 
 app = typer.Typer(help="Fetch, list and inspect models.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of a table.")]
 
 
 @app.command("fetch")
@@ -30,10 +27,9 @@ def fetch_command(
     name: Annotated[str, typer.Argument(help="A name that `anabranch model list` shows.")] = DEFAULT_MODEL,
 ) -> None:
     """Download a model, convert it and print its folder; one that is here already is only checked."""
-    with _errors_as_messages():
-        with ConsoleProgress(Console(stderr=True)) as progress:
-            folder = fetch(name, progress)
-        print(folder)
+    with ConsoleProgress(Console(stderr=True)) as progress:
+        folder = fetch(name, progress)
+    print(folder)
 
 
 @app.command("list")
@@ -52,8 +48,7 @@ def inspect_command(
     as_json: AsJson = False,
 ) -> None:
     """Show what a model is and what a token of its cache costs."""
-    with _errors_as_messages():
-        description = describe(resolve(model))
+    description = describe(resolve(model))
     if as_json:
         print(json.dumps(dataclasses.asdict(description), indent=2))
     else:
@@ -73,16 +68,6 @@ def fetch(name: str, progress: FetchProgress) -> Path:
 def resolve(name_or_path: str) -> Path:
     """`ModelStore.resolve` in the user's cache folder."""
     return default_store().resolve(name_or_path)
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    try:
-        yield
-    except AnabranchError as error:
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"error: {error.message}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
 
 
 def _as_json(model: StoredModel) -> dict[str, object]:

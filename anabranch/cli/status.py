@@ -21,7 +21,9 @@ Address = Annotated[
 
 
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print JSON instead of a table.")
+    ] = False,
     address: Address = None,
     config_file: ConfigFile = None,
 ) -> None:

@@ -13,11 +13,15 @@ from rich.console import Console
 
 from anabranch.cli import model as model_store
 from anabranch.cli.live import LiveView
+from anabranch.cli.preflight import require_servable
 from cluster import config as configuration
 from cluster.config import Config
+from cluster.config_text import default_of
 from cluster.errors import ConfigError
-from cluster.telemetry import configure_logging
+from cluster.telemetry import configure_logging, logger
 from controller import roles
+from controller.event_log import LogObserver
+from controller.events import Event
 from controller.signals import Interrupts
 from controller.state import StateFolder
 
@@ -25,30 +29,60 @@ _DEFAULT_ARENA = "1GiB"
 _GATEWAYS_MOST = 64  # gateway i adds i to both ports: this far apart they never meet
 
 
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any key: --set dense.threads=2. Repeatable.")
+]
+
+
+def about(key: str, words: str) -> str:
+    """What a flag says of the key it sets."""
+    default = default_of(key)
+    return f"{words} ({key})." if default == "null" else f"{words} ({key}; default {default})."
+
+
 def up(
     model: Annotated[
-        str | None, typer.Option(help="Model folder, or a name of `anabranch model list`.")
+        str | None,
+        typer.Option(help=about("model.path", "Model folder, or a name of `anabranch model list`")),
     ] = None,
     config_file: Annotated[
-        Path | None, typer.Option("--config", help="YAML file; flags override it.")
+        Path | None,
+        typer.Option("--config", help="YAML file (`anabranch config` prints one); flags override it."),
     ] = None,
-    gateways: Annotated[int | None, typer.Option(help="Gateway processes (gateway.replicas).")] = None,
-    dense: Annotated[int | None, typer.Option(help="Dense workers (dense.replicas).")] = None,
+    gateways: Annotated[int | None, typer.Option(help=about("gateway.replicas", "Gateway processes"))] = None,
+    dense: Annotated[int | None, typer.Option(help=about("dense.replicas", "Dense workers"))] = None,
     attention: Annotated[
-        int | None, typer.Option(help="Attention workers; 0 keeps the cache in the dense worker.")
+        int | None,
+        typer.Option(
+            help=about("attention.replicas", "Attention workers, 0 keeps the cache in the dense worker")
+        ),
     ] = None,
-    arena: Annotated[str | None, typer.Option(help="KV cache per worker, for example 2GiB.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    port: Annotated[int | None, typer.Option(help="gRPC port of the first gateway; 0 draws one.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="HTTP port of the first gateway.")] = None,
-    host: Annotated[str | None, typer.Option(help="Host every server binds, for example 0.0.0.0.")] = None,
+    arena: Annotated[
+        str | None,
+        typer.Option(help=about("attention.arena", "KV cache per worker, for example 2GiB or 2GB")),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=about("model.dtype", "float32, bfloat16 or float16"))
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help=about("gateway.port", "gRPC port of the first gateway, 0 draws one"))
+    ] = None,
+    http_port: Annotated[
+        int | None,
+        typer.Option(help=about("gateway.http_port", "HTTP port of the first gateway, 0 draws one")),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help=about("gateway.host", "Host every server binds, for example 0.0.0.0")),
+    ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Join this Ray cluster (HOST:PORT) instead of starting one.")
+        str | None,
+        typer.Option(help=about("ray.address", "Join this Ray cluster (HOST:PORT) instead of starting one")),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plain text beyond loopback.")] = False,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any key: --set dense.threads=2. Repeatable.")
-    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", metavar="", help="Allow plain text beyond loopback.")
+    ] = False,
+    settings: Settings = None,
 ) -> None:
     """Start a cluster and show it until Ctrl-C, which drains and stops it.
 
@@ -57,7 +91,7 @@ def up(
     anabranch up --attention 3 --arena 2GiB   three attention workers
     anabranch up --attention 0                all in the dense worker
     anabranch up --model ~/models/Qwen3-0.6B  any Hugging Face folder
-    anabranch up --set dense.step_tokens=512  any key of cluster/config.py
+    anabranch up --set dense.step_tokens=512  any key that `anabranch config` shows
     """
     flags = {
         "gateway.replicas": gateways,
@@ -73,7 +107,9 @@ def up(
     }
     overrides = {key: value for key, value in flags.items() if value is not None}
     overrides |= parse_settings(settings or [])
-    raise typer.Exit(run(resolve_model(compose(config_file, overrides, arena))))
+    config = resolve_model(compose(config_file, overrides, arena))
+    require_servable(config)
+    raise typer.Exit(run(config))
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -112,7 +148,7 @@ def compose(config_file: Path | None, overrides: dict[str, Any], arena: str | No
 def resolve_model(config: Config) -> Config:
     """The same with `model.path` a folder and `model.name` a name.
 
-    Raises ModelError, or NotFound saying how to fetch the model.
+    Raises ModelError, which says how to fetch the model if it is not here.
     """
     folder = model_store.resolve(config.model.path).absolute()
     named = config.model.model_copy(update={"path": str(folder), "name": config.model.name or folder.name})
@@ -127,17 +163,24 @@ def run(config: Config, command: roles.Command = roles.module_command) -> int:
     # Here, not above: importing Ray takes half a second that `--help` need not take.
     from controller.controller import Controller
 
-    _log_to_file(config, StateFolder.of(config).logs)
+    state = StateFolder.of(config)
+    state.prepare()
+    _log_to_file(config, state.logs)
+    log = LogObserver(logger("controller"))
     controller = Controller(config, command)
     stop = threading.Event()
     view = LiveView(Console(stderr=True), f"Anabranch: {config.model.name}", controller.fleet)
+
+    def observe(event: Event) -> None:
+        log(event)
+        view(event)
+
     with Interrupts(stop.set, controller.hurry), view:
-        return controller.run(stop, view)
+        return controller.run(stop, observe)
 
 
 def _log_to_file(config: Config, folder: Path) -> None:
     """The terminal belongs to the view."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     configure_logging(config.telemetry, role="controller", worker="controller-0")
     for handler in logging.getLogger("anabranch").handlers:
         if isinstance(handler, logging.StreamHandler):

@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from anabranch.cli.preflight import require_servable
 from cluster import config as configuration
-from tests.models import tiny_model
+from cluster.errors import ModelError
+from cluster.model_spec import ModelSpec
+from cluster.weight_files import read_stored_tensors
+from cluster.weight_shapes import weight_shapes
+from tests.models import FAMILIES, tiny_model
 
 _END_S = 60.0
 
@@ -78,3 +83,27 @@ def test_a_folder_that_cannot_be_served_is_one_line(
     assert len(lines) == 1, ended.stderr[-2000:]
     assert lines[0].startswith(f"{role}: ")
     assert said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "spoil"), [(fault[2], fault[1]) for fault in FAULTS.values()], ids=FAULTS.keys()
+)
+def test_up_refuses_it_before_anything_starts(
+    whole_model: Path, tmp_path: Path, said: str, spoil: Callable[[Path], None]
+) -> None:
+    """`up` finds by itself what one of its roles would refuse much later."""
+    folder = tmp_path / "model"
+    shutil.copytree(whole_model, folder)
+    require_servable(configuration.load(None, {"model.path": str(folder)}))
+    spoil(folder)
+    with pytest.raises(ModelError, match=said):
+        require_servable(configuration.load(None, {"model.path": str(folder)}))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_shapes_are_those_that_are_loaded(tmp_path: Path, architecture: str) -> None:
+    """Every tensor of a whole model is asked for, and in its shape, whatever its architecture."""
+    folder = tiny_model(tmp_path, architecture)
+    stored = read_stored_tensors(folder)
+    shapes = dict(weight_shapes(ModelSpec.from_folder(folder)))
+    assert shapes == {name: tensor.shape for name, tensor in stored.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import os
 import pty
@@ -13,18 +13,16 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from anabranch.cli import up
-from anabranch.cli.live import fleet_table, size
-from anabranch.v1 import control_pb2, inference_pb2
-from cluster.errors import ConfigError, NotFound
-from controller.state import ClusterRecord, StateFolder, process_start
+from cluster import config as configuration
+from cluster.errors import NotFound
+from controller.state import StateFolder, process_start
 from tests.integration.clusters import DEADLINE_S, alive, descendants
 
 pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
@@ -136,6 +134,36 @@ def test_ctrl_c_drains_and_leaves_nothing(tmp_path: Path) -> None:
     assert "Traceback" not in screen.text
 
 
+def test_sigterm_while_ray_starts_leaves_nothing(tmp_path: Path) -> None:
+    """In the middle of Ray's start SIGTERM ends `up` as it does later: status 0, "stopped", and neither
+    a process nor Ray's folder is left.
+    """
+    with up_in_pipe(tmp_path) as (process, screen):
+        screen.await_text(re.compile("starting Ray"))
+        await_program("gcs_server", process.pid)
+        processes = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+        screen.await_end()
+    assert screen.text.endswith("stopped\n")
+    assert alive(processes) == []
+    assert list(Path("/tmp").glob(f"anabranch-ray-*/r/session_*_{process.pid}")) == []
+
+
+def await_program(name: str, process_id: int) -> None:
+    """Wait until a program runs below a process."""
+    end_s = time.monotonic() + DEADLINE_S
+    while not any(name in command for command in commands(descendants(process_id))):
+        assert time.monotonic() < end_s, f"{name} does not run"
+
+
+def commands(processes: dict[int, str]) -> Iterator[str]:
+    """Command lines of those that still run."""
+    for number in processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield Path(f"/proc/{number}/cmdline").read_text()
+
+
 def test_status_and_down_find_the_cluster(tmp_path: Path) -> None:
     """`status` shows slots and members, `--json` too; a second `up` is refused; `down` returns when
     nothing runs any more.
@@ -161,6 +189,33 @@ def test_status_and_down_find_the_cluster(tmp_path: Path) -> None:
     gone = anabranch("status", "--config", config)
     assert gone.returncode == 1
     assert "anabranch up" in gone.stderr
+
+
+def test_a_death_is_shown_logged_and_not_called_serving(tmp_path: Path) -> None:
+    """Which process died and why stands in controller.log as on the terminal, and "serving" is said again
+    only when nothing is missing any more.
+    """
+    with up_in_pipe(tmp_path) as (process, screen):
+        screen.await_text(_READY)
+        victims = {
+            name: number
+            for number in descendants(process.pid)
+            for name in ("gateway-0", "dense-0")
+            if f"--worker-id\0{name}\0" in Path(f"/proc/{number}/cmdline").read_text()
+        }
+        for number in victims.values():
+            os.kill(number, signal.SIGKILL)
+        screen.await_text(re.compile(_READY.pattern + ".*" + _READY.pattern, re.DOTALL))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+        screen.await_end()
+    between = _READY.split(screen.text)[1]
+    events = [json.loads(line) for line in (tmp_path / "state/logs/controller.log").read_text().splitlines()]
+    for name in victims:
+        assert f"{name} paused: ended by SIGKILL" in between
+        assert re.search(rf"^{name} ready", between, re.MULTILINE)
+        assert [e for e in events if e.get("slot") == name and e["problem"] == "ended by SIGKILL"]
+    assert {"opened", "ready", "stopping"} <= {event["event"] for event in events}
 
 
 def test_a_crash_of_the_controller_takes_the_processes_along(tmp_path: Path) -> None:
@@ -215,6 +270,8 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         (["--set", "dense.threads"], "key=value"),
         (["--set", "dense.threads=[1"], "YAML"),
         (["--arena", "lots"], "512MiB"),
+        (["--arena", "2Gb"], "MB, GB"),
+        (["--set", "dense=3"], "dense: must be a section"),
         (["--dtype", "int3"], "float32"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
@@ -227,79 +284,38 @@ def test_a_wrong_flag_is_one_clear_line(words: list[str], said: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_record_of_another_process_is_stale(tmp_path: Path) -> None:
-    """A process number that was given to somebody else since does not make a dead cluster alive."""
-    state = StateFolder(tmp_path)
-    with state.claim():
-        record = ClusterRecord(os.getpid(), process_start(os.getpid()), "127.0.0.1:1", "model")
-        state.write(record)
-        assert state.read() == record
-        state.write(ClusterRecord(os.getpid(), process_start(os.getpid()) + 1, "127.0.0.1:1", "model"))
-        with pytest.raises(NotFound, match="dead"):
-            state.read()
+def test_help_teaches_defaults_and_shows_flags_as_flags() -> None:
+    """`up --help` names what happens without a flag; a flag takes no value."""
+    shown = " ".join(anabranch("up", "--help").stdout.replace("│", " ").split())
+    assert "gateway.port; default 8650" in shown
+    assert "--insecure Allow" in shown
+    assert "2 refused for what you can correct" in " ".join(anabranch("--help").stdout.split())
 
 
-def test_monolithic_mode_gets_an_arena(tmp_path: Path) -> None:
-    """--attention 0 puts the cache, with the size asked for, into the dense worker."""
-    assert up.compose(None, {"attention.replicas": 0}, None).dense.local_arena == 2**30
-    assert up.compose(None, {"attention.replicas": 0}, "64MiB").dense.local_arena == 64 * 2**20
+def test_the_printed_configuration_is_the_one_given(tmp_path: Path) -> None:
+    """`anabranch config` prints a file to begin with, and what a short one comes to."""
     file = tmp_path / "cluster.yaml"
-    file.write_text("dense: {local_arena: 5MiB}\n")
-    assert up.compose(file, {"attention.replicas": 0}, None).dense.local_arena == 5 * 2**20
-    split = up.compose(None, {"attention.replicas": 3}, "64MiB")
-    assert (split.attention.arena, split.dense.local_arena) == (64 * 2**20, 0)
+    file.write_text("dense: {threads: 3}\n")
+    printed = anabranch("config", "--config", str(file))
+    assert printed.returncode == 0
+    (tmp_path / "whole.yaml").write_text(printed.stdout)
+    assert configuration.load(tmp_path / "whole.yaml") == configuration.load(file)
+    assert "# Compute threads" in anabranch("config").stdout
 
 
-def test_the_ports_of_several_gateways_do_not_meet() -> None:
-    """Gateway i adds i to both ports: with several of them HTTP starts beyond the last gRPC port."""
-    gateway = up.compose(None, {"gateway.replicas": 3, "gateway.port": 9000}, None).gateway
-    grpc_ports = {gateway.port + i for i in range(3)}
-    assert gateway.http_port is not None
-    assert not grpc_ports & {gateway.http_port + i for i in range(3)}
-    assert up.compose(None, {}, None).gateway.http_port == 8651
-    chosen = {"gateway.replicas": 2, "gateway.http_port": 9100}
-    assert up.compose(None, chosen, None).gateway.http_port == 9100
-
-
-def test_settings_are_yaml() -> None:
-    """Values keep their types; a key is needed."""
-    assert up.parse_settings(["dense.threads=2", "model.name=null", "model.dtype=bfloat16"]) == {
-        "dense.threads": 2,
-        "model.name": None,
-        "model.dtype": "bfloat16",
-    }
-    with pytest.raises(ConfigError, match="key=value"):
-        up.parse_settings(["=2"])
-
-
-def test_sizes_are_for_people() -> None:
-    """Powers of 1024, one decimal from MiB on."""
-    assert [size(0), size(2048), size(3 * 2**20 // 2), size(2**31)] == ["0 B", "2 KiB", "1.5 MiB", "2.0 GiB"]
-
-
-def test_the_table_fits_a_terminal_and_shows_what_is_missing() -> None:
-    """No cell is cut, whatever the figures; a slot without a process is a row, and its problem a line."""
-    slots = [
-        control_pb2.Slot(worker_id=name, node="ab" * 28, starts=1) for name in ("attention-63", "dense-0")
-    ]
-    slots.append(control_pb2.Slot(worker_id="dense-1", problem="needs GPU: 1", starts=2))
-    load = inference_pb2.Load(resident_bytes=1023 * 2**20, sequences_running=64, sequences_waiting=256)
-    load.blocks.MergeFrom(inference_pb2.BlockAccount(capacity=40960, free=1))
-    members = [
-        inference_pb2.Member(
-            worker_id=slot.worker_id,
-            role=inference_pb2.ROLE_DENSE,
-            state=inference_pb2.MEMBER_STATE_DRAINING,
-            process_id=4194303,
-            epoch=2**64 - 1,
-            load=load,
-        )
-        for slot in slots[:2]
-    ]
-    fleet = control_pb2.GetFleetResponse(membership=control_pb2.Membership(members=members), slots=slots)
-    console = Console(width=84, record=True, file=io.StringIO())
-    console.print(fleet_table(fleet))
-    text = console.export_text()
-    assert "…" not in text
-    assert re.search(r"^dense-1 +waiting", text, re.MULTILINE)
-    assert "dense-1, start 2: needs GPU: 1" in text
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("attention.arena=0", r"attention\.arena: 0 bytes do not hold one block"),
+        ("gateway.host=0.0.0.0", "--insecure"),
+        ("attention.host=0.0.0.0", "--insecure"),
+    ],
+)
+def test_what_a_role_would_refuse_is_refused_before_ray(tmp_path: Path, setting: str, said: str) -> None:
+    """One line and status 2, and Ray's folder was never made: nobody waits for what can be known at once."""
+    with up_in_pipe(tmp_path, setting) as (process, screen):
+        assert process.wait(DEADLINE_S) == 2
+        screen.await_end()
+    assert re.search(rf"^anabranch: .*{said}", screen.text, re.MULTILINE)
+    assert "controller at" not in screen.text
+    assert list(Path("/tmp").glob(f"anabranch-ray-*/r/session_*_{process.pid}")) == []

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from anabranch.v1 import control_pb2, control_pb2_grpc
 from cluster import rpc
 from cluster.config import TlsConfig
-from cluster.errors import BrokenModelFolder, ConfigError, NotFound
+from cluster.errors import BrokenModelFolder, ConfigError, NotFound, Unplaceable
 from controller.controller import Controller
 from controller.slots import Phase
 from controller.state import StateFolder
@@ -45,6 +47,28 @@ def test_a_refusing_process_fails_the_start_in_its_own_words(tmp_path: Path) -> 
         pytest.raises(ConfigError, match=r"dense-0: program: this program was told to refuse"),
     ):
         cluster.status.result(DEADLINE_S)
+    assert alive(descendants(os.getpid())) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"placement__attention_label": "disk=fast"}, "disk=fast"),
+        ({"attention__arena": "4000GiB"}, "GiB memory"),
+        ({"dense__device": "cuda", "dense__replicas": 65}, "GPU"),
+        ({"placement__exclusive": True}, "anabranch_"),
+    ],
+    ids=["label", "memory", "gpu", "custom"],
+)
+def test_a_role_for_which_a_private_cluster_has_no_room_fails_at_once(
+    tmp_path: Path, settings: dict[str, Any], missing: str
+) -> None:
+    """With the default limits: no node will join, so nothing is started and nothing waited for."""
+    began_s = time.monotonic()
+    with running(configured(tmp_path, **settings), joining()) as cluster:
+        with pytest.raises(Unplaceable, match=missing):
+            cluster.status.result(DEADLINE_S)
+        assert time.monotonic() - began_s < 30
     assert alive(descendants(os.getpid())) == []
 
 

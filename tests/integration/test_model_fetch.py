@@ -21,7 +21,7 @@ from cluster.errors import (
     BrokenModelFolder,
     ConfigError,
     DeadlineExceeded,
-    NotFound,
+    ModelError,
     ResourceExhausted,
     Unavailable,
 )
@@ -228,9 +228,9 @@ def test_missing_converter_names_the_extra(
 def test_unknown_names_are_told_the_known_ones(cache: Path, entry: CatalogueEntry) -> None:
     """Neither fetch nor resolve guesses; a model not fetched yet is told how."""
     store = store_of(cache, entry)
-    with pytest.raises(NotFound, match="known are tiny"):
+    with pytest.raises(ModelError, match="known are tiny"):
         store.fetch("tinny", SilentProgress())
-    with pytest.raises(NotFound, match="neither a folder nor a model"):
+    with pytest.raises(ModelError, match="neither a folder nor a model"):
         store.resolve("tinny")
-    with pytest.raises(NotFound, match="anabranch model fetch tiny"):
+    with pytest.raises(ModelError, match="anabranch model fetch tiny"):
         store.resolve("tiny")

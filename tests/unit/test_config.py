@@ -1,11 +1,13 @@
 """The configuration file: what it accepts, what it refuses, and how it says so."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.config import Config, load
+from cluster.config_text import commented, default_of
 from cluster.errors import ConfigError
 
 
@@ -38,7 +40,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one(key: str, expected
     ("overrides", "named"),
     [
         ({"dense.threads": 0}, "dense.threads"),
-        ({"attention.arena": "3GB"}, "attention.arena"),
+        ({"attention.arena": "3Gb"}, "attention.arena"),
         ({"model.dtype": "int3"}, "model.dtype"),
         ({"gateway.port": 70000}, "gateway.port"),
         ({"attention.replicas": 0}, "dense.local_arena"),
@@ -56,10 +58,32 @@ def test_a_wrong_value_is_refused_by_name(overrides: dict[str, object], named: s
     with pytest.raises(ConfigError) as caught:
         load(None, overrides)
     assert named in caught.value.message
+    for foreign in ("Value error", "Input should", "instance of", "Config"):
+        assert foreign not in caught.value.message
 
 
-def test_sizes_take_binary_units() -> None:
-    """`512MiB` is bytes."""
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"dense.cores": "some"}, "dense.cores: must be 'auto' or a list, not 'some'"),
+        ({"dense.threads": "two"}, "dense.threads: must be an integer"),
+        ({"dense": 3}, "dense: must be a section with keys below it, not 3"),
+        ({"gateway.port": 70000}, "gateway.port: must be less than or equal to 65535, not 70000"),
+        ({"lanes.transports": ["post"]}, "lanes.transports.0: must be 'local', 'tcp' or 'grpc', not 'post'"),
+    ],
+)
+def test_a_refusal_says_what_would_do_and_what_was_given(overrides: dict[str, object], said: str) -> None:
+    """In the words of the file: no name of a form or type that only the validator knows."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, overrides)
+    assert caught.value.message.startswith(said)
+
+
+def test_sizes_take_binary_and_decimal_units() -> None:
+    """`512MiB` and `2GB` are bytes; a refusal lists the units."""
+    assert load(None, {"attention.arena": "2GB"}).attention.arena == 2 * 10**9
+    with pytest.raises(ConfigError, match=r"kB, KB, MB, GB"):
+        load(None, {"attention.arena": "3Gb"})
     assert load(None, {"attention.arena": "512MiB"}).attention.arena == 512 * 2**20
     assert load(None, {"attention.arena": "1.5 GiB"}).attention.arena == 3 * 2**29
 
@@ -98,3 +122,31 @@ def test_the_file_is_frozen() -> None:
 def test_yaml_is_plain() -> None:
     """The written file needs no Python types to be read."""
     assert yaml.safe_load(load(None).to_yaml())["dense"]["threads"] == 1
+
+
+def test_the_printed_file_explains_every_key_and_loads_to_itself(tmp_path: Path) -> None:
+    """What `anabranch config` prints is the configuration, each key below a comment that says what it is."""
+    config = load(None, {"attention.arena": "3MB", "placement.dense_classes": ["h100"], "model.name": "a: b"})
+    path = tmp_path / "config.yaml"
+    path.write_text(commented(config))
+    assert load(path) == config
+    lines = [line.strip() for line in commented(config).splitlines() if line]
+    unexplained = [
+        line for above, line in itertools.pairwise(lines) if not line.startswith("#") and above[0] != "#"
+    ]
+    assert unexplained == []
+    assert "arena: 3000000" in lines
+
+
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [
+        ("attention.arena", "1GiB"),
+        ("model.name", "null"),
+        ("security.tls.mutual", "false"),
+        ("dense.threads", "1"),
+    ],
+)
+def test_a_default_is_named_as_the_file_shows_it(key: str, default: str) -> None:
+    """Sizes in their unit, the rest in YAML."""
+    assert default_of(key) == default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from anabranch.cli import model
+from anabranch.cli.__main__ import app, reporting
 from anabranch.cli.models.catalogue import CATALOGUE, DEFAULT_MODEL
 from anabranch.cli.models.convert import convert_gguf, to_half_rotation
 from anabranch.cli.models.describe import describe
@@ -127,14 +129,17 @@ def test_inspect_prints_a_table_and_json(tiny_folder: Path) -> None:
     assert (facts["architecture"], facts["layers"]) == ("LlamaForCausalLM", 2)
 
 
-def test_errors_are_one_sentence(tmp_path: Path) -> None:
-    """A wrong name or an empty folder is an exit status and a message, not a trace."""
-    unknown = CliRunner().invoke(model.app, ["inspect", "nonsense"])
-    empty = CliRunner().invoke(model.app, ["inspect", str(tmp_path)])
-    assert (unknown.exit_code, empty.exit_code) == (1, 1)
-    assert f"({DEFAULT_MODEL})" in unknown.stderr
-    assert "config.json" in empty.stderr
-    assert "Traceback" not in unknown.output + empty.output
+@pytest.mark.parametrize("command", [["model", "inspect"], ["up", "--model"]], ids=["inspect", "up"])
+def test_a_model_that_cannot_be_served_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """A wrong name or an empty folder: status 2 and the same words, whichever command is asked."""
+    for name, said in (("nonsense", f"({DEFAULT_MODEL})"), (str(tmp_path), "config.json")):
+        assert reporting(partial(app, [*command, name], standalone_mode=False)) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("anabranch: ")
+        assert said in told
+        assert len(told.splitlines()) == 1
 
 
 def test_list_shows_what_is_not_fetched(tmp_path: Path) -> None:

