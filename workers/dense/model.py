@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cluster.model_spec import ModelSpec
 from workers.dense.attention_port import AttentionPort
-from workers.dense.rope import RotaryEmbedding, rotate
+from workers.dense.operators import select_operators
+from workers.dense.rope import RotaryEmbedding
 from workers.dense.weights import DecoderWeights, LayerWeights, Linear, Progress, load_weights
 
 
@@ -30,6 +31,7 @@ class Decoder:
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self._weights = weights
+        self._operators = select_operators(self.dtype, self.device)
         self._rope = RotaryEmbedding(spec.rope, spec.head_size, self.dtype, self.device)
 
     @classmethod
@@ -53,14 +55,14 @@ class Decoder:
         layer's query, key and value have left and before their answer is awaited: run another
         micro-batch there. Returns the final-normed hidden states [rows, hidden_size].
         """
-        hidden, cos, sin = self._begin(token_ids, positions)
-        for index, layer in enumerate(self._weights.layers):
-            tables = (cos, sin) if self.spec.uses_rope[index] else None
-            self._send(index, layer, hidden, tables, attention)
+        layers = self._weights.layers
+        hidden, normed, tables = self._begin(token_ids, positions)
+        next_norms = [*(layer.input_norm for layer in layers[1:]), self._weights.final_norm]
+        for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
+            self._send(index, layer, normed, tables if self.spec.uses_rope[index] else None, attention)
             yield
-            hidden = self._absorb(layer, hidden, attention.receive(index))
-        with torch.inference_mode():
-            return self._norm(hidden, self._weights.final_norm)
+            hidden, normed = self._absorb(layer, hidden, attention.receive(index), next_norm)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden_size] final-normed hidden states -> [n, vocabulary_size] float32."""
@@ -73,27 +75,29 @@ class Decoder:
             yield from (layer.query, layer.key_value, layer.output, layer.gate_up, layer.down)
         yield self._weights.head
 
-    def _begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings [rows, hidden] and the tables of rope, one set for all layers."""
+    def _begin(
+        self, token_ids: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Embeddings [rows, hidden], normed for the first layer, and the tables of rope for all layers."""
         assert token_ids.shape == positions.shape, (
             f"{tuple(token_ids.shape)} tokens, {tuple(positions.shape)} positions"
         )
         assert token_ids.ndim == 1, "rows are flat: one entry per token"
         with torch.inference_mode():
-            cos, sin = self._rope.tables(positions)
-            return torch.nn.functional.embedding(token_ids, self._weights.embedding), cos, sin
+            hidden = torch.nn.functional.embedding(token_ids, self._weights.embedding)
+            normed = self._norm(hidden, self._weights.layers[0].input_norm)
+            return hidden, normed, self._rope.tables(positions)
 
     def _send(
         self,
         index: int,
         layer: LayerWeights,
-        hidden: Tensor,
+        normed: Tensor,
         tables: tuple[Tensor, Tensor] | None,
         attention: AttentionPort,
     ) -> None:
-        """Norm and projections; q leaves before k and v are computed (Lamina, arXiv 2405.01814)."""
+        """Projections; q leaves before k and v are computed (Lamina, arXiv 2405.01814)."""
         with torch.inference_mode():
-            normed = self._norm(hidden, layer.input_norm)
             query = self._heads(layer.query(normed), layer.query_norm, tables)
             attention.send_query(index, query)
             keys, values = layer.key_value(normed).chunk(2, dim=-1)
@@ -105,22 +109,25 @@ class Decoder:
         heads = self._split(projected)
         if norm is not None:
             heads = self._norm(heads, norm)
-        return heads if tables is None else rotate(heads, *tables)
+        return heads if tables is None else self._operators.rotate(heads, *tables)
 
     def _split(self, projected: Tensor) -> Tensor:
         """[rows, heads x head_size] seen as [rows, heads, head_size]; rows may be strided."""
         return projected.view(projected.shape[0], -1, self.spec.head_size)
 
-    def _absorb(self, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection and MLP with their residuals: [rows, hidden] of the next layer."""
+    def _absorb(
+        self, layer: LayerWeights, hidden: Tensor, attended: Tensor, next_norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Output projection and MLP with their residuals: [rows, hidden], also normed for what is next."""
         with torch.inference_mode():
-            hidden = hidden + layer.output(attended.flatten(1))
-            normed = self._norm(hidden, layer.post_attention_norm)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            return hidden + layer.down(torch.nn.functional.silu(gate) * up)
+            hidden, normed = self._add_norm(
+                hidden, layer.output(attended.flatten(1)), layer.post_attention_norm
+            )
+            gated = self._operators.silu_mul(layer.gate_up(normed))
+            return self._add_norm(hidden, layer.down(gated), next_norm)
 
-    def _norm(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last axis: computed in float32, rounded, then weighted in model dtype."""
-        wide = inputs.to(torch.float32)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.rms_epsilon)
-        return weight * (wide * scale).to(self.dtype)
+    def _norm(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return self._operators.rms_norm(rows, weight, self.spec.rms_epsilon)
+
+    def _add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self._operators.add_rms_norm(hidden, update, weight, self.spec.rms_epsilon)

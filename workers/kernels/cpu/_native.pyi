@@ -30,3 +30,26 @@ def read(layer: Layer, slots: Tensor, key: Tensor, value: Tensor) -> None: ...
 def read_probe(storage: Tensor, threads: int, level: str) -> None: ...
 def record_bytes(cache_type: str, block_tokens: int, head_size: int) -> int: ...
 def levels() -> list[str]: ...
+
+class RowOperators:
+    """Operators over rows at addresses, which the caller vouches for."""
+
+    def __init__(self, number_type: str, level: str) -> None: ...
+    def norm(
+        self,
+        input: int,
+        update: int,
+        weight: int,
+        out: int,
+        rows: int,
+        heads: int,
+        size: int,
+        stride: int,
+        epsilon: float,
+        threads: int,
+        /,
+    ) -> None: ...
+    def rotate(
+        self, input: int, cos: int, sin: int, rows: int, heads: int, size: int, stride: int, threads: int, /
+    ) -> None: ...
+    def gate(self, gate_up: int, out: int, rows: int, size: int, threads: int, /) -> None: ...

@@ -13,9 +13,9 @@
 #pragma once
 #include <cstdint>
 
-namespace anabranch {
+#include "operators.h"
 
-enum class CacheType : int { float32, float16, bfloat16, int8 };
+namespace anabranch {
 
 constexpr int group_tokens = 16;
 constexpr int chunk_groups = 4;
@@ -105,6 +105,7 @@ struct Level {
   void (*attend)(const Attention&, const Piece* pieces, int64_t count, uint8_t* scratch);
   // Read every byte once, as fast as it goes.
   float (*read)(const uint8_t* bytes, int64_t count);
+  Operators operators;
 };
 
 constexpr int64_t scratch_bytes(int64_t vectors, int64_t padded_size) {

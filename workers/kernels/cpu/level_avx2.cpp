@@ -9,8 +9,10 @@
 namespace anabranch::level_avx2 {
 #include "vectors.h"
 #include "attend.h"
+#include "operate.h"
 }  // namespace anabranch::level_avx2
 
 namespace anabranch {
-const Level avx2_level = {"avx2", level_avx2::attend, level_avx2::read};
+const Level avx2_level = {"avx2", level_avx2::attend, level_avx2::read,
+    {level_avx2::norm, level_avx2::rotate, level_avx2::gate}};
 }

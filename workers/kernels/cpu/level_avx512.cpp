@@ -9,8 +9,10 @@
 namespace anabranch::level_avx512 {
 #include "vectors.h"
 #include "attend.h"
+#include "operate.h"
 }  // namespace anabranch::level_avx512
 
 namespace anabranch {
-const Level avx512_level = {"avx512", level_avx512::attend, level_avx512::read};
+const Level avx512_level = {"avx512", level_avx512::attend, level_avx512::read,
+    {level_avx512::norm, level_avx512::rotate, level_avx512::gate}};
 }

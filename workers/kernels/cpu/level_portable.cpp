@@ -9,8 +9,10 @@
 namespace anabranch::level_portable {
 #include "vectors.h"
 #include "attend.h"
+#include "operate.h"
 }  // namespace anabranch::level_portable
 
 namespace anabranch {
-const Level portable_level = {"portable", level_portable::attend, level_portable::read};
+const Level portable_level = {"portable", level_portable::attend, level_portable::read,
+    {level_portable::norm, level_portable::rotate, level_portable::gate}};
 }

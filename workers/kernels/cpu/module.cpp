@@ -1,4 +1,4 @@
-// What Python sees: packed layers, plans, attention, rows in and out, and the read probe. Whatever Python
+// What Python sees: packed layers, plans, attention, rows in and out, operators, and the read probe. Whatever Python
 // hands over is checked here, for a kernel reads memory by the numbers it is given.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -6,9 +6,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
-#include <stdexcept>
 #include <string>
 
+#include "boundary.h"
 #include "plan.h"
 #include "pool.h"
 #include "rows.h"
@@ -23,16 +23,6 @@ using Numbers = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Result = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using SpanTable = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-[[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument(reason); }
-
-CacheType type_named(const std::string& name) {
-  if (name == "float32") return CacheType::float32;
-  if (name == "float16") return CacheType::float16;
-  if (name == "bfloat16") return CacheType::bfloat16;
-  if (name == "int8") return CacheType::int8;
-  refuse("no cache of type " + name + "; there are 4");
-}
 
 CacheType type_of(const Numbers& array) {
   const nb::dlpack::dtype type = array.dtype();
@@ -52,36 +42,6 @@ std::string shape_of(const Numbers& array) {
   std::string text = "[";
   for (size_t i = 0; i < array.ndim(); i++) text += (i ? ", " : "") + std::to_string(array.shape(i));
   return text + "]";
-}
-
-bool supports(const Level& level) {
-#if defined(ANABRANCH_X86)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (&level == &avx2_level)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (&level == &avx512_level) return avx512;
-  if (&level == &avx512_bf16_level)
-    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-#endif
-  return &level == &portable_level;
-}
-
-// Best first.
-std::vector<const Level*> levels() {
-  std::vector<const Level*> found;
-#if defined(ANABRANCH_X86)
-  for (const Level* level : {&avx512_bf16_level, &avx512_level, &avx2_level})
-    if (supports(*level)) found.push_back(level);
-#endif
-  found.push_back(&portable_level);
-  return found;
-}
-
-const Level& level_named(const std::string& name) {
-  for (const Level* level : levels())
-    if (name == level->name) return *level;
-  refuse("no instruction set " + name + " among the " + std::to_string(levels().size()) + " of this machine");
 }
 
 Shape shape_from(const std::string& type, int64_t blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_size) {
@@ -209,6 +169,7 @@ NB_MODULE(_native, module) {
            nb::arg("spans"), nb::arg("table"));
   module.def("attend", &attend, nb::arg("plan"), nb::arg("layer"), nb::arg("query"), nb::arg("out"), nb::arg("lse"),
              nb::arg("scale"), nb::arg("window"), nb::arg("threads"), nb::arg("level"));
+  bind_operators(module);
   module.def("append", &append_rows, nb::arg("layer"), nb::arg("slots"), nb::arg("key"), nb::arg("value"));
   module.def("read", &gather_rows, nb::arg("layer"), nb::arg("slots"), nb::arg("key"), nb::arg("value"));
   module.def("read_probe", &read_probe, nb::arg("storage"), nb::arg("threads"), nb::arg("level"));

@@ -1,0 +1,49 @@
+#include "boundary.h"
+
+#include <stdexcept>
+
+namespace anabranch {
+
+void refuse(const std::string& reason) { throw std::invalid_argument(reason); }
+
+CacheType type_named(const std::string& name) {
+  if (name == "float32") return CacheType::float32;
+  if (name == "float16") return CacheType::float16;
+  if (name == "bfloat16") return CacheType::bfloat16;
+  if (name == "int8") return CacheType::int8;
+  refuse("no cache of type " + name + "; there are 4");
+}
+
+namespace {
+bool supports(const Level& level) {
+#if defined(ANABRANCH_X86)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (&level == &avx2_level)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (&level == &avx512_level) return avx512;
+  if (&level == &avx512_bf16_level)
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#endif
+  return &level == &portable_level;
+}
+
+}  // namespace
+
+std::vector<const Level*> levels() {
+  std::vector<const Level*> found;
+#if defined(ANABRANCH_X86)
+  for (const Level* level : {&avx512_bf16_level, &avx512_level, &avx2_level})
+    if (supports(*level)) found.push_back(level);
+#endif
+  found.push_back(&portable_level);
+  return found;
+}
+
+const Level& level_named(const std::string& name) {
+  for (const Level* level : levels())
+    if (name == level->name) return *level;
+  refuse("no instruction set " + name + " among the " + std::to_string(levels().size()) + " of this machine");
+}
+
+}  // namespace anabranch

@@ -1,0 +1,79 @@
+// What Python sees of the operators. Tensors come as addresses, for an exchange by DLPack takes longer than most
+// operators over a few rows: kernel.py's neighbour operators.py is the only caller and checks every tensor.
+#include "operators.h"
+
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+
+#include "boundary.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace anabranch {
+namespace {
+
+// Numbers that are worth a thread: waking one takes as long as some ten thousand.
+constexpr int64_t part_numbers = 65536;
+
+class RowOperators {
+ public:
+  RowOperators(const std::string& type, const std::string& level)
+      : type_(type_named(type)), code_(level_named(level).operators) {
+    if (type_ == CacheType::int8) refuse("no operators over int8");
+  }
+
+  void norm(uintptr_t input, uintptr_t update, uintptr_t weight, uintptr_t out, int64_t rows, int64_t heads,
+            int64_t size, int64_t stride, float epsilon, int threads) const {
+    const Norm work{vectors(input, rows, heads, size, stride), at(update), at(weight), at(out), epsilon};
+    run(code_.norm, work, rows, heads * size, threads);
+  }
+
+  void rotate(uintptr_t input, uintptr_t cos, uintptr_t sin, int64_t rows, int64_t heads, int64_t size,
+              int64_t stride, int threads) const {
+    if (size % 2 != 0) refuse("heads of " + std::to_string(size) + " have no halves");
+    const Rotation work{vectors(input, rows, heads, size, stride), at(cos), at(sin)};
+    run(code_.rotate, work, rows, heads * size, threads);
+  }
+
+  void gate(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t size, int threads) const {
+    run(code_.gate, Gating{at(gate_up), at(out), rows, size}, rows, size, threads);
+  }
+
+ private:
+  static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+  static Vectors vectors(uintptr_t first, int64_t rows, int64_t heads, int64_t size, int64_t stride) {
+    return {at(first), rows, heads, size, stride};
+  }
+
+  // Rows are computed each by itself, so that results do not depend on the number of threads.
+  template <class Work>
+  void run(void (*operate)(CacheType, const Work&, int64_t, int64_t), const Work& work, int64_t rows, int64_t row,
+           int threads) const {
+    if (rows < 0 || row < 1 || threads < 1 || threads > 1024)
+      refuse(std::to_string(rows) + " rows of " + std::to_string(row) + " over " + std::to_string(threads) + " threads");
+    nb::gil_scoped_release released;
+    const int64_t parts = std::min<int64_t>({threads, rows, rows * row / part_numbers});
+    if (parts < 2) return operate(type_, work, 0, rows);
+    Pool::get().run(static_cast<int>(parts), [&](int part) {
+      operate(type_, work, rows * part / parts, rows * (part + 1) / parts);
+    });
+  }
+
+  CacheType type_;
+  Operators code_;
+};
+
+}  // namespace
+
+void bind_operators(nb::module_& module) {
+  nb::class_<RowOperators>(module, "RowOperators")
+      .def(nb::init<const std::string&, const std::string&>(), nb::arg("number_type"), nb::arg("level"))
+      .def("norm", &RowOperators::norm)
+      .def("rotate", &RowOperators::rotate)
+      .def("gate", &RowOperators::gate);
+}
+
+}  // namespace anabranch
