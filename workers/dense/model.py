@@ -75,9 +75,7 @@ class Decoder:
             yield from (layer.query, layer.key_value, layer.output, layer.gate_up, layer.down)
         yield self._weights.head
 
-    def _begin(
-        self, token_ids: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def _begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Embeddings [rows, hidden], normed for the first layer, and the tables of rope for all layers."""
         assert token_ids.shape == positions.shape, (
             f"{tuple(token_ids.shape)} tokens, {tuple(positions.shape)} positions"
@@ -98,22 +96,17 @@ class Decoder:
     ) -> None:
         """Projections; q leaves before k and v are computed (Lamina, arXiv 2405.01814)."""
         with torch.inference_mode():
-            query = self._heads(layer.query(normed), layer.query_norm, tables)
-            attention.send_query(index, query)
-            keys, values = layer.key_value(normed).chunk(2, dim=-1)
-            key = self._heads(keys, layer.key_norm, tables)
-            attention.send_key_value(index, key, self._split(values))
+            rows, head_size = normed.shape[0], self.spec.head_size
+            query = layer.query(normed).view(rows, -1, head_size)
+            attention.send_query(index, self._turn(query, layer.query_norm, tables))
+            keys, values = layer.key_value(normed).view(rows, 2, -1, head_size).unbind(1)
+            attention.send_key_value(index, self._turn(keys, layer.key_norm, tables), values)
 
-    def _heads(self, projected: Tensor, norm: Tensor | None, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[rows, heads x head_size] -> [rows, heads, head_size], normed per head and rotated if asked."""
-        heads = self._split(projected)
+    def _turn(self, heads: Tensor, norm: Tensor | None, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[rows, heads, head_size], normed per head and rotated if asked; rows may be strided."""
         if norm is not None:
             heads = self._norm(heads, norm)
         return heads if tables is None else self._operators.rotate(heads, *tables)
-
-    def _split(self, projected: Tensor) -> Tensor:
-        """[rows, heads x head_size] seen as [rows, heads, head_size]; rows may be strided."""
-        return projected.view(projected.shape[0], -1, self.spec.head_size)
 
     def _absorb(
         self, layer: LayerWeights, hidden: Tensor, attended: Tensor, next_norm: Tensor

@@ -34,7 +34,7 @@ class RowOperators(Protocol):
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """[rows, 2 x size], gate then up -> silu(gate) x up [rows, size]."""
+        """[rows, 2 x size], gate then up -> silu(gate) x up [rows, size]; until the thread's next call."""
         ...
 
 

@@ -37,7 +37,7 @@ class RowOperators:
     def __init__(self, number_type: str, level: str) -> None: ...
     def norm(
         self,
-        input: int,
+        vectors: int,
         update: int,
         weight: int,
         out: int,
@@ -50,6 +50,6 @@ class RowOperators:
         /,
     ) -> None: ...
     def rotate(
-        self, input: int, cos: int, sin: int, rows: int, heads: int, size: int, stride: int, threads: int, /
+        self, vectors: int, cos: int, sin: int, rows: int, heads: int, size: int, stride: int, threads: int, /
     ) -> None: ...
     def gate(self, gate_up: int, out: int, rows: int, size: int, threads: int, /) -> None: ...

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 from workers.kernels.cpu import _native
+
+
+class _Kept(threading.local):
+    """What a thread need not allocate again: between two matrix products that costs more than the gate."""
+
+    shape = (0, 0)
+    gated = torch.empty(shape)
+    place = gated.data_ptr()
+
 
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -25,30 +36,38 @@ class CpuOperators:
             raise ValueError(f"no operators over {dtype}; there are {list(_TYPES)}")
         self._dtype = dtype
         self._threads = threads
+        self._kept = _Kept()
         self._native = _native.RowOperators(_TYPES[dtype], level or _native.levels()[0])
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """[rows, size] or [rows, heads, size], normed over the last axis with `weight` [size]; a new tensor."""
+        """[rows, size] or [rows, heads, size], normed over the last axis, as a new tensor."""
+        vectors = rows.unsqueeze(1) if rows.ndim == 2 else rows
+        count, heads, size, stride = self._sizes(vectors)
+        self._check_weight(weight, size)
         out = torch.empty(rows.shape, dtype=self._dtype)
-        self._norm(rows, 0, weight, out, epsilon)
+        places = (rows.data_ptr(), 0, weight.data_ptr(), out.data_ptr())
+        self._native.norm(*places, count, heads, size, stride, epsilon, self._threads_now())
         return out
 
     def add_rms_norm(
         self, hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
         """The sum of [rows, size] and [rows, size], and its norm, in the memory of both arguments."""
-        if update.shape != hidden.shape:
-            raise ValueError(f"an update {list(update.shape)} to {list(hidden.shape)}")
-        self._check_whole(update)
-        self._norm(hidden, update.data_ptr(), weight, update, epsilon)
+        shape = self._whole(hidden)
+        if len(shape) != 2 or self._whole(update) != shape:
+            raise ValueError(f"an update {list(update.shape)} to {list(shape)}")
+        rows, size = shape
+        self._check_weight(weight, size)
+        sum_place, norm_place = hidden.data_ptr(), update.data_ptr()
+        places = (sum_place, norm_place, weight.data_ptr(), norm_place)
+        self._native.norm(*places, rows, 1, size, size, epsilon, self._threads_now())
         return hidden, update
 
     def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`heads` [rows, heads, size], itself rotated by tables [rows, 1, size / 2]."""
-        rows, count, size, stride = self._vectors(heads)
+        rows, count, size, stride = self._sizes(heads)
         for table in (cos, sin):
-            self._check_whole(table)
-            if size % 2 != 0 or table.shape != (rows, 1, size // 2):
+            if self._whole(table) != (rows, 1, size // 2) or size % 2 != 0:
                 raise ValueError(f"tables {list(table.shape)} for heads {list(heads.shape)}")
         self._native.rotate(
             heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, count, size, stride, self._threads_now()
@@ -56,49 +75,36 @@ class CpuOperators:
         return heads
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """[rows, 2 x size], gate then up -> silu(gate) x up [rows, size], a new tensor."""
-        self._check_whole(gate_up)
-        if gate_up.ndim != 2 or gate_up.shape[1] % 2 != 0 or gate_up.shape[1] == 0:
-            raise ValueError(f"no gate and up of one size in {list(gate_up.shape)}")
-        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty((rows, size), dtype=self._dtype)
-        self._native.gate(gate_up.data_ptr(), out.data_ptr(), rows, size, self._threads_now())
-        return out
+        """[rows, 2 x size], gate then up -> silu(gate) x up [rows, size]; until the thread's next call."""
+        shape = self._whole(gate_up)
+        if len(shape) != 2 or shape[1] % 2 != 0 or shape[1] == 0:
+            raise ValueError(f"no gate and up of one size in {list(shape)}")
+        kept, rows, size = self._kept, shape[0], shape[1] // 2
+        if kept.shape != (rows, size):
+            kept.shape, kept.gated = (rows, size), torch.empty((rows, size), dtype=self._dtype)
+            kept.place = kept.gated.data_ptr()
+        self._native.gate(gate_up.data_ptr(), kept.place, rows, size, self._threads_now())
+        return kept.gated
 
-    def _norm(self, rows: Tensor, update: int, weight: Tensor, out: Tensor, epsilon: float) -> None:
-        """`update`: an address, or 0 for none."""
-        count, heads, size, stride = self._vectors(rows)
-        self._check_whole(weight)
-        if weight.shape != (size,):
-            raise ValueError(f"a weight {list(weight.shape)} for {list(rows.shape)}")
-        self._native.norm(
-            rows.data_ptr(),
-            update,
-            weight.data_ptr(),
-            out.data_ptr(),
-            count,
-            heads,
-            size,
-            stride,
-            epsilon,
-            self._threads_now(),
-        )
-
-    def _vectors(self, rows: Tensor) -> tuple[int, int, int, int]:
+    def _sizes(self, vectors: Tensor) -> tuple[int, int, int, int]:
         """Rows, heads, numbers of a head, numbers from row to row; only rows may lie apart."""
-        shape, strides = rows.shape, rows.stride()
-        if len(shape) == 2:
-            shape, strides = torch.Size((shape[0], 1, shape[1])), (strides[0], shape[1], strides[1])
+        shape, strides = vectors.shape, vectors.stride()
         is_row = len(shape) == 3 and strides[2] == 1 and (shape[1] == 1 or strides[1] == shape[2])
-        if not is_row or rows.dtype != self._dtype or not rows.is_cpu or 0 in shape[1:]:
-            raise ValueError(f"{rows.dtype} {list(shape)} on {rows.device}, {strides} numbers apart")
+        if not is_row or vectors.dtype != self._dtype or not vectors.is_cpu or 0 in shape[1:]:
+            raise ValueError(f"{vectors.dtype} {list(shape)} on {vectors.device}, {strides} numbers apart")
         return shape[0], shape[1], shape[2], strides[0]
 
-    def _check_whole(self, tensor: Tensor) -> None:
+    def _check_weight(self, weight: Tensor, size: int) -> None:
+        if self._whole(weight) != (size,) or size == 0:
+            raise ValueError(f"a weight {list(weight.shape)} for {size} numbers")
+
+    def _whole(self, tensor: Tensor) -> torch.Size:
+        """Its shape. Few questions: after a matrix product each costs a microsecond of cold memory."""
         if tensor.dtype != self._dtype or not tensor.is_cpu or not tensor.is_contiguous():
             raise ValueError(
                 f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, {tensor.stride()} numbers apart"
             )
+        return tensor.shape
 
     def _threads_now(self) -> int:
         return self._threads or torch.get_num_threads()
