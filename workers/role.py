@@ -1,13 +1,12 @@
 """What every role process does before and around its own work.
 
-A role's `__main__` is `role.leave(role.run("dense", serve))`: arguments, configuration, logging, signals
+A role's `__main__` is `leave(role.run("dense", serve))`: arguments, configuration, logging, signals
 and the translation of errors into one line and an exit status happen here. No torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import queue
 import signal
@@ -18,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from prometheus_client import CollectorRegistry
 
@@ -168,18 +166,6 @@ def run(role: str, serve: Callable[[RoleContext], int | None], argv: Sequence[st
         return _complain(role, error, EXIT_REFUSED)
     except AnabranchError as error:
         return _complain(role, error, EXIT_FAILED)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process with what `run` returned, without tearing the interpreter down.
-
-    All of ours is closed by then. Collecting torch's modules at exit takes seconds on a busy machine, and
-    native threads that meet a dying interpreter may hold it for ever: a drained process must be gone.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _complain(role: str, error: AnabranchError, status: int) -> int:

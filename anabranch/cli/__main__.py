@@ -17,6 +17,7 @@ from anabranch.cli.down import down
 from anabranch.cli.generate import generate_command
 from anabranch.cli.status import status
 from anabranch.cli.up import up
+from cluster.ending import leave
 from cluster.errors import AnabranchError, ConfigError, InvalidRequest, ModelError
 
 _EPILOG = """\
@@ -53,7 +54,11 @@ _USER_ERRORS = (ConfigError, InvalidRequest, ModelError)
 
 def main() -> None:
     """Run one command and leave with its exit status."""
-    sys.exit(reporting(app))
+    try:
+        status = reporting(app)
+    except SystemExit as end:  # how typer ends a command
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    leave(status)
 
 
 def reporting(command: Callable[[], int | None]) -> int:

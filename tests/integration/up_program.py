@@ -13,6 +13,7 @@ from pathlib import Path
 
 from anabranch.cli import up
 from anabranch.cli.__main__ import reporting
+from cluster.ending import leave
 from tests.integration.clusters import configured, joining
 
 
@@ -28,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(reporting(main))
+    leave(reporting(main))

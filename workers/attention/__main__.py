@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_value
+from cluster.ending import leave
 from workers import role
 from workers.attention.metrics import AttentionMetrics
 from workers.attention.worker import AttentionWorker
@@ -51,4 +52,4 @@ def _ignore(_membership: control_pb2.Membership) -> None:
 
 
 if __name__ == "__main__":
-    role.leave(role.run("attention", serve))
+    leave(role.run("attention", serve))

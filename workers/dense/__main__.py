@@ -10,6 +10,7 @@ import torch
 
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_value
+from cluster.ending import leave
 from cluster.errors import VersionMismatch
 from cluster.types import WorkerId
 from workers import role
@@ -139,4 +140,4 @@ def _stop_when_broken(context: RoleContext, worker: DenseWorker) -> None:
 
 
 if __name__ == "__main__":
-    role.leave(role.run("dense", serve))
+    leave(role.run("dense", serve))
