@@ -20,6 +20,7 @@ FIRST, SECOND, THIRD = (WorkerId(f"attention-{index}") for index in range(3))
 THREE = Shape(attention_workers=3, overrides={"placement": {"move_tokens": 10}})
 MOVES = "anabranch_dense_moves"
 MOVED = "anabranch_dense_tokens_moved"
+STEPS = "anabranch_dense_steps"
 LOST = "anabranch_dense_tokens_lost"
 
 
@@ -74,7 +75,7 @@ def test_a_prompt_that_is_still_computed_can_move(folder: Path, reference: Refer
     with DenseCluster(folder, shape) as cluster:
         submission = cluster.submit(request(PROMPT, COUNT))
         output = cluster.listener.output(submission)
-        wait_until(lambda: bool(output.maps))
+        wait_until(lambda: counted(cluster.engine, STEPS) >= 4)  # of an empty shard only the room would move
         first = output.maps[-1][0].worker
         target = next(worker for worker in (FIRST, SECOND, THIRD) if worker not in workers_of(output)[:2])
         cluster.engine.move(submission.key, first, target)
