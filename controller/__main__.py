@@ -19,7 +19,7 @@ from controller.signals import Interrupts
 _EPILOG = """\
 `anabranch up` does the same with a live view and finds models by name; here model.path is a folder.
 SIGTERM or Ctrl-C drains the cluster within controller.drain_grace_s; a second signal kills what is left.
-Exit status: 0 drained; 1 failed, or a process had to be killed at its work; 2 configuration or model refused.
+Exit status: 0 drained; 1 failed, or a process had to be killed; 2 configuration or model refused.
 """
 
 

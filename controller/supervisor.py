@@ -28,7 +28,6 @@ _ANSWER_S = 3.0  # for a keeper to report a kill, before its node is suspected
 _SUSPICION_S = 30.0
 _WORDS_MOST = 300  # letters of a process's last line that are passed on
 _LEAST_GRACE_S = 2.0  # for a role whose turn to drain comes after the grace was used up
-_IDLE_GRACE_S = 1.0  # for the last role: nobody is left whom it could serve
 
 
 class Supervisor:
@@ -66,9 +65,8 @@ class Supervisor:
         self._suspected: dict[str, float] = {}
         self._drain_until_s = 0.0
         self._draining: list[str] = []
-        self._last_is_idle = False
         self.killed = 0
-        """Processes that did not end within their grace, unless nobody was left whom they could serve."""
+        """Processes that did not end within their grace."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -116,7 +114,7 @@ class Supervisor:
         if slot is None:
             return
         if self._draining:
-            self.killed += status == -signal.SIGKILL and not self._is_idle(slot)
+            self.killed += status == -signal.SIGKILL
         elif slot.phase is not Phase.ENDING:
             slot = replace(slot, problem=_describe(status, last_line))
         self._failed(slot, final=status == EXIT_REFUSED)
@@ -238,17 +236,10 @@ class Supervisor:
         role = self._draining[0]
         if len(self._draining) > 1 and all(s.phase is Phase.STOPPED for s in self.slots if s.role == role):
             self._draining.pop(0)
-            self._last_is_idle = len(self._draining) == 1
             self._drain_role()
-
-    def _is_idle(self, slot: Slot) -> bool:
-        """Whether a process waits only for leases to run out: all who could use what it holds are gone."""
-        return self._last_is_idle and slot.role == DRAIN_ORDER[-1]
 
     def _drain_role(self) -> None:
         left_s = max(self._drain_until_s - self._clock(), _LEAST_GRACE_S)
-        if self._last_is_idle:
-            left_s = _IDLE_GRACE_S
         for slot in self.slots:
             if slot.role == self._draining[0]:
                 self._stop(slot, left_s)

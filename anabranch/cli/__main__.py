@@ -27,7 +27,7 @@ Start with `anabranch demo`. Every command explains itself: `anabranch up --help
 Exit status of every command:
 0  done
 2  refused for what you can correct: a flag, a key, a file, the model's name or folder
-1  anything else that failed; `up` also where a process had to be killed at its work
+1  anything else that failed; `up` also where a process had to be killed
 """
 
 app = typer.Typer(

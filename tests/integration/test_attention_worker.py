@@ -19,12 +19,12 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from prometheus_client import CollectorRegistry
 
-from anabranch.v1 import inference_pb2
+from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_message
 from cluster import rpc
 from cluster.config import Config
 from cluster.errors import ConfigError, Unavailable
-from cluster.types import Epoch, WorkerId, draw_epoch
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, WorkerId, draw_epoch
 from controller.membership import MembershipTable, Terms
 from controller.service import ControlServer, ControlService
 from tests.attention_pool import Pool
@@ -61,8 +61,8 @@ class RunningWorker:
     def member(self) -> inference_pb2.Member:
         """The worker as the membership shows it now; an empty one before it joined."""
         assert self.process.poll() in (None, 0), self.log.read_text()
-        members = self.table.membership().members
-        return members[0] if members else inference_pb2.Member()
+        members = {member.worker_id: member for member in self.table.membership().members}
+        return members.get("attention-0", inference_pb2.Member())
 
     def wait_for(self, state: inference_pb2.MemberState.ValueType) -> inference_pb2.Member:
         """Wait until it says that it is in `state`."""
@@ -72,9 +72,19 @@ class RunningWorker:
 
 @contextmanager
 def running(folder: Path, settings: Config) -> Iterator[RunningWorker]:
-    """A worker's process; killed at the end if it still runs."""
+    """A worker's process, in a cluster that has a dense worker; killed at the end if it still runs."""
     terms = Terms(settings.digest, settings.controller.heartbeat_ms, settings.controller.expiry_ms)
     table = MembershipTable(terms, on_change=lambda *_: None)
+    table.register(
+        control_pb2.RegisterRequest(
+            member=inference_pb2.Member(
+                worker_id="dense-0", epoch=1, role=inference_pb2.ROLE_DENSE, address="127.0.0.1:1"
+            ),
+            wire_version=WIRE_VERSION,
+            layout_version=LAYOUT_VERSION,
+            config_digest=settings.digest,
+        )
+    )
     service = ControlService(table, draw_epoch(), geometry_message(GEOMETRY), lambda: (), lambda _: None)
     server = ControlServer(settings, service)
     file, log = folder / "cluster.yaml", folder / "worker.log"
@@ -130,6 +140,20 @@ def test_a_process_does_not_wait_for_ever_for_what_it_holds(tmp_path: Path) -> N
         with rpc.channel(member.address, config().security.tls) as channel:
             Pool(channel, Epoch(member.epoch)).reserve(SmallSequence(1), 0, 40)
         worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(30) == 0, worker.log.read_text()
+
+
+def test_a_process_holds_nothing_for_nobody(tmp_path: Path) -> None:
+    """Told to stop, it leaves as soon as no gateway and no dense worker is a member, whatever it holds and
+    however long the grace and the leases are.
+    """
+    with running(tmp_path, settings_of_process(drain_grace_s=60)) as worker:
+        member = worker.wait_for(inference_pb2.MEMBER_STATE_READY)
+        with rpc.channel(member.address, config().security.tls) as channel:
+            Pool(channel, Epoch(member.epoch)).reserve(SmallSequence(1), 0, 40)
+        worker.process.send_signal(signal.SIGTERM)
+        worker.wait_for(inference_pb2.MEMBER_STATE_DRAINING)
+        worker.table.remove("dense-0")
         assert worker.process.wait(30) == 0, worker.log.read_text()
 
 

@@ -263,22 +263,6 @@ def test_the_drain_goes_from_the_gateways_inwards() -> None:
     assert fleet.supervisor.killed == 0
 
 
-def test_a_cache_nobody_can_read_any_more_is_not_waited_for() -> None:
-    """When gateways and dense workers have ended, attention workers get a second, whatever is left of the
-    grace and whatever leases they hold; that one of them had to be killed then harmed nobody.
-    """
-    fleet = Fleet()
-    fleet.start_all()
-    fleet.supervisor.drain(60.0)
-    for name in ("gateway-0", "dense-0"):
-        fleet.supervisor.ended(name, 1, 0, "")
-        fleet.pass_time(0.1)
-    assert fleet.hands.take()[-1] == ("terminate", "attention-0", 1.0)
-    fleet.supervisor.ended("attention-0", 1, -9, "")
-    assert fleet.supervisor.is_stopped
-    assert fleet.supervisor.killed == 0
-
-
 def test_a_drain_stops_what_only_waits_and_starts_nothing() -> None:
     """Slots without a process are stopped at once, also when they wait for their turn."""
     fleet = Fleet()

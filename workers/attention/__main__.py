@@ -15,6 +15,9 @@ from workers.cores import pin
 from workers.membership import MembershipClient
 from workers.role import RoleContext
 
+_USERS = (inference_pb2.ROLE_GATEWAY, inference_pb2.ROLE_DENSE)
+"""Whose sequences lie here, or who may bring one back from its dense worker's death."""
+
 
 def serve(context: RoleContext) -> None:
     """Join, serve until told to stop, then wait for the sequences held here to leave."""
@@ -23,13 +26,19 @@ def serve(context: RoleContext) -> None:
     torch.set_num_threads(config.attention.threads)
     worker = AttentionWorker(config, context.worker_id, context.epoch, spin_s)
     address = context.reachable(config.attention.host, worker.port)
+
+    def on_change(membership: control_pb2.Membership) -> None:
+        """Once told to stop: what is held is of use only while somebody is there who could use it."""
+        if context.stop.is_set() and not any(member.role in _USERS for member in membership.members):
+            worker.forsake()
+
     registry = CollectorRegistry()  # empty until the controller has said how the cache is shaped
     membership = MembershipClient(
         context,
         inference_pb2.ROLE_ATTENTION,
         address,
         worker.load,
-        _ignore,
+        on_change,
         context.stop.set,
         context.serve_metrics(registry, config.attention.host),
     )
@@ -41,14 +50,11 @@ def serve(context: RoleContext) -> None:
         context.stop.wait()
         membership.set_state(inference_pb2.MEMBER_STATE_DRAINING)
         worker.drain()
+        on_change(membership.membership())
         worker.core.store.empty.wait(config.controller.drain_grace_s)
     finally:
         membership.close()
         worker.stop()
-
-
-def _ignore(_membership: control_pb2.Membership) -> None:
-    """An attention worker speaks when spoken to; it need not know who else lives."""
 
 
 if __name__ == "__main__":

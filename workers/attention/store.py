@@ -265,12 +265,17 @@ class Store:
         """Free every sequence whose lease is over; returns them."""
         with self.turns:
             now_s = self._clock()
-            over = [key for key, holding in self._holdings.items() if holding.lease_end_s <= now_s]
-            for key in over:
-                self._fences.raise_to(key, self._holdings[key].generation)
-                self._drop(key)
+            over = tuple(key for key, holding in self._holdings.items() if holding.lease_end_s <= now_s)
+            self._end_leases(over)
             self.leases_expired += len(over)
-            return tuple(over)
+            return over
+
+    def forsake(self) -> int:
+        """Nobody is left who could use what is held: end every lease now. Returns how many sequences go."""
+        with self.turns:
+            held = tuple(self._holdings)
+            self._end_leases(held)
+            return len(held)
 
     def account(self) -> BlockAccount:
         """The account, from every shard's lengths."""
@@ -295,6 +300,11 @@ class Store:
                 (key, self._held(holding), max(0.0, holding.lease_end_s - now_s))
                 for key, holding in self._holdings.items()
             )
+
+    def _end_leases(self, keys: Iterable[SequenceKey]) -> None:
+        for key in keys:
+            self._fences.raise_to(key, self._holdings[key].generation)
+            self._drop(key)
 
     def _begin(self, key: SequenceKey, generation: Generation, wanted: int) -> Holding:
         """A new holding, in place of one of a lower generation, where `wanted` blocks can be had then;

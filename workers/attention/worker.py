@@ -8,12 +8,15 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import attention_pb2, attention_pb2_grpc, inference_pb2, kv_pb2, kv_pb2_grpc
 from cluster import rpc
 from cluster.config import Config
+from cluster.telemetry import logger
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.core import AttentionCore
 from workers.attention.kv_service import KvService, account_message
 from workers.attention.lane_service import LaneOffers, LaneService
 from workers.lanes.agreement import TRANSPORTS, rows_most
 from workers.lanes.server import LaneServer
+
+_log = logger("attention")
 
 _UNARY_THREADS = 8
 _STALL_S = 10.0
@@ -94,6 +97,13 @@ class AttentionWorker:
         for name in _SERVICES:
             self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         self.core.store.draining = True
+
+    def forsake(self) -> None:
+        """Nobody is left who could use what is held: free it all. Does nothing before the start."""
+        if self._core is not None:
+            sequences = self._core.store.forsake()
+            if sequences:
+                _log.info("forsaken", sequences=sequences)
 
     def stop(self) -> None:
         """End lanes and calls. Idempotent."""
