@@ -41,7 +41,7 @@ from workers.lanes.framed import FramedLane
 from workers.lanes.messages import Lane
 from workers.peer import AttentionPeer
 
-WAIT_S = 60.0
+WAIT_S = 30.0
 """Longest any wait of a test takes before it fails."""
 
 torch.set_num_threads(1)

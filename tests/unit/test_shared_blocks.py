@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import monotonic
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from cluster import blocks
 from cluster.errors import Fenced, InvalidRequest, Unavailable
 from tests.attention_builders import Memory, build_geometry, build_memory, chunk, generation, key, reading
 from workers.attention.prepared_step import PreparedStep
+from workers.attention.shard import LayerArrival
 from workers.peer import Acquisition, ShardPrefix
 
 GEOMETRY = build_geometry()
@@ -236,3 +239,31 @@ def test_no_block_changes_hands_under_a_step() -> None:
     with memory.store.turns:
         taken = memory.store.shard(other.shard, generation(1)).blocks
     assert not set(taken) & set(span.blocks)
+
+
+def test_a_release_waits_for_the_last_layers_it_overtook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a sequence comes on another way than its last keys and values: they arrive while the release
+    waits, and the full blocks of that step are found by the next sequence.
+    """
+    memory = build_memory(sharing=True)
+    shard = memory.store.reserve(key("a"), generation(1), 0, 20, TENANT).shard
+    rows = [chunk(shard, 0, 9)]
+    step = memory.begin(*rows)
+    memory.append(step, rows, 0)
+    monkeypatch.setattr(LayerArrival, "wait", lambda _arrival, _timeout_s: memory.append(step, rows, 1))
+    memory.store.release(key("a"), generation(1), 9)
+    held = acquire(memory, "b", 9).shard
+    assert held is not None
+    assert held.committed_tokens == 8
+
+
+def test_a_release_waits_for_no_step_that_is_not_over() -> None:
+    """Of a step that was given up the layers never come: an abort is not delayed, and shares nothing."""
+    memory = build_memory(sharing=True)
+    shard = memory.store.reserve(key("a"), generation(1), 0, 20, TENANT).shard
+    rows = [chunk(shard, 0, 9)]
+    memory.append(memory.begin(*rows), rows, 0)
+    began_s = monotonic()
+    memory.store.release(key("a"), generation(1), 0)
+    assert monotonic() - began_s < 0.4
+    assert memory.store.audit().free == 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
 from cluster.types import Generation, SequenceKey
-from workers.attention.shard import Shard
+from workers.attention.shard import LayerArrival, Shard
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +24,11 @@ class Holding:
     def by_position(self) -> list[Shard]:
         """Its shards in the order of their positions."""
         return sorted(self.shards, key=_first_position)
+
+    def arrivals(self, end: int) -> list[LayerArrival]:
+        """Of the appends that end by `end`."""
+        pending = (shard.pending for shard in self.shards)
+        return [append.arrival for append in pending if append is not None and append.end <= end]
 
     def check_apart(self, first: int, end: int) -> None:
         """Whether no shard has any of first..end. Raises InvalidRequest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ class LayerArrival:
         self._layers = layers
         self._arrived = 0
         self._superseded_at: Shard | None = None
+        self._over = threading.Event()
 
     def check(self, layer: int) -> None:
         """Whether `layer` may be written now: layers come in order, each once. Raises Fenced."""
@@ -35,10 +37,17 @@ class LayerArrival:
         """Layer `layer`, which was due, has been written."""
         self.check(layer)
         self._arrived += 1
+        if self.is_complete:
+            self._over.set()
 
     def supersede(self, shard: Shard) -> None:
         """A later step writes at `shard`, in place of this one."""
         self._superseded_at = shard
+        self._over.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Until every layer is present, or none will come any more. Not for who holds the store's turn."""
+        self._over.wait(timeout_s)
 
     @property
     def is_complete(self) -> bool:

@@ -94,6 +94,11 @@ class ShardBlocks:
         self.publish(shard)
         return shard
 
+    def commit(self, shard: Shard, start: int) -> None:
+        """See `Shard.commit`; full blocks of what is certain then are published."""
+        shard.commit(start)
+        self.publish(shard)
+
     def learn_parent(self, shard: Shard, prefix: ShardPrefix) -> None:
         """What lies before the shard has an identity: with its next commit its sealed blocks get one too. Not
         now, for a step may be reading blocks that would give way to older ones.

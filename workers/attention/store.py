@@ -21,6 +21,8 @@ from workers.attention.turns import Turns
 from workers.peer import Acquisition, Adoption, HeldShard, Reservation, ShardPrefix
 
 _OF_NOBODY = ShardPrefix()
+_LAST_LAYERS_S = 0.5
+"""Longest wait for a step's last layers when its sequence is released."""
 
 
 class Store:
@@ -128,13 +130,21 @@ class Store:
         Idempotent.
 
         Positions before `computed_end` were computed by steps that are over: no row will follow that makes
-        the last one certain, so it becomes certain now, and its full blocks stay as a cache.
+        the last one certain, so it becomes certain now, and its full blocks stay as a cache. Its last layers
+        may still be on their way, which this call overtook: they are waited for, a moment.
         """
+        with self.turns:
+            holding = self._holdings.get(key)
+            due = holding.arrivals(computed_end) if holding is not None else []
+        for arrival in due:
+            arrival.wait(_LAST_LAYERS_S)
         with self.turns:
             self._check_not_lower(key, generation)
             holding = self._holdings.get(key)
             if holding is not None and holding.generation == generation:
-                self._commit_last(holding, computed_end)
+                for shard in holding.by_position:
+                    if shard.pending is not None and shard.pending.arrival.is_complete:
+                        self._blocks.commit(shard, computed_end)
             self._fences.raise_to(key, generation)
             return self._drop(key)
 
@@ -203,14 +213,11 @@ class Store:
     def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
         """Renew leases; returns the sequences that hold nothing here."""
         with self.turns:
-            unknown = []
-            for key in keys:
-                holding = self._holdings.get(key)
-                if holding is None:
-                    unknown.append(key)
-                else:
+            named = {key: self._holdings.get(key) for key in keys}
+            for holding in named.values():
+                if holding is not None:
                     holding.lease_end_s = self._lease_end()
-            return tuple(unknown)
+            return tuple(key for key, holding in named.items() if holding is None)
 
     def adopt(self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]) -> Adoption:
         """Take a sequence over: fence every lower generation, truncate each shard to the longest committed
@@ -240,8 +247,7 @@ class Store:
         The caller holds `turns`. Raises Fenced where layers are missing.
         """
         assert self.turns.is_mine
-        shard.commit(start)
-        self._blocks.publish(shard)
+        self._blocks.commit(shard, start)
 
     def shard(self, shard_id: ShardId, generation: Generation) -> Shard:
         """A shard as a plan row names it; renews its lease. The caller holds `turns`. Raises Fenced."""
@@ -356,11 +362,6 @@ class Store:
         shard = self._blocks.reserve(holding.key, first, end)
         holding.shards.append(shard)
         return shard
-
-    def _commit_last(self, holding: Holding, computed_end: int) -> None:
-        for shard in holding.by_position:
-            if shard.pending is not None and shard.pending.arrival.is_complete:
-                self.commit(shard, computed_end)
 
     def _free(self, holding: Holding, shard: Shard) -> int:
         holding.shards.remove(shard)
