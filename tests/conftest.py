@@ -45,3 +45,11 @@ def _log_of_its_own() -> Iterator[None]:
     """Events never go to the captured output of a test that is over."""
     yield
     logging.getLogger("anabranch").handlers.clear()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with grouped heads, for whoever needs no other model."""
+    from tests.models import tiny_model  # transformers: not for those who need none
+
+    return tiny_model(tmp_path_factory.mktemp("llama"))

@@ -19,7 +19,7 @@ from tests.cluster_harness import (
     request,
     wait_until,
 )
-from tests.models import random_prompt, tiny_model
+from tests.models import random_prompt
 from workers.dense.deltas import FinishReason
 from workers.dense.sequences import Submission
 
@@ -27,12 +27,6 @@ PROMPT = random_prompt(70, 1)
 COUNT = 150
 
 RECOMPUTED = "anabranch_dense_tokens_lost"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tests.cluster_harness import (
     request,
     wait_until,
 )
-from tests.models import random_prompt, tiny_model
+from tests.models import random_prompt
 from workers.dense.deltas import FinishReason
 
 PROMPT = random_prompt(40, 1)
@@ -29,12 +29,6 @@ LONG = 250
 """Tokens enough that a test can act while they are generated."""
 
 TWO = Shape(attention_workers=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def some(output: Output) -> bool:

@@ -21,7 +21,7 @@ from cluster.errors import AnabranchError, Fenced, InvalidRequest, VersionMismat
 from cluster.sampling import SamplingParameters
 from cluster.types import WIRE_VERSION, Epoch, SequenceKey, WorkerId
 from tests.cluster_harness import WAIT_S, DenseCluster, Shape, decoder_of, request, wait_until
-from tests.models import random_prompt, tiny_model
+from tests.models import random_prompt
 from workers.dense.deltas import Delta
 from workers.dense.service import GatewayStream
 from workers.dense.worker import DenseWorker
@@ -29,12 +29,6 @@ from workers.dense.worker import DenseWorker
 PROMPT = random_prompt(40, 1)
 WORKER = WorkerId("dense-0")
 EPOCH = Epoch(0xDE)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(name="cluster", scope="module")

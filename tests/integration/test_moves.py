@@ -10,7 +10,7 @@ import pytest
 
 from cluster.types import Generation, SequenceKey, WorkerId
 from tests.cluster_harness import DenseCluster, Output, Shape, assert_continues, counted, request, wait_until
-from tests.models import Reference, random_prompt, reference_tokens, tiny_model
+from tests.models import Reference, random_prompt, reference_tokens
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 
@@ -22,12 +22,6 @@ MOVES = "anabranch_dense_moves"
 MOVED = "anabranch_dense_tokens_moved"
 STEPS = "anabranch_dense_steps"
 LOST = "anabranch_dense_tokens_lost"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

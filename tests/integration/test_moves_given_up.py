@@ -9,19 +9,13 @@ import pytest
 
 from cluster.types import WorkerId
 from tests.cluster_harness import DenseCluster, Output, Shape, assert_continues, counted, request, wait_until
-from tests.models import Reference, random_prompt, reference_tokens, tiny_model
+from tests.models import Reference, random_prompt, reference_tokens
 from workers.dense.sequences import wire_generation
 
 PROMPT = random_prompt(120, 1)
 COUNT = 120
 FIRST, SECOND, THIRD = (WorkerId(f"attention-{index}") for index in range(3))
 MOVES = "anabranch_dense_moves"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.types import SequenceKey
 from tests.cluster_harness import DenseCluster, Output, Shape, assert_continues, counted, request
-from tests.models import Reference, random_prompt, reference_tokens, tiny_model
+from tests.models import Reference, random_prompt, reference_tokens
 from workers.dense.sequences import Submission
 
 PROMPT = random_prompt(75, 1)
@@ -24,12 +24,6 @@ SHAPES = {
     "one token a block": Shape(attention_workers=2, block_tokens=1),
 }
 SHARED_HITS = "anabranch_dense_prefix_hits"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

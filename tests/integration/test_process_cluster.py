@@ -67,6 +67,8 @@ def test_any_numbers_of_both_sides_serve_the_same_tokens(
         with cluster.client() as client:
             for prompt, reference in zip(PROMPTS, references, strict=True):
                 _assert_same(_generate(client, prompt), reference)
+            accounts = [member.blocks for member in client.topology().members if member.blocks is not None]
+            assert sum(account.capacity for account in accounts) > 0  # wherever the cache lies
         cluster.assert_nothing_leaks()
 
 

@@ -31,12 +31,6 @@ _ROUNDS_MOST = 10
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny llama with grouped heads."""
-    return tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
 def references(folder: Path) -> list[Reference]:
     """What transformers generates after each of `PROMPTS`."""
     found = reference_tokens(folder, PROMPTS, COUNT)

@@ -11,7 +11,7 @@ from cluster.config import AttentionConfig, LaneConfig
 from cluster.errors import AnabranchError, Fenced, LaneBroken, NeedFull
 from cluster.types import Epoch, WorkerId
 from tests.cluster_harness import DenseCluster, Listener, Shape, counted, decoder_of, request
-from tests.models import Reference, reference_tokens, tiny_model
+from tests.models import Reference, reference_tokens
 from tests.oracle.test_sharding import COUNT, PROMPTS, assert_same
 from workers.attention.core import AttentionCore
 from workers.dense.lane_set import LaneSet
@@ -36,12 +36,6 @@ SHAPES = {
 }
 MICRO_BATCHES = "anabranch_dense_micro_batches"
 STEPS = "anabranch_dense_steps"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny llama with grouped heads."""
-    return tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ from cluster.errors import VersionMismatch
 from cluster.types import WorkerId
 from workers import role
 from workers.attention.core import AttentionCore
+from workers.attention.kv_service import account_message
 from workers.cores import pin
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
-from workers.dense.worker import DenseWorker
+from workers.dense.worker import DenseWorker, LocalArena
 from workers.devices import open_device
 from workers.kernels.select import select
 from workers.kernels.warm_up import warm_up_causal
@@ -118,15 +119,19 @@ def _worker(
 ) -> DenseWorker:
     if local is None:
         return DenseWorker(context.config, decoder, context.worker_id, context.epoch, spin_s=spin_s)
-    store, blocks = local.store, local.arena.blocks
+    store = local.store
 
     def member() -> AttentionMember:
+        account = store.account()
         return AttentionMember(
-            store.worker, store.epoch, "", blocks, store.account().available, is_local=True
+            store.worker, store.epoch, "", account.capacity, account.available, is_local=True
         )
 
-    peer = local.peer()
-    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, (member, peer), spin_s)
+    def blocks() -> inference_pb2.BlockAccount:
+        return account_message(local.account, local.arena.geometry)
+
+    arena = LocalArena(member, blocks, local.peer())
+    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, arena, spin_s)
 
 
 def _stop_when_broken(context: RoleContext, worker: DenseWorker) -> None:

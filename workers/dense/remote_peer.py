@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -43,13 +43,8 @@ class RemotePeer:
     ) -> Reservation:
         """See `AttentionPeer.reserve`."""
         request = kv_pb2.ReserveRequest(
-            believed=self._believed,
-            sequence=wire.sequence_message(key),
-            generation=generation,
-            first_position=first,
+            **self._shard(key, generation, first, prefix),
             end_position=end,
-            tenant=prefix.tenant,
-            parent_hash=prefix.parent or b"",
         )
         response = _call(lambda: self._stub.Reserve(request, timeout=_TIMEOUT_S))
         return Reservation(wire.shard_ref(response.shard), response.lease_ms, response.blocks_available)
@@ -64,13 +59,8 @@ class RemotePeer:
     ) -> Acquisition:
         """See `AttentionPeer.acquire`."""
         request = kv_pb2.AcquireRequest(
-            believed=self._believed,
-            sequence=wire.sequence_message(key),
-            generation=generation,
-            first_position=first,
+            **self._shard(key, generation, first, prefix),
             token_ids=token_ids,
-            tenant=prefix.tenant,
-            parent_hash=prefix.parent or b"",
         )
         return _acquisition(_call(lambda: self._stub.Acquire(request, timeout=_TIMEOUT_S)))
 
@@ -85,19 +75,27 @@ class RemotePeer:
     ) -> Acquisition:
         """See `AttentionPeer.pull`."""
         request = kv_pb2.PullRequest(
-            believed=self._believed,
-            sequence=wire.sequence_message(key),
-            generation=generation,
-            first_position=first,
+            **self._shard(key, generation, first, prefix),
             token_ids=token_ids,
-            tenant=prefix.tenant,
-            parent_hash=prefix.parent or b"",
             source_address=source.address,
             source=wire.shard_message(source.shard),
             source_generation=source.generation,
             begins=source.begins,
         )
         return _acquisition(_call(lambda: self._stub.Pull(request, timeout=_PULL_S)))
+
+    def _shard(
+        self, key: SequenceKey, generation: Generation, first: int, prefix: ShardPrefix
+    ) -> dict[str, Any]:
+        """What every request about room at `first` begins with."""
+        return {
+            "believed": self._believed,
+            "sequence": wire.sequence_message(key),
+            "generation": generation,
+            "first_position": first,
+            "tenant": prefix.tenant,
+            "parent_hash": prefix.parent or b"",
+        }
 
     def release(self, key: SequenceKey, generation: Generation, computed_end: int) -> int:
         """See `AttentionPeer.release`."""

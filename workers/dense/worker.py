@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -29,8 +30,17 @@ _SERVICE = dense_pb2.DESCRIPTOR.services_by_name["DenseService"].full_name
 _STOP_GRACE_S = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class LocalArena:
+    """A KV cache in this process: as a member now, its account a moment ago, and how to speak to it."""
+
+    member: Callable[[], AttentionMember]
+    blocks: Callable[[], inference_pb2.BlockAccount]
+    peer: AttentionPeer
+
+
 class DenseWorker:
-    """Composes one dense worker; `local` tells of a member in this process as it is now, and is its peer.
+    """Composes one dense worker, with an arena of its own where there is one.
 
     bound --start--> serving --drain--> handed over --stop--> stopped
     """
@@ -41,7 +51,7 @@ class DenseWorker:
         decoder: Decoder,
         worker: WorkerId,
         epoch: Epoch,
-        local: tuple[Callable[[], AttentionMember], AttentionPeer] | None = None,
+        local: LocalArena | None = None,
         spin_s: float = 0.0,
     ) -> None:
         """Bind the configured host. `spin_s`: how long lanes ask for replies before they sleep.
@@ -94,7 +104,7 @@ class DenseWorker:
             and member.state != inference_pb2.MEMBER_STATE_STARTING
         ]
         if self._local is not None:
-            known.append(self._local[0]())
+            known.append(self._local.member())
         self.engine.pool.update(known)
 
     def wait_connected(self, timeout_s: float) -> bool:
@@ -107,7 +117,9 @@ class DenseWorker:
     def load(self) -> inference_pb2.Load:
         """What heartbeats report."""
         return inference_pb2.Load(
-            sequences_running=self.engine.sequences_running, sequences_waiting=self.engine.sequences_waiting
+            sequences_running=self.engine.sequences_running,
+            sequences_waiting=self.engine.sequences_waiting,
+            blocks=self._local.blocks() if self._local is not None else None,
         )
 
     def drain(self) -> None:
@@ -127,7 +139,7 @@ class DenseWorker:
     def _connect(self, member: AttentionMember) -> AttentionPeer:
         if member.is_local:
             assert self._local is not None
-            return self._local[1]
+            return self._local.peer
         return RemotePeer(member, self._caller, self._config.security.tls)
 
 
