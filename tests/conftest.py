@@ -6,6 +6,7 @@ other run Triton interprets its kernels on the CPU; that is decided when it is i
 
 import logging
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module is imported."""
+    # A shell that runs us in the background has SIGINT ignored, and so would have what the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
 
