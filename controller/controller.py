@@ -239,7 +239,7 @@ class Controller:
             process_id=os.getpid(),
             process_started=process_start(os.getpid()),
             controller=self.address,
-            model=self._config.model.name or Path(self._config.model.path).name,
+            model=self._config.model.served_name,
             gateways=tuple(member.address for member in gateways),
             http=tuple(url for member in gateways if (url := self._url(member)) is not None),
         )

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cluster.errors import BrokenModelFolder
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import StoredTensor, read_stored_tensors
+from cluster.weight_shapes import require_shapes
 from workers.dense.weight_mapping import WeightMapping
 
 Progress = Callable[[int, int], None]
@@ -122,12 +122,12 @@ class _Loader:
         progress: Progress | None,
     ) -> None:
         self._spec = spec
-        self._folder = folder
         self._dtype = dtype
         self._device = device
         self._progress = progress
         self._packs = packing_pays(dtype, device)
         self._stored = read_stored_tensors(folder)
+        require_shapes(folder, spec, self._stored)
         self._mappings = {path: WeightMapping(path) for path in {t.path for t in self._stored.values()}}
         self._bytes_total = sum(tensor.end - tensor.start for tensor in self._stored.values())
         self._bytes_done = 0
@@ -135,44 +135,38 @@ class _Loader:
     def load(self) -> DecoderWeights:
         """Everything."""
         spec = self._spec
-        table = (spec.vocabulary_size, spec.hidden_size)
-        embedding = self._take("model.embed_tokens.weight", table)
+        embedding = self._take("model.embed_tokens.weight")
         # The largest first: to pack a tensor takes room for it twice, which is there before the others come.
         head = (
             self._projection(embedding, None)
             if spec.tied_embeddings
-            else self._linear(["lm_head"], *table, biased=False)
+            else self._linear(["lm_head"], biased=False)
         )
         layers = tuple(self._take_layer(f"model.layers.{layer}") for layer in range(spec.layers))
-        final_norm = self._take("model.norm.weight", (spec.hidden_size,))
+        final_norm = self._take("model.norm.weight")
         if self._progress is not None:
             self._progress(self._bytes_total, self._bytes_total)
         return DecoderWeights(embedding, layers, final_norm, head)
 
     def _take_layer(self, prefix: str) -> LayerWeights:
-        spec = self._spec
-        hidden, inner = spec.hidden_size, spec.intermediate_size
-        query, kv = spec.query_heads * spec.head_size, spec.kv_heads * spec.head_size
+        biases, has_head_norms = self._spec.biases, self._spec.query_key_norm
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        head_norm = (spec.head_size,) if spec.query_key_norm else None
         return LayerWeights(
-            input_norm=self._take(f"{prefix}.input_layernorm.weight", (hidden,)),
-            query=self._linear([f"{attention}.q_proj"], query, hidden, spec.biases.query_key_value),
-            key_value=self._linear(
-                [f"{attention}.k_proj", f"{attention}.v_proj"], kv, hidden, spec.biases.query_key_value
-            ),
-            query_norm=self._take(f"{attention}.q_norm.weight", head_norm) if head_norm else None,
-            key_norm=self._take(f"{attention}.k_norm.weight", head_norm) if head_norm else None,
-            output=self._linear([f"{attention}.o_proj"], hidden, query, spec.biases.output),
-            post_attention_norm=self._take(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-            gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], inner, hidden, spec.biases.mlp),
-            down=self._linear([f"{mlp}.down_proj"], hidden, inner, spec.biases.mlp),
+            input_norm=self._take(f"{prefix}.input_layernorm.weight"),
+            query=self._linear([f"{attention}.q_proj"], biases.query_key_value),
+            key_value=self._linear([f"{attention}.k_proj", f"{attention}.v_proj"], biases.query_key_value),
+            query_norm=self._take(f"{attention}.q_norm.weight") if has_head_norms else None,
+            key_norm=self._take(f"{attention}.k_norm.weight") if has_head_norms else None,
+            output=self._linear([f"{attention}.o_proj"], biases.output),
+            post_attention_norm=self._take(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], biases.mlp),
+            down=self._linear([f"{mlp}.down_proj"], biases.mlp),
         )
 
-    def _linear(self, names: list[str], outputs: int, inputs: int, biased: bool) -> Linear:
+    def _linear(self, names: list[str], biased: bool) -> Linear:
         """One projection, or several of equal shape fused along their outputs."""
-        weight = self._fuse([f"{name}.weight" for name in names], (outputs, inputs))
-        bias = self._fuse([f"{name}.bias" for name in names], (outputs,)) if biased else None
+        weight = self._fuse([f"{name}.weight" for name in names])
+        bias = self._fuse([f"{name}.bias" for name in names]) if biased else None
         projection = self._projection(weight, bias)
         if projection.is_packed:
             for name in names:
@@ -184,48 +178,35 @@ class _Loader:
         plain = Linear(weight, bias)
         return plain.packed() if self._packs else plain
 
-    def _fuse(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
-        """Tensors of `shape` stacked along the first axis; one alone need not be copied."""
+    def _fuse(self, names: list[str]) -> Tensor:
+        """Tensors of equal shape stacked along the first axis; one alone need not be copied."""
         if len(names) == 1:
-            return self._take(names[0], shape)
+            return self._take(names[0])
+        shape = self._stored[names[0]].shape
         fused = torch.empty((len(names) * shape[0], *shape[1:]), dtype=self._dtype, device=self._device)
         for part, name in zip(fused.chunk(len(names)), names, strict=True):
-            self._copy(name, shape, part)
+            self._copy(name, part)
         return fused
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _take(self, name: str) -> Tensor:
         """One tensor: a view into the mapping if it can be used as it lies, else a copy."""
-        stored = self._find(name, shape)
+        stored = self._stored[name]
         view = self._mappings[stored.path].view(stored)
         if view.dtype == self._dtype and self._device.type == "cpu":
             self._mappings[stored.path].read_in(stored)
             self._count(stored)
             return view
-        target = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self._copy(name, shape, target)
+        target = torch.empty(stored.shape, dtype=self._dtype, device=self._device)
+        self._copy(name, target)
         return target
 
-    def _copy(self, name: str, shape: tuple[int, ...], target: Tensor) -> None:
+    def _copy(self, name: str, target: Tensor) -> None:
         """Convert one tensor into `target` and give its file pages back."""
-        stored = self._find(name, shape)
+        stored = self._stored[name]
         mapping = self._mappings[stored.path]
         target.copy_(mapping.view(stored))
         mapping.give_back(stored)
         self._count(stored)
-
-    def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
-        stored = self._stored.get(name)
-        if stored is None:
-            raise BrokenModelFolder(
-                f"{self._folder}: tensor {name} is missing; config.json names {self._spec.architecture}: "
-                "check that weights and config.json belong together"
-            )
-        if stored.shape != shape:
-            raise BrokenModelFolder(
-                f"{stored.path}: tensor {name} has shape {list(stored.shape)}, config.json asks for "
-                f"{list(shape)}: check that weights and config.json belong together"
-            )
-        return stored
 
     def _count(self, stored: StoredTensor) -> None:
         self._bytes_done += stored.end - stored.start
