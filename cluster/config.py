@@ -38,6 +38,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Device = Literal["cpu", "cuda"]
 Cores = Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...]
+Serves = Literal["both", "prefill", "decode"]
 _CORES = "Cores the role's processes are kept on; auto: own ones where roles share a machine; []: any."
 
 
@@ -105,6 +106,11 @@ class DenseConfig(Section):
     step_tokens: int = Field(256, ge=1, le=65536, description="Token budget of one step over all sequences.")
     max_batch: int = Field(64, ge=1, le=4096, description="Sequences in one step.")
     max_waiting: int = Field(256, ge=1, description="Sequences queued before RESOURCE_EXHAUSTED.")
+    serves: tuple[Serves, ...] = Field(
+        ("both",),
+        min_length=1,
+        description="prefill, decode or both, by replica; the last one holds for all that follow.",
+    )
     reserve_ahead_tokens: int = Field(64, ge=1, description="Room asked for beyond what is needed now.")
     local_arena: Bytes = Field(
         0, description="KV cache in the dense process itself; 0 with attention workers."
@@ -113,6 +119,20 @@ class DenseConfig(Section):
         10_000, ge=0, description="How long sequences outlive their gateway's stream."
     )
     max_finished: int = Field(4096, ge=1, description="Finished sequences kept until acknowledged.")
+
+    def serves_at(self, index: int) -> Serves:
+        """What the replica of this index serves."""
+        return self.serves[min(index, len(self.serves) - 1)]
+
+    @model_validator(mode="after")
+    def _somebody_serves_all(self) -> DenseConfig:
+        served = {self.serves_at(index) for index in range(self.replicas)}
+        if "both" not in served and len(served) == 1:
+            missing = "decode" if "prefill" in served else "prefill"
+            raise ValueError(f"serves: none of {self.replicas} replicas serves {missing}")
+        if "prefill" in served and self.local_arena:
+            raise ValueError("serves: prefill leaves its cache to others, so local_arena must be 0")
+        return self
 
 
 class AttentionConfig(Section):

@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from cluster.config import Config, TlsConfig
+from cluster.config import Config, Serves, TlsConfig
 from cluster.errors import AnabranchError
 from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, KvGeometry, SequenceKey, ShardRef, WorkerId, draw_epoch
 from tests.models import Reference
 from workers.attention.core import AttentionCore
 from workers.attention.worker import AttentionWorker
-from workers.dense.deltas import Delta, FinishReason, Timings
+from workers.dense.deltas import Delta, FinishReason, Handoff, Timings
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
@@ -105,13 +105,13 @@ class Output:
     matched_token_id: int | None = None
     failure: AnabranchError | None = None
     timings: Timings | None = None
-    handoff: bool = False
+    handoff: Handoff | None = None
     cached_tokens: int = 0
 
     @property
     def is_over(self) -> bool:
         """Whether its last delta came."""
-        return self.handoff or self.finish is not None or self.failure is not None
+        return self.handoff is not None or self.finish is not None or self.failure is not None
 
 
 class Listener:
@@ -241,9 +241,9 @@ class DenseCluster:
             self.start_worker(WorkerId(f"attention-{index}"))
         self.engine = self.new_engine()
 
-    def new_engine(self) -> Engine:
+    def new_engine(self, serves: Serves = "both") -> Engine:
         """Another dense worker over the same attention workers; `attach` starts it."""
-        return Engine(self.config, self.decoder, select("auto", "cpu"), self.connect)
+        return Engine(self.config, self.decoder, select("auto", "cpu"), self.connect, serves=serves)
 
     def attach(self, engine: Engine) -> None:
         """Start an engine and wait until it has a lane to every worker."""

@@ -78,6 +78,7 @@ class FakeDense:
     pause_at: int | None = None
     refusal: AnabranchError | None = None
     hangs_up: bool = False
+    serving: inference_pb2.Serving.ValueType = inference_pb2.SERVING_UNSPECIFIED
     submissions: list[dense_pb2.Submission] = field(default_factory=list)
     aborts: list[dense_pb2.AbortSequence] = field(default_factory=list)
     acknowledged: list[dense_pb2.Acknowledge] = field(default_factory=list)
@@ -99,10 +100,10 @@ class FakeDense:
         """End without a word, mid-step; idempotent."""
         await self._server.stop(None)
 
-    async def hand_over(self) -> None:
-        """Drain: end every sequence with HANDOFF."""
+    async def hand_over(self, *, worker_stays: bool = False, to: str = "") -> None:
+        """End every sequence with HANDOFF: drain, unless the `worker_stays`."""
         for stream in self._streams:
-            await stream.hand_over()
+            await stream.hand_over(worker_stays, to)
 
     async def send(self, delta: dense_pb2.SequenceDelta) -> None:
         """Say something out of turn on every stream."""
@@ -119,7 +120,13 @@ class FakeDense:
             epoch=self.epoch,
             address=f"127.0.0.1:{self.port}",
             state=state,
+            serving=self.serving,
         )
+
+    @property
+    def paused(self) -> int:
+        """Sequences that have reached `pause_at`."""
+        return sum(stream.at(self.pause_at) for stream in self._streams)
 
     def opened(self, stream: _Stream) -> None:
         """A gateway connected."""
@@ -189,13 +196,19 @@ class _Stream:
             if deltas:
                 await self.send(deltas)
 
-    async def hand_over(self) -> None:
+    def at(self, index: int | None) -> int:
+        """Sequences whose next token is this one."""
+        return sum(running.next_index == index for running in self._sequences.values())
+
+    async def hand_over(self, worker_stays: bool, to: str) -> None:
         deltas = [
             dense_pb2.SequenceDelta(
                 sequence=running.submission.sequence,
                 generation=running.submission.generation,
                 first_index=running.next_index,
                 handoff=True,
+                worker_stays=worker_stays,
+                handoff_to=to,
             )
             for running in self._sequences.values()
         ]

@@ -52,11 +52,13 @@ class MembershipClient:
         on_change: Callable[[control_pb2.Membership], None],
         on_fenced: Callable[[], None],
         metrics_address: str = "",
+        serving: inference_pb2.Serving.ValueType = inference_pb2.SERVING_UNSPECIFIED,
     ) -> None:
         self._context = context
         self._role = role
         self._address = address
         self._metrics_address = metrics_address
+        self._serving = serving
         self._load = load
         self._on_change = on_change
         self._on_fenced = on_fenced
@@ -151,6 +153,7 @@ class MembershipClient:
             process_id=getpid(),
             load=self._loaded(),
             metrics_address=self._metrics_address,
+            serving=self._serving,
         )
         request = control_pb2.RegisterRequest(
             member=member,

@@ -25,31 +25,35 @@ _sym_db = _symbol_database.Default()
 from anabranch.v1 import types_pb2 as anabranch_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61nabranch/v1/dense.proto\x12\x0c\x61nabranch.v1\x1a\x18\x61nabranch/v1/types.proto\"\xd6\x01\n\x0cServeRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.anabranch.v1.GatewayHelloH\x00\x12.\n\nsubmission\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.SubmissionH\x00\x12,\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x1b.anabranch.v1.AbortSequenceH\x00\x12\x30\n\x0b\x61\x63knowledge\x18\x04 \x01(\x0b\x32\x19.anabranch.v1.AcknowledgeH\x00\x42\t\n\x07message\"y\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x15\n\rgateway_epoch\x18\x02 \x01(\x06\x12(\n\x08\x62\x65lieved\x18\x03 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12\x14\n\x0cwire_version\x18\x04 \x01(\r\"\xbf\x02\n\nSubmission\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x32\n\x08sampling\x18\x05 \x01(\x0b\x32 .anabranch.v1.SamplingParameters\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12.\n\tshard_map\x18\t \x01(\x0b\x32\x16.anabranch.v1.ShardMapH\x01\x88\x01\x01\x42\x0e\n\x0c_deadline_msB\x0c\n\n_shard_map\"P\n\rAbortSequence\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x02 \x01(\r\"N\n\x0b\x41\x63knowledge\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x02 \x01(\r\"o\n\rServeResponse\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.anabranch.v1.DenseHelloH\x00\x12(\n\x04step\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.StepDeltasH\x00\x42\t\n\x07message\"d\n\nDenseHello\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\"G\n\nStepDeltas\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12+\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x1b.anabranch.v1.SequenceDelta\"\xc4\x03\n\rSequenceDelta\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.anabranch.v1.TokenLogprobs\x12.\n\tshard_map\x18\x06 \x01(\x0b\x32\x16.anabranch.v1.ShardMapH\x00\x88\x01\x01\x12\x31\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x1a.anabranch.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x08 \x01(\rH\x01\x88\x01\x01\x12&\n\x07\x66\x61ilure\x18\t \x01(\x0b\x32\x15.anabranch.v1.Failure\x12&\n\x07timings\x18\n \x01(\x0b\x32\x15.anabranch.v1.Timings\x12\x0f\n\x07handoff\x18\x0b \x01(\x08\x12\x15\n\rcached_tokens\x18\x0c \x01(\rB\x0c\n\n_shard_mapB\x13\n\x11_matched_token_id2T\n\x0c\x44\x65nseService\x12\x44\n\x05Serve\x12\x1a.anabranch.v1.ServeRequest\x1a\x1b.anabranch.v1.ServeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61nabranch/v1/dense.proto\x12\x0c\x61nabranch.v1\x1a\x18\x61nabranch/v1/types.proto\"y\n\x0fHandoverRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x0e\n\x06target\x18\x03 \x01(\t\"l\n\x10HandoverResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.anabranch.v1.SequenceKey\"\xd6\x01\n\x0cServeRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.anabranch.v1.GatewayHelloH\x00\x12.\n\nsubmission\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.SubmissionH\x00\x12,\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x1b.anabranch.v1.AbortSequenceH\x00\x12\x30\n\x0b\x61\x63knowledge\x18\x04 \x01(\x0b\x32\x19.anabranch.v1.AcknowledgeH\x00\x42\t\n\x07message\"y\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x15\n\rgateway_epoch\x18\x02 \x01(\x06\x12(\n\x08\x62\x65lieved\x18\x03 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12\x14\n\x0cwire_version\x18\x04 \x01(\r\"\xbf\x02\n\nSubmission\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x32\n\x08sampling\x18\x05 \x01(\x0b\x32 .anabranch.v1.SamplingParameters\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12.\n\tshard_map\x18\t \x01(\x0b\x32\x16.anabranch.v1.ShardMapH\x01\x88\x01\x01\x42\x0e\n\x0c_deadline_msB\x0c\n\n_shard_map\"P\n\rAbortSequence\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x02 \x01(\r\"N\n\x0b\x41\x63knowledge\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x02 \x01(\r\"o\n\rServeResponse\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.anabranch.v1.DenseHelloH\x00\x12(\n\x04step\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.StepDeltasH\x00\x42\t\n\x07message\"d\n\nDenseHello\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\"G\n\nStepDeltas\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12+\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x1b.anabranch.v1.SequenceDelta\"\xee\x03\n\rSequenceDelta\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.anabranch.v1.TokenLogprobs\x12.\n\tshard_map\x18\x06 \x01(\x0b\x32\x16.anabranch.v1.ShardMapH\x00\x88\x01\x01\x12\x31\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x1a.anabranch.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x08 \x01(\rH\x01\x88\x01\x01\x12&\n\x07\x66\x61ilure\x18\t \x01(\x0b\x32\x15.anabranch.v1.Failure\x12&\n\x07timings\x18\n \x01(\x0b\x32\x15.anabranch.v1.Timings\x12\x0f\n\x07handoff\x18\x0b \x01(\x08\x12\x15\n\rcached_tokens\x18\x0c \x01(\r\x12\x14\n\x0cworker_stays\x18\r \x01(\x08\x12\x12\n\nhandoff_to\x18\x0e \x01(\tB\x0c\n\n_shard_mapB\x13\n\x11_matched_token_id2\x9f\x01\n\x0c\x44\x65nseService\x12\x44\n\x05Serve\x12\x1a.anabranch.v1.ServeRequest\x1a\x1b.anabranch.v1.ServeResponse(\x01\x30\x01\x12I\n\x08Handover\x12\x1d.anabranch.v1.HandoverRequest\x1a\x1e.anabranch.v1.HandoverResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'anabranch.v1.dense_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVEREQUEST']._serialized_start=69
-  _globals['_SERVEREQUEST']._serialized_end=283
-  _globals['_GATEWAYHELLO']._serialized_start=285
-  _globals['_GATEWAYHELLO']._serialized_end=406
-  _globals['_SUBMISSION']._serialized_start=409
-  _globals['_SUBMISSION']._serialized_end=728
-  _globals['_ABORTSEQUENCE']._serialized_start=730
-  _globals['_ABORTSEQUENCE']._serialized_end=810
-  _globals['_ACKNOWLEDGE']._serialized_start=812
-  _globals['_ACKNOWLEDGE']._serialized_end=890
-  _globals['_SERVERESPONSE']._serialized_start=892
-  _globals['_SERVERESPONSE']._serialized_end=1003
-  _globals['_DENSEHELLO']._serialized_start=1005
-  _globals['_DENSEHELLO']._serialized_end=1105
-  _globals['_STEPDELTAS']._serialized_start=1107
-  _globals['_STEPDELTAS']._serialized_end=1178
-  _globals['_SEQUENCEDELTA']._serialized_start=1181
-  _globals['_SEQUENCEDELTA']._serialized_end=1633
-  _globals['_DENSESERVICE']._serialized_start=1635
-  _globals['_DENSESERVICE']._serialized_end=1719
+  _globals['_HANDOVERREQUEST']._serialized_start=68
+  _globals['_HANDOVERREQUEST']._serialized_end=189
+  _globals['_HANDOVERRESPONSE']._serialized_start=191
+  _globals['_HANDOVERRESPONSE']._serialized_end=299
+  _globals['_SERVEREQUEST']._serialized_start=302
+  _globals['_SERVEREQUEST']._serialized_end=516
+  _globals['_GATEWAYHELLO']._serialized_start=518
+  _globals['_GATEWAYHELLO']._serialized_end=639
+  _globals['_SUBMISSION']._serialized_start=642
+  _globals['_SUBMISSION']._serialized_end=961
+  _globals['_ABORTSEQUENCE']._serialized_start=963
+  _globals['_ABORTSEQUENCE']._serialized_end=1043
+  _globals['_ACKNOWLEDGE']._serialized_start=1045
+  _globals['_ACKNOWLEDGE']._serialized_end=1123
+  _globals['_SERVERESPONSE']._serialized_start=1125
+  _globals['_SERVERESPONSE']._serialized_end=1236
+  _globals['_DENSEHELLO']._serialized_start=1238
+  _globals['_DENSEHELLO']._serialized_end=1338
+  _globals['_STEPDELTAS']._serialized_start=1340
+  _globals['_STEPDELTAS']._serialized_end=1411
+  _globals['_SEQUENCEDELTA']._serialized_start=1414
+  _globals['_SEQUENCEDELTA']._serialized_end=1908
+  _globals['_DENSESERVICE']._serialized_start=1911
+  _globals['_DENSESERVICE']._serialized_end=2070
 # @@protoc_insertion_point(module_scope)

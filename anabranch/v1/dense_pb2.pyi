@@ -20,6 +20,70 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class HandoverRequest(_message.Message):
+    """Which sequences go where."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BELIEVED_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """Worker slot that should take them; empty: each gateway chooses."""
+    @_builtins.property
+    def believed(self) -> _types_pb2.Believed:
+        """Epoch of the dense worker it means to speak to."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.SequenceKey]:
+        """Which."""
+
+    def __init__(
+        self,
+        *,
+        believed: _types_pb2.Believed | None = ...,
+        sequences: _abc.Iterable[_types_pb2.SequenceKey] | None = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "sequences", b"sequences", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandoverRequest: _TypeAlias = HandoverRequest  # noqa: Y015
+
+@_typing.final
+class HandoverResponse(_message.Message):
+    """What left."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONDER_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def responder(self) -> _types_pb2.Responder:
+        """Who answers."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.SequenceKey]:
+        """Those that lived here."""
+
+    def __init__(
+        self,
+        *,
+        responder: _types_pb2.Responder | None = ...,
+        sequences: _abc.Iterable[_types_pb2.SequenceKey] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandoverResponse: _TypeAlias = HandoverResponse  # noqa: Y015
+
+@_typing.final
 class ServeRequest(_message.Message):
     """From a gateway."""
 
@@ -336,6 +400,8 @@ class SequenceDelta(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     HANDOFF_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    WORKER_STAYS_FIELD_NUMBER: _builtins.int
+    HANDOFF_TO_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Which life of it."""
     first_index: _builtins.int
@@ -345,9 +411,13 @@ class SequenceDelta(_message.Message):
     matched_token_id: _builtins.int
     """The stop token that matched."""
     handoff: _builtins.bool
-    """The worker drains: resubmit to another one."""
+    """Resubmit to another worker: this one drains, unless `worker_stays`."""
     cached_tokens: _builtins.int
     """Prompt tokens whose KV was found in the pool."""
+    worker_stays: _builtins.bool
+    """With `handoff`: only this sequence leaves; the worker takes others."""
+    handoff_to: _builtins.str
+    """With `handoff`: worker slot that should take it; empty: the gateway chooses."""
     @_builtins.property
     def sequence(self) -> _types_pb2.SequenceKey:
         """Which."""
@@ -387,10 +457,12 @@ class SequenceDelta(_message.Message):
         timings: _types_pb2.Timings | None = ...,
         handoff: _builtins.bool = ...,
         cached_tokens: _builtins.int = ...,
+        worker_stays: _builtins.bool = ...,
+        handoff_to: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "_shard_map", b"_shard_map", "failure", b"failure", "matched_token_id", b"matched_token_id", "sequence", b"sequence", "shard_map", b"shard_map", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "_shard_map", b"_shard_map", "cached_tokens", b"cached_tokens", "failure", b"failure", "finish_reason", b"finish_reason", "first_index", b"first_index", "generation", b"generation", "handoff", b"handoff", "logprobs", b"logprobs", "matched_token_id", b"matched_token_id", "sequence", b"sequence", "shard_map", b"shard_map", "timings", b"timings", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "_shard_map", b"_shard_map", "cached_tokens", b"cached_tokens", "failure", b"failure", "finish_reason", b"finish_reason", "first_index", b"first_index", "generation", b"generation", "handoff", b"handoff", "handoff_to", b"handoff_to", "logprobs", b"logprobs", "matched_token_id", b"matched_token_id", "sequence", b"sequence", "shard_map", b"shard_map", "timings", b"timings", "token_ids", b"token_ids", "worker_stays", b"worker_stays"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_token_id: _TypeAlias = _typing.Literal["matched_token_id"]  # noqa: Y015
     _WhichOneofArgType__matched_token_id: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id"]  # noqa: Y015

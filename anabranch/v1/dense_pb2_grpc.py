@@ -40,6 +40,11 @@ class DenseServiceStub:
                 request_serializer=anabranch_dot_v1_dot_dense__pb2.ServeRequest.SerializeToString,
                 response_deserializer=anabranch_dot_v1_dot_dense__pb2.ServeResponse.FromString,
                 _registered_method=True)
+        self.Handover = channel.unary_unary(
+                '/anabranch.v1.DenseService/Handover',
+                request_serializer=anabranch_dot_v1_dot_dense__pb2.HandoverRequest.SerializeToString,
+                response_deserializer=anabranch_dot_v1_dot_dense__pb2.HandoverResponse.FromString,
+                _registered_method=True)
 
 
 class DenseServiceServicer:
@@ -55,6 +60,15 @@ class DenseServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Handover(self, request, context):
+        """Gives running sequences to another dense worker while their streams go on: their gateways resubmit
+        them there, and it takes their shards over where they lie. No KV moves. Sequences that do not live
+        here are left out of the answer. Errors: FAILED_PRECONDITION (another epoch).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DenseServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +76,11 @@ def add_DenseServiceServicer_to_server(servicer, server):
                     servicer.Serve,
                     request_deserializer=anabranch_dot_v1_dot_dense__pb2.ServeRequest.FromString,
                     response_serializer=anabranch_dot_v1_dot_dense__pb2.ServeResponse.SerializeToString,
+            ),
+            'Handover': grpc.unary_unary_rpc_method_handler(
+                    servicer.Handover,
+                    request_deserializer=anabranch_dot_v1_dot_dense__pb2.HandoverRequest.FromString,
+                    response_serializer=anabranch_dot_v1_dot_dense__pb2.HandoverResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +111,33 @@ class DenseService:
             '/anabranch.v1.DenseService/Serve',
             anabranch_dot_v1_dot_dense__pb2.ServeRequest.SerializeToString,
             anabranch_dot_v1_dot_dense__pb2.ServeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Handover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.DenseService/Handover',
+            anabranch_dot_v1_dot_dense__pb2.HandoverRequest.SerializeToString,
+            anabranch_dot_v1_dot_dense__pb2.HandoverResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,11 @@ class DenseServiceStub:
     so is the worker's. The worker sends one message per step with the deltas of all this gateway's
     sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining).
     """
+    Handover: _grpc.UnaryUnaryMultiCallable[_dense_pb2.HandoverRequest, _dense_pb2.HandoverResponse]
+    """Gives running sequences to another dense worker while their streams go on: their gateways resubmit
+    them there, and it takes their shards over where they lie. No KV moves. Sequences that do not live
+    here are left out of the answer. Errors: FAILED_PRECONDITION (another epoch).
+    """
 
 @_typing.type_check_only
 class DenseServiceAsyncStub(DenseServiceStub):
@@ -48,6 +53,11 @@ class DenseServiceAsyncStub(DenseServiceStub):
     """The one multiplexed stream of a gateway and a dense worker. The gateway's first message is `hello`;
     so is the worker's. The worker sends one message per step with the deltas of all this gateway's
     sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining).
+    """
+    Handover: _aio.UnaryUnaryMultiCallable[_dense_pb2.HandoverRequest, _dense_pb2.HandoverResponse]  # type: ignore[assignment]
+    """Gives running sequences to another dense worker while their streams go on: their gateways resubmit
+    them there, and it takes their shards over where they lie. No KV moves. Sequences that do not live
+    here are left out of the answer. Errors: FAILED_PRECONDITION (another epoch).
     """
 
 class DenseServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +72,17 @@ class DenseServiceServicer(metaclass=_abc_1.ABCMeta):
         """The one multiplexed stream of a gateway and a dense worker. The gateway's first message is `hello`;
         so is the worker's. The worker sends one message per step with the deltas of all this gateway's
         sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining).
+        """
+
+    @_abc_1.abstractmethod
+    def Handover(
+        self,
+        request: _dense_pb2.HandoverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dense_pb2.HandoverResponse, _abc.Awaitable[_dense_pb2.HandoverResponse]]:
+        """Gives running sequences to another dense worker while their streams go on: their gateways resubmit
+        them there, and it takes their shards over where they lie. No KV moves. Sequences that do not live
+        here are left out of the answer. Errors: FAILED_PRECONDITION (another epoch).
         """
 
 def add_DenseServiceServicer_to_server(servicer: DenseServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -80,6 +80,30 @@ MEMBER_STATE_DRAINING: MemberState.ValueType  # 3
 """Finishing what it has."""
 Global___MemberState: _TypeAlias = MemberState  # noqa: Y015
 
+class _Serving:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ServingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Serving.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SERVING_UNSPECIFIED: _Serving.ValueType  # 0
+    """Prompts and decoding."""
+    SERVING_PREFILL: _Serving.ValueType  # 1
+    """Prompts; decoding goes on elsewhere."""
+    SERVING_DECODE: _Serving.ValueType  # 2
+    """Decoding of sequences whose prompt was computed elsewhere."""
+
+class Serving(_Serving, metaclass=_ServingEnumTypeWrapper):
+    """The part of requests that a dense worker serves."""
+
+SERVING_UNSPECIFIED: Serving.ValueType  # 0
+"""Prompts and decoding."""
+SERVING_PREFILL: Serving.ValueType  # 1
+"""Prompts; decoding goes on elsewhere."""
+SERVING_DECODE: Serving.ValueType  # 2
+"""Decoding of sequences whose prompt was computed elsewhere."""
+Global___Serving: _TypeAlias = Serving  # noqa: Y015
+
 @_typing.final
 class ChatMessage(_message.Message):
     """One message of a conversation."""
@@ -714,6 +738,7 @@ class Member(_message.Message):
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Name of the worker slot."""
     role: Global___Role.ValueType
@@ -730,6 +755,8 @@ class Member(_message.Message):
     """Process id on that machine."""
     metrics_address: _builtins.str
     """host:port where Prometheus reads it; empty where telemetry.metrics_port is off."""
+    serving: Global___Serving.ValueType
+    """What of requests a dense worker serves."""
     @_builtins.property
     def load(self) -> Global___Load:
         """Load as last reported."""
@@ -746,10 +773,11 @@ class Member(_message.Message):
         process_id: _builtins.int = ...,
         load: Global___Load | None = ...,
         metrics_address: _builtins.str = ...,
+        serving: Global___Serving.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "metrics_address", b"metrics_address", "process_id", b"process_id", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "metrics_address", b"metrics_address", "process_id", b"process_id", "role", b"role", "serving", b"serving", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

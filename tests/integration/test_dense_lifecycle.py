@@ -22,7 +22,7 @@ from tests.cluster_harness import (
     wait_until,
 )
 from tests.models import random_prompt
-from workers.dense.deltas import FinishReason
+from workers.dense.deltas import FinishReason, Handoff
 
 PROMPT = random_prompt(40, 1)
 LONG = 250
@@ -259,11 +259,11 @@ def test_hand_over_gives_every_sequence_back(folder: Path) -> None:
         cluster.attach(other)
         try:
             cluster.engine.refuse_new()
-            cluster.engine.hand_over()
-            output = cluster.listener.wait(first)
-            assert output.handoff
             refused = cluster.listener.wait(cluster.submit(request(PROMPT, 5)))
             assert isinstance(refused.failure, Unavailable)
+            cluster.engine.stop()
+            output = cluster.listener.wait(first)
+            assert output.handoff == Handoff()
             resumed = request(
                 PROMPT, 200, key=first.key, generation=2, output=output.token_ids, shard_map=output.maps[-1]
             )

@@ -1,6 +1,7 @@
 """Dense workers die, drain, refuse and misbehave: no token wrong, missing or repeated."""
 
 import asyncio
+import logging
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,73 @@ async def test_a_draining_worker_hands_its_sequences_over(tmp_path: Path) -> Non
         assert (await generate(cluster.stub(), completion())).tokens() == expected_letters()
         assert first.acknowledged == []  # an acknowledgement would free what the next worker adopts
     assert len(first.submissions) == 1
+
+
+async def linked(caplog: pytest.LogCaptureFixture, count: int) -> None:
+    """Until so many links to dense workers were opened."""
+    await eventually(lambda: caplog.messages.count("link_ready") == count, f"{count} links are open")
+
+
+@asynchronous
+async def test_one_sequence_is_handed_to_the_worker_that_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that stays gives a sequence to another by name, and is given new ones as before."""
+    caplog.set_level(logging.INFO)
+    first, idle, named = FakeDense("dense-0", pause_at=7), FakeDense("dense-1"), FakeDense("dense-2")
+    async with fleet(tmp_path, [first]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: bool(first.submissions), "submitted")
+        await cluster.add_dense(idle)
+        await cluster.add_dense(named)
+        await linked(caplog, 3)
+        await first.hand_over(worker_stays=True, to="dense-2")
+        assert (await stream).tokens() == expected_letters()
+        assert (len(idle.submissions), len(named.submissions)) == (0, 1)
+        first.pause_at = None
+        assert (await generate(cluster.stub(), completion())).tokens() == expected_letters()
+    assert len(first.submissions) == 2  # the least loaded by its name
+
+
+@asynchronous
+async def test_a_sequence_for_a_worker_that_is_gone_goes_to_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The name in a handoff is a wish: without that worker any other takes the sequence."""
+    caplog.set_level(logging.INFO)
+    first, second = FakeDense("dense-0", pause_at=7), FakeDense("dense-1")
+    async with fleet(tmp_path, [first]) as cluster:
+        stream = asyncio.create_task(generate(cluster.stub(), completion()))
+        await eventually(lambda: bool(first.submissions), "submitted")
+        await cluster.add_dense(second)
+        await linked(caplog, 2)
+        await first.hand_over(worker_stays=True, to="dense-9")
+        assert (await stream).tokens() == expected_letters()
+    assert len(second.submissions) == 1
+
+
+@asynchronous
+async def test_prompts_and_decoding_go_where_they_are_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new sequence goes to a worker for prompts however loaded, one with tokens to a worker for decoding;
+    whoever else there is takes them where that one is lost.
+    """
+    caplog.set_level(logging.INFO)
+    prefill = FakeDense("dense-1", pause_at=2, serving=inference_pb2.SERVING_PREFILL)
+    decode = FakeDense("dense-0", serving=inference_pb2.SERVING_DECODE)
+    async with fleet(tmp_path, [prefill, decode]) as cluster:
+        await linked(caplog, 2)
+        streams = [asyncio.create_task(generate(cluster.stub(), completion())) for _ in range(3)]
+        await eventually(lambda: prefill.paused == 3, "all begin at the worker for prompts")
+        assert decode.submissions == []
+        await prefill.hand_over(worker_stays=True)
+        for stream in streams:
+            assert (await stream).tokens() == expected_letters()
+        assert [len(submission.output_token_ids) for submission in decode.submissions] == [2, 2, 2]
+        await cluster.lose_dense(prefill)
+        assert (await generate(cluster.stub(), completion())).tokens() == expected_letters()
+    assert len(decode.submissions) == 4
 
 
 @asynchronous

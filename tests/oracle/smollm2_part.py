@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from cluster.config import Serves
 from tests.cluster_harness import DenseCluster, Output, Shape, request, wait_until
 from tests.models import NEAR_TIE
 from tests.oracle.matrix import LOGPROB_TOLERANCE, Tally, compare
@@ -66,9 +67,9 @@ class ObservedCluster(DenseCluster):
         super().__enter__()
         return self
 
-    def new_engine(self) -> Engine:
+    def new_engine(self, serves: Serves = "both") -> Engine:
         """An engine over the observed decoder."""
-        return Engine(self.config, observed_decoder(), select("auto", "cpu"), self.connect)
+        return Engine(self.config, observed_decoder(), select("auto", "cpu"), self.connect, serves=serves)
 
     def run(self, given: Sequence[Sequence[int]], max_tokens: int, tenant: str = "tenant") -> list[Output]:
         """Greedy outputs of prompts submitted together, with log-probabilities."""

@@ -26,6 +26,11 @@ from workers.kernels.warm_up import warm_up_causal
 from workers.membership import MembershipClient
 from workers.role import RoleContext
 
+_SERVING = {
+    "both": inference_pb2.SERVING_UNSPECIFIED,
+    "prefill": inference_pb2.SERVING_PREFILL,
+    "decode": inference_pb2.SERVING_DECODE,
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROGRESS_S = 2.0
 _CONNECT_S = 3.0
@@ -61,6 +66,7 @@ def _join_and_serve(context: RoleContext, worker: DenseWorker, stack: contextlib
         on_change,
         context.stop.set,
         context.serve_metrics(worker.engine.metrics.registry, context.config.dense.host),
+        _SERVING[context.config.dense.serves_at(context.index)],
     )
     stack.callback(membership.close)
     theirs = geometry_value(membership.start().geometry)
@@ -117,8 +123,12 @@ def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
 def _worker(
     context: RoleContext, decoder: Decoder, local: AttentionCore | None, spin_s: float
 ) -> DenseWorker:
-    if local is None:
-        return DenseWorker(context.config, decoder, context.worker_id, context.epoch, spin_s=spin_s)
+    serves = context.config.dense.serves_at(context.index)
+    arena = _local_arena(local) if local is not None else None
+    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, arena, spin_s, serves)
+
+
+def _local_arena(local: AttentionCore) -> LocalArena:
     store = local.store
 
     def member() -> AttentionMember:
@@ -130,8 +140,7 @@ def _worker(
     def blocks() -> inference_pb2.BlockAccount:
         return account_message(local.account, local.arena.geometry)
 
-    arena = LocalArena(member, blocks, local.peer())
-    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, arena, spin_s)
+    return LocalArena(member, blocks, local.peer())
 
 
 def _stop_when_broken(context: RoleContext, worker: DenseWorker) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.errors import AnabranchError
-from cluster.types import SequenceKey, ShardRef
+from cluster.types import SequenceKey, ShardRef, WorkerId
 from workers.dense.sampler import Sampled
 
 
@@ -36,6 +36,16 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Handoff:
+    """A sequence leaves for another dense worker: `target`, or whichever its gateway chooses. Where not
+    `worker_stays`, this worker leaves too.
+    """
+
+    worker_stays: bool = False
+    target: WorkerId | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """News of one sequence. At most one of `finish`, `failure` and `handoff` is set, and only once."""
 
@@ -51,14 +61,14 @@ class Delta:
     failure: AnabranchError | None = None
     timings: Timings | None = None
     """So far: with tokens and with the end. A gateway that ends the sequence by itself has the last ones."""
-    handoff: bool = False
+    handoff: Handoff | None = None
     cached_tokens: int = 0
     """Prompt tokens whose KV was found in the pool."""
 
     @property
     def ends(self) -> bool:
         """Whether this is the sequence's last."""
-        return self.handoff or self.finish is not None or self.failure is not None
+        return self.handoff is not None or self.finish is not None or self.failure is not None
 
 
 class Subscriber(Protocol):

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 from cluster.clock import Clock, monotonic
-from cluster.config import Config
+from cluster.config import Config, Serves
 from cluster.errors import Fenced, Internal, NeedFull
 from cluster.policies.placement import PlacementPolicy
 from cluster.policies.scheduler import Scheduler, SchedulerLimits, StepPlan
 from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, WorkerId
-from workers.dense.deltas import FinishReason, Outbox, Subscriber
+from workers.dense.deltas import FinishReason, Handoff, Outbox, Subscriber
 from workers.dense.inbox import Inbox
 from workers.dense.lane_set import LaneSet, StepAborted
 from workers.dense.members import AttentionMember, Connect
@@ -28,7 +28,7 @@ from workers.dense.sequences import LiveSequence, Submission
 from workers.dense.shard_keeper import ShardKeeper
 from workers.dense.step_layout import Chunk
 from workers.dense.step_runner import StepOutcome, StepRunner
-from workers.dense.submissions import Door, Submissions
+from workers.dense.submissions import OUTPUTS_AT_CERTAIN_PROMPT, Door, Submissions
 from workers.dense.windows import WindowTrimmer
 from workers.kernels.signature import Kernel
 from workers.lanes.messages import Lane
@@ -61,11 +61,14 @@ class Engine:
         connect: Connect,
         clock: Clock = monotonic,
         on_step: Callable[[StepOutcome], None] | None = None,
+        serves: Serves = "both",
     ) -> None:
         """`connect` makes the peers of attention workers; `kernel` attends chunks over themselves; `on_step`
-        is told of each step on the engine's thread, before its tokens leave.
+        is told of each step on the engine's thread, before its tokens leave. One that serves "prefill" gives
+        new sequences away as soon as their prompt is certain.
         """
         self._on_step = on_step
+        self._serves = serves
         self.metrics = DenseMetrics(config.model.served_name)
         self.failed = threading.Event()
         self.max_sequence_length = min(
@@ -156,9 +159,23 @@ class Engine:
         """Drain: submissions are answered Unavailable from now on."""
         self._submissions.draining = True
 
-    def hand_over(self) -> None:
-        """Give all live sequences back to their gateways, for another dense worker."""
-        self._inbox.post(self._table.hand_over)
+    def hand_over(
+        self,
+        keys: Sequence[SequenceKey],
+        target: WorkerId | None,
+        answer: Callable[[list[SequenceKey]], None],
+    ) -> None:
+        """Give live sequences to another dense worker, `target` or any; `answer` gets those that lived here,
+        on the engine's thread.
+        """
+
+        def hand_over() -> None:
+            living = [sequence for key in keys if (sequence := self._table.live(key)) is not None]
+            for sequence in living:
+                self._table.hand_over(sequence, Handoff(True, target))
+            answer([sequence.key for sequence in living])
+
+        self._inbox.post(hand_over)
 
     def is_idle(self) -> bool:
         """Whether no sequence lives here."""
@@ -200,7 +217,7 @@ class Engine:
                 if outcome is not None:
                     self._apply(plan, outcome)
             self._inbox.run(_OFFERS_MOST, _LAST_CALLS_BUDGET_S)
-            self._table.hand_over()
+            self._table.hand_over_all()
         except Exception as error:  # noqa: BLE001  every request gets an answer, also from an engine that broke
             _log.error("engine_failed", error=error, step=self._step)
             self._table.fail_all(Internal(f"the dense worker's engine failed: {type(error).__name__}"))
@@ -246,6 +263,8 @@ class Engine:
         self._scheduler.apply(plan, tokens)
         for end in ended:
             end()
+        if self._serves == "prefill":
+            self._give_away(outcome)
         self._trimmer.trim(outcome.chunks)
         self._outbox.flush(plan.step)
         self.metrics.note_step(plan.tokens, len(tokens), outcome.micro_batches, outcome.times)
@@ -279,6 +298,16 @@ class Engine:
         timings = sequence.stopwatch.read(self._clock())
         self._outbox.put(sequence.subscriber, sequence.delta([sampled], timings=timings))
         return None
+
+    def _give_away(self, outcome: StepOutcome) -> None:
+        """Sequences whose prompt is certain go to a worker that decodes. One that came with tokens was given
+        away before, and came back because there is no such worker.
+        """
+        for chunk in outcome.chunks:
+            sequence = chunk.sequence
+            has_prompt = sequence.output_count >= OUTPUTS_AT_CERTAIN_PROMPT
+            if has_prompt and not sequence.submission.output and self._table.is_live(sequence):
+                self._table.hand_over(sequence, Handoff(worker_stays=True))
 
     def _finish(
         self,

@@ -64,9 +64,12 @@ def delta_message(delta: Delta) -> dense_pb2.SequenceDelta:
             if sampled.logprob is not None
         ],
         matched_token_id=delta.matched_token_id,
-        handoff=delta.handoff,
+        handoff=delta.handoff is not None,
         cached_tokens=delta.cached_tokens,
     )
+    if delta.handoff is not None:
+        message.worker_stays = delta.handoff.worker_stays
+        message.handoff_to = delta.handoff.target or ""
     if delta.shard_map is not None:
         message.shard_map.CopyFrom(shard_map_message(delta.shard_map))
     if delta.finish is not None:

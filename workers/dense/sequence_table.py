@@ -11,7 +11,7 @@ from cluster.errors import AnabranchError, Fenced, Unavailable
 from cluster.policies.scheduler import Scheduler
 from cluster.telemetry import logger
 from cluster.types import SequenceKey, WorkerId
-from workers.dense.deltas import FinishReason, Outbox, Subscriber
+from workers.dense.deltas import FinishReason, Handoff, Outbox, Subscriber
 from workers.dense.pool import Pool
 from workers.dense.sampler import Sampled
 from workers.dense.sequences import LiveSequence
@@ -148,12 +148,17 @@ class SequenceTable:
             self._pool.abandon(sequence.key)
             self._tell("orphan_dropped", sequence.key)
 
-    def hand_over(self) -> None:
+    def hand_over_all(self) -> None:
         """This worker leaves: every live sequence goes back to its gateway, for another dense worker."""
         for sequence in tuple(self._live.values()):
-            self._forget(sequence)
-            self._outbox.put(sequence.subscriber, sequence.delta(handoff=True))
-            self._pool.abandon(sequence.key)
+            self.hand_over(sequence, Handoff())
+
+    def hand_over(self, sequence: LiveSequence, handoff: Handoff) -> None:
+        """A live sequence goes back to its gateway, for another dense worker, which will find its blocks."""
+        self._forget(sequence)
+        self._outbox.put(sequence.subscriber, sequence.delta(handoff=handoff))
+        self._pool.abandon(sequence.key)
+        self._tell("handed_over", sequence.key, target=handoff.target or "")
 
     def fail_all(self, error: AnabranchError) -> None:
         """Nothing goes on here."""

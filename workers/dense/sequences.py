@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from cluster.errors import AnabranchError
 from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
-from workers.dense.deltas import Delta, FinishReason, Subscriber, Timings
+from workers.dense.deltas import Delta, FinishReason, Handoff, Subscriber, Timings
 from workers.dense.prefixes import BlockChain
 from workers.dense.sampler import Sampled, SampleRow, TokenHistory
 
@@ -272,7 +272,7 @@ class LiveSequence:
         matched_token_id: int | None = None,
         failure: AnabranchError | None = None,
         timings: Timings | None = None,
-        handoff: bool = False,
+        handoff: Handoff | None = None,
     ) -> Delta:
         """News of it; `tokens` are the last of its output."""
         return Delta(

@@ -5,17 +5,18 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import grpc
 
 from anabranch.v1 import dense_pb2, dense_pb2_grpc, types_pb2
-from anabranch.wire import sequence_key
+from anabranch.wire import sequence_key, sequence_message
 from cluster import rpc
 from cluster.clock import Clock, monotonic
-from cluster.errors import AnabranchError, Fenced, InvalidRequest, VersionMismatch
+from cluster.errors import AnabranchError, Fenced, InvalidRequest, Unavailable, VersionMismatch
 from cluster.telemetry import logger
-from cluster.types import WIRE_VERSION
+from cluster.types import WIRE_VERSION, SequenceKey, WorkerId
 from workers.dense.admission import AdmissionLimits, check
 from workers.dense.deltas import Delta
 from workers.dense.engine import Engine
@@ -123,6 +124,28 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
             self._engine.disconnect(stream)
             _log.info("gateway_disconnected", gateway=stream.gateway)
 
+    @rpc.unary
+    def Handover(
+        self, request: dense_pb2.HandoverRequest, _context: grpc.ServicerContext
+    ) -> dense_pb2.HandoverResponse:
+        """See dense.proto."""
+        self._check_epoch(request.believed.epoch)
+        here = self._identity.responder
+        if request.target == here.worker_id:
+            raise InvalidRequest(f"{request.target} cannot take over from itself: name another dense worker")
+        handed: Future[list[SequenceKey]] = Future()
+        keys = [sequence_key(sequence) for sequence in request.sequences]
+        self._engine.hand_over(keys, WorkerId(request.target) or None, handed.set_result)
+        try:
+            left = handed.result(_HAND_OVER_S)
+        except TimeoutError:
+            raise Unavailable(f"{here.worker_id} did not answer in {_HAND_OVER_S:g} s") from None
+        return dense_pb2.HandoverResponse(responder=here, sequences=map(sequence_message, left))
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch not in (0, self._identity.responder.epoch):
+            raise Fenced(f"{self._identity.responder.worker_id} was restarted: epoch {epoch:016x} is over")
+
     def _greet(self, requests: Iterator[dense_pb2.ServeRequest]) -> str:
         """Check the first message; returns the gateway's name."""
         first = next(requests, None)
@@ -131,9 +154,7 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
         hello = first.hello
         if hello.wire_version != WIRE_VERSION:
             raise VersionMismatch(f"wire version {hello.wire_version} speaks to {WIRE_VERSION}")
-        if hello.believed.epoch not in (0, self._identity.responder.epoch):
-            worker = self._identity.responder.worker_id
-            raise Fenced(f"{worker} was restarted: epoch {hello.believed.epoch:016x} is over")
+        self._check_epoch(hello.believed.epoch)
         return hello.gateway_id
 
     def _hello(self) -> dense_pb2.ServeResponse:

@@ -23,7 +23,7 @@ from workers.dense.sequences import LiveSequence, Submission
 
 _log = logger("dense.submissions")
 
-_OUTPUTS_AT_CERTAIN_PROMPT = 2
+OUTPUTS_AT_CERTAIN_PROMPT = 2
 """The step that computes the first output token's KV makes certain what was written before it."""
 
 
@@ -202,7 +202,7 @@ class Submissions:
 
     def _is_expected(self, leader: LiveSequence) -> bool:
         """Whether more of a leader's prompt is on the way: its last chunk is certain after the next step."""
-        return self._door.table.is_live(leader) and leader.output_count < _OUTPUTS_AT_CERTAIN_PROMPT
+        return self._door.table.is_live(leader) and leader.output_count < OUTPUTS_AT_CERTAIN_PROMPT
 
     def _acquire(self, sequence: LiveSequence, sources: tuple[Source, ...]) -> None:
         self._door.metrics.prefix_queries.inc(len(sequence.token_ids))

@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
 from cluster import rpc
-from cluster.config import Config
+from cluster.config import Config, Serves
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
@@ -53,8 +53,10 @@ class DenseWorker:
         epoch: Epoch,
         local: LocalArena | None = None,
         spin_s: float = 0.0,
+        serves: Serves = "both",
     ) -> None:
-        """Bind the configured host. `spin_s`: how long lanes ask for replies before they sleep.
+        """Bind the configured host. `spin_s`: how long lanes ask for replies before they sleep; `serves`: see
+        `DenseConfig`.
 
         Raises ConfigError or Unavailable (`cluster.rpc.bind`).
         """
@@ -70,7 +72,8 @@ class DenseWorker:
             rows_most(config, self.geometry),
             spin_s,
         )
-        self.engine = Engine(config, decoder, select("auto", config.dense.device), self._connect)
+        kernel = select("auto", config.dense.device)
+        self.engine = Engine(config, decoder, kernel, self._connect, serves=serves)
         self._service = DenseService(
             self.engine,
             Identity(types_pb2.Responder(worker_id=worker, epoch=epoch), spec.digest),

@@ -28,11 +28,22 @@ class DenseLinks:
         self._absent: dict[WorkerId, asyncio.TimerHandle] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def choose(self, avoid: DenseLink | None = None) -> DenseLink | None:
-        """The least loaded usable link; `avoid` only if it is the only one."""
+    def choose(self, has_prompt: bool, avoid: DenseLink | None = None) -> DenseLink | None:
+        """The least loaded usable link of those that serve what a sequence needs next: decoding where it
+        `has_prompt` computed, else its prompt. Others, and then `avoid`, only where there is nobody else.
+        """
+        unfit = inference_pb2.SERVING_PREFILL if has_prompt else inference_pb2.SERVING_DECODE
         usable = [link for link in self._links.values() if link.usable]
-        candidates = [link for link in usable if link is not avoid] or usable
-        return min(candidates, key=lambda link: link.load, default=None)
+        return min(
+            usable,
+            key=lambda link: (link is avoid, link.member.serving == unfit, link.load),
+            default=None,
+        )
+
+    def named(self, worker_id: str) -> DenseLink | None:
+        """The usable link to a worker."""
+        link = self._links.get(WorkerId(worker_id))
+        return link if link is not None and link.usable else None
 
     def others(self, link: DenseLink) -> int:
         """How many usable links there are besides this one."""

@@ -54,7 +54,7 @@ class Router:
     @property
     def usable(self) -> bool:
         """Whether a sequence submitted now would find a dense worker."""
-        return self._links.choose() is not None
+        return self._links.choose(has_prompt=False) is not None
 
     def set_membership(self, membership: control_pb2.Membership) -> None:
         """Open links to new dense workers, follow the states of known ones, leave those replaced."""
@@ -93,11 +93,17 @@ class Router:
         ]
 
     def _route(self, choices: Sequence[Choice], avoid: DenseLink | None = None) -> bool:
-        """Send waiting choices to the least loaded link; False if there is none."""
-        link = self._links.choose(avoid)
-        if link is not None:
-            self._send(choices, link)
-        return link is not None
+        """Send waiting choices to the least loaded link that serves them, those of one kind together; False
+        if there is none.
+        """
+        for has_prompt in (False, True):
+            alike = [choice for choice in choices if bool(choice.tokens) is has_prompt]
+            link = self._links.choose(has_prompt, avoid) if alike else None
+            if link is not None:
+                self._send(alike, link)
+            elif alike:
+                return False
+        return True
 
     def _send(self, choices: Sequence[Choice], link: DenseLink) -> None:
         for choice in choices:
@@ -147,8 +153,8 @@ class Router:
             self.end(choice, abort=False)
             choice.listener.on_finished(choice, delta)
         elif delta.handoff:
-            link.hands_over = True
-            self._resubmit(choice, "handoff", avoid=link)
+            link.hands_over |= not delta.worker_stays
+            self._resubmit(choice, "handoff", link, self._links.named(delta.handoff_to))
             self._on_change()
         elif delta.HasField("failure"):
             self._on_failure(choice, link, delta)
@@ -189,11 +195,16 @@ class Router:
         if choice.phase is Phase.WAITING:
             self._route([choice], avoid)
 
-    def _resubmit(self, choice: Choice, cause: str, avoid: DenseLink) -> None:
+    def _resubmit(
+        self, choice: Choice, cause: str, avoid: DenseLink, target: DenseLink | None = None
+    ) -> None:
         choice.leave_link(Phase.WAITING)
         self._count_resubmission(cause)
         _log.info("resubmit", request_id=choice.key.request_id, cause=cause, tokens=len(choice.tokens))
-        self._route([choice], avoid)
+        if target is not None:
+            self._send([choice], target)
+        else:
+            self._route([choice], avoid)
 
     def _give_up(self, choices: Iterable[Choice]) -> None:
         for choice in choices:
