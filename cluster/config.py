@@ -168,6 +168,11 @@ class PlacementConfig(Section):
         1024, ge=1, description="A sequence spreads over another worker for each this many tokens."
     )
     max_shards: int = Field(64, ge=1, description="Shards per sequence.")
+    instances: Literal["shared", "borrowing", "separate"] = Field(
+        "shared",
+        description="Whose attention workers a dense worker uses: all alike; its own (attention i is at home "
+        "at dense i modulo dense.replicas) and then what others lend; or its own alone.",
+    )
     move_tokens: int = Field(256, ge=1, description="Tokens copied at once when a shard moves.")
     hardware: str | None = Field(None, description="A hardware catalogue instead of the built-in one.")
     dense_classes: tuple[str, ...] = Field((), description="Hardware classes for dense roles, best first.")

@@ -15,7 +15,9 @@ from cluster.types import Epoch, ShardRef, WorkerId
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpace:
-    """What one attention worker last said of itself. `load` breaks ties: 0 idle, 1 busy."""
+    """What one attention worker last said of itself. `load` breaks ties: 0 idle, 1 busy. One that is not at
+    `is_home` belongs to another instance, and lends.
+    """
 
     worker: WorkerId
     epoch: Epoch
@@ -23,6 +25,7 @@ class WorkerSpace:
     capacity_tokens: int
     load: float = 0.0
     is_local: bool = False
+    is_home: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,9 @@ def place(
     """Room for positions first..end of a sequence that has `shards`; empty when nothing fits.
 
     The allotments are in order, touch, and cover exactly first..end, each as much as its worker reports
-    free. A local worker is filled first, the rest overflows. Otherwise the shard before `first` grows to
-    `shard_tokens`, and then the worker follows that holds fewest shards of this sequence and, among those,
-    has most space. When that takes too many shards, the largest spaces are filled whole.
+    free. A local worker is filled first, then those at home; the rest overflows. Otherwise the shard before
+    `first` grows to `shard_tokens`, and then the worker follows that holds fewest shards of this sequence
+    and, among those, has most space. When that takes too many shards, the largest spaces are filled whole.
     """
     assert 0 <= first < end
     shards_left = policy.max_shards - len(shards)
@@ -104,7 +107,8 @@ _Preference = Callable[[_Space], tuple[object, ...]]
 
 
 def _spreading(item: _Space) -> tuple[object, ...]:
-    return not item.space.is_local, item.shards, -item.free_tokens, item.space.load, item.space.worker
+    space = item.space
+    return not space.is_local, not space.is_home, item.shards, -item.free_tokens, space.load, space.worker
 
 
 def _compacting(item: _Space) -> tuple[object, ...]:

@@ -93,6 +93,10 @@ class Scheduler:
         sequence = self._sequences.get(key)
         return 0 if sequence is None else sequence.computed
 
+    def split(self, key: SequenceKey, position: int) -> None:
+        """A shard of it became two, which touch at `position`."""
+        self._sequences[key].split(position)
+
     def is_asking(self, key: SequenceKey) -> bool:
         """Whether a request for room is on its way."""
         return self._sequences[key].asked is not None

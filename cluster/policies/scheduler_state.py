@@ -188,6 +188,15 @@ class SequenceState:
                 self.room = insert(self.room, (max(first, self.expired), end))
         self.refused, self.alone_since_s = False, None
 
+    def split(self, position: int) -> None:
+        """Room on both sides of a position is of two shards from now on."""
+        self.room = tuple(
+            piece
+            for first, end in self.room
+            for piece in ((first, min(end, position)), (max(first, position), end))
+            if piece[0] < piece[1]
+        )
+
     def expire_before(self, position: int) -> None:
         """KV and room of what lies before `position`, which no row sees any more, are given back."""
         assert self.expired <= position <= self.needed_from, (self.key, position, self.needed_from)

@@ -63,6 +63,39 @@ def test_a_moved_shard_changes_no_token(
         assert counted(cluster.engine, MOVED) > len(PROMPT)
 
 
+@pytest.mark.parametrize("tokens", [16, 31])
+def test_the_beginning_of_a_shard_moves_alone(folder: Path, reference: Reference, tokens: int) -> None:
+    """Whole blocks of a shard go to another worker and the rest stays: the map has both, the source gave back
+    what went, no KV was recomputed, and the tokens are the reference's.
+    """
+    with DenseCluster(folder, replace(THREE, shard_tokens=500)) as cluster:
+        submission = cluster.submit(request(PROMPT, COUNT))
+        output = cluster.listener.wait(submission, some)
+        (source,) = workers_of(output)
+        target = next(worker for worker in (FIRST, SECOND, THIRD) if worker != source)
+        cluster.engine.move(submission.key, source, target, tokens)
+        wait_until(partial(_has_moved, cluster.engine, 1))
+        wait_until(lambda: workers_of(output) == [target, source])
+        moved, rest = output.maps[-1]
+        assert (moved.first, moved.end, rest.first) == (0, 16, 16)
+        free = cluster.free_blocks()
+        assert free[target][0] == free[target][1] - 1
+        assert_continues(cluster.listener.wait(submission), reference)
+        assert counted(cluster.engine, LOST) == 0
+        assert counted(cluster.engine, MOVED) == 16
+
+
+def test_less_than_a_block_does_not_move(folder: Path, reference: Reference) -> None:
+    """A part smaller than a block is nothing to move."""
+    with DenseCluster(folder, THREE) as cluster:
+        submission = cluster.submit(request(PROMPT, COUNT))
+        output = cluster.listener.wait(submission, some)
+        source = workers_of(output)[0]
+        cluster.engine.move(submission.key, source, THIRD if source != THIRD else FIRST, 15)
+        assert_continues(cluster.listener.wait(submission), reference)
+        assert counted(cluster.engine, MOVED) == 0
+
+
 def test_a_prompt_that_is_still_computed_can_move(folder: Path, reference: Reference) -> None:
     """A shard moves while its prompt is prefilled in small chunks, pieces first, then the switch."""
     shape = replace(THREE, step_tokens=4, max_batch=4)

@@ -15,10 +15,16 @@ POLICY = PlacementPolicy(block_tokens=16, shard_tokens=64, max_shards=8)
 
 
 def space(
-    name: str, free_tokens: int, *, epoch: int = 1, load: float = 0.0, is_local: bool = False
+    name: str,
+    free_tokens: int,
+    *,
+    epoch: int = 1,
+    load: float = 0.0,
+    is_local: bool = False,
+    is_home: bool = True,
 ) -> WorkerSpace:
     """A worker that could hold 1,000 tokens and has some free."""
-    return WorkerSpace(WorkerId(name), Epoch(epoch), free_tokens, 1000, load, is_local)
+    return WorkerSpace(WorkerId(name), Epoch(epoch), free_tokens, 1000, load, is_local, is_home)
 
 
 def shard(name: str, first: int, end: int, *, epoch: int = 1) -> ShardRef:
@@ -55,6 +61,16 @@ def test_the_local_worker_is_filled_first_and_the_rest_overflows() -> None:
     """Local plus overflow: what fits stays, whatever the shard size; the rest is borrowed."""
     workers = [space("far", 960), space("here", 96, is_local=True)]
     assert place(0, 120, (), workers, POLICY) == allotted(("here", 0, 96), ("far", 96, 120))
+
+
+def test_other_instances_lend_only_what_is_lacking_at_home() -> None:
+    """A sequence spreads over its instance's own workers while they have room, and borrows the rest."""
+    workers = [space("lender", 960, is_home=False), space("home-a", 96), space("home-b", 80)]
+    assert place(0, 176, (), workers, POLICY)[-1].worker != "lender"
+    borrowing = place(0, 200, (), workers, POLICY)
+    assert [(item.worker, item.first, item.end) for item in borrowing if item.worker == "lender"] == [
+        ("lender", 176, 200)
+    ]
 
 
 def test_a_full_worker_is_passed_over() -> None:
@@ -105,7 +121,12 @@ def situations(
     policy = PlacementPolicy(draw(st.integers(1, 33)), draw(st.integers(1, 200)), draw(st.integers(1, 6)))
     count = draw(st.integers(0, 5))
     workers = [
-        space(f"w{index}", draw(st.integers(0, 300)), is_local=index == 0 and draw(st.booleans()))
+        space(
+            f"w{index}",
+            draw(st.integers(0, 300)),
+            is_local=index == 0 and draw(st.booleans()),
+            is_home=draw(st.booleans()),
+        )
         for index in range(count)
     ]
     shards: list[ShardRef] = []

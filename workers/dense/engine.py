@@ -147,9 +147,9 @@ class Engine:
         """The gateway has a finished sequence's end."""
         self._inbox.offer(lambda: self._table.acknowledge(key, generation), timeout_s)
 
-    def move(self, key: SequenceKey, source: WorkerId, target: WorkerId) -> None:
-        """Move a sequence's first shard on `source` to `target`, while it goes on."""
-        self._inbox.post(lambda: self._mover.start(key, source, target))
+    def move(self, key: SequenceKey, source: WorkerId, target: WorkerId, tokens: int | None = None) -> None:
+        """Move a sequence's first shard on `source`, or its first `tokens`, to `target`, while it goes on."""
+        self._inbox.post(lambda: self._mover.start(key, source, target, tokens))
 
     def disconnect(self, subscriber: Subscriber) -> None:
         """A gateway's stream is over."""

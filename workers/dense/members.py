@@ -23,6 +23,8 @@ class AttentionMember:
     is_admitting: bool = True
     """Not draining: new shards may go there."""
     is_local: bool = False
+    is_home: bool = True
+    """Of this dense worker's own instance."""
 
 
 Connect = Callable[[AttentionMember], AttentionPeer]
@@ -186,6 +188,7 @@ class MemberTable:
                     free_tokens=known.blocks_free * block_tokens,
                     capacity_tokens=known.member.blocks_capacity * block_tokens,
                     is_local=known.member.is_local,
+                    is_home=known.member.is_home,
                 )
                 for worker, known in sorted(self._known.items())
                 if known.member.is_admitting and (known.peer is not None or not usable)

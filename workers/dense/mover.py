@@ -23,18 +23,20 @@ _MOVES_MOST = 2
 
 @dataclass(slots=True, eq=False)
 class _Move:
-    """One shard on its way.
+    """One shard, or its beginning, on its way.
 
     copying: pieces of what is certain are pulled, one at a time; the sequence decodes on
        |
     frozen: the sequence takes no step and asks for no room; what is left, less than a piece, is pulled
-       |
-    switched: the map names the copy, the source's shard is freed, the sequence goes on
+       |    (not where only the beginning moves: nothing of it is still being written)
+    switched: the map names the copy, the source's shard or its beginning is freed, the sequence goes on
     """
 
     sequence: LiveSequence
     source: tuple[WorkerId, Epoch, ShardId]
     target: tuple[WorkerId, Epoch]
+    end: int | None = None
+    """Where the part that moves ends; None where all does."""
     copy: Placed | None = None
     waits: bool = False
     """A piece is being pulled."""
@@ -55,9 +57,10 @@ class Mover:
         self._moves: list[_Move] = []
         self._retry_s = 0.0
 
-    def start(self, key: SequenceKey, source: WorkerId, target: WorkerId) -> None:
-        """Begin to move the first shard that a sequence has on `source`; nothing where it has none, or is on
-        the way already, or either side is a dense worker's own arena.
+    def start(self, key: SequenceKey, source: WorkerId, target: WorkerId, tokens: int | None = None) -> None:
+        """Begin to move the first shard that a sequence has on `source`, or the whole blocks of its first
+        `tokens`; nothing where it has none, or is on the way already, or either side is a dense worker's own
+        arena.
         """
         members = self._door.pool.members
         sequence, epoch = self._door.table.live(key), members.remote_epoch(target)
@@ -65,8 +68,16 @@ class Mover:
             return
         for placed in sequence.shards:
             if placed.shard.worker == source and members.remote_epoch(source) == placed.shard.epoch:
-                self._moves.append(_Move(sequence, placed.identity, (target, epoch)))
+                end = self._part_end(placed, tokens)
+                if end != placed.shard.first:
+                    self._moves.append(_Move(sequence, placed.identity, (target, epoch), end))
                 return
+
+    def _part_end(self, placed: Placed, tokens: int | None) -> int | None:
+        """Where the first whole blocks of `tokens` end; None for all of the shard."""
+        first, end = placed.shard.first, placed.shard.end
+        size = self._door.geometry.block_tokens
+        return None if tokens is None or first + tokens >= end else first + tokens // size * size
 
     def is_moving(self, sequence: LiveSequence) -> bool:
         """Whether a shard of it is on its way."""
@@ -102,18 +113,33 @@ class Mover:
             return
         key, scheduler = move.sequence.key, self._door.scheduler
         done = placed.shard.first if move.copy is None else move.copy.shard.end
-        certain = scheduler.computed_of(key, (placed.shard.first, placed.shard.end))
+        certain = scheduler.computed_of(key, (placed.shard.first, move.end or placed.shard.end))
         if certain - done > self._piece_tokens:
             self._pull(move, placed, done, done + self._piece_tokens)
             return
         if scheduler.is_asking(key):
             return  # the answer may concern this very shard; until it comes, which may be long, steps go on
+        if move.end is not None:
+            self._advance_part(move, placed, done, certain)
+            return
         scheduler.freeze(key)
         if certain > done and not move.is_last:
             move.is_last = True
             self._pull(move, placed, done, certain)
         else:
             self._switch(move, placed)
+
+    def _advance_part(self, move: _Move, placed: Placed, done: int, certain: int) -> None:
+        """The last piece of a beginning that moves; then the map names both parts."""
+        if certain > done:
+            self._pull(move, placed, done, certain)
+        elif done == move.end and move.copy is not None:
+            sequence, source = move.sequence, placed.shard.worker
+            rest = placed.trimmed_before(done, self._door.geometry.block_tokens)
+            sequence.exchange(placed, move.copy, rest)
+            self._door.scheduler.split(sequence.key, done)
+            self._door.pool.trim(sequence.key, [source], done)
+            self._settle(move, placed, done)
 
     def _placed(self, move: _Move) -> Placed | None:
         """The shard to move as its sequence has it now; None when either is gone."""
@@ -151,23 +177,28 @@ class Mover:
         """The map names the copy from now on; what it lacks of the source's range is lost."""
         sequence, key, scheduler = move.sequence, move.sequence.key, self._door.scheduler
         reached = placed.shard.first if move.copy is None else move.copy.shard.end
-        sequence.exchange(placed, move.copy)
+        sequence.exchange(placed, *([move.copy] if move.copy is not None else []))
         if reached < placed.shard.end:
             self._door.lose(sequence, [(reached, placed.shard.end)])
-        self._moves.remove(move)
         scheduler.thaw(key)
-        self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
         self._door.pool.release_shard(key, placed)
-        self._door.metrics.moved.inc(reached - placed.shard.first)
+        self._settle(move, placed, reached)
+
+    def _settle(self, move: _Move, placed: Placed, reached: int) -> None:
+        """The map names the copy: tell the gateway, and count."""
+        sequence, tokens = move.sequence, reached - placed.shard.first
+        self._moves.remove(move)
+        self._door.outbox.put(sequence.subscriber, sequence.delta(with_map=True))
+        self._door.metrics.moved.inc(tokens)
         self._door.metrics.moves.labels("done").inc()
         _log.info(
             "moved",
-            request_id=key.request_id,
-            choice=key.choice,
-            step=scheduler.step,
+            request_id=sequence.key.request_id,
+            choice=sequence.key.choice,
+            step=self._door.scheduler.step,
             peer=placed.shard.worker,
             target=move.target[0],
-            tokens=reached - placed.shard.first,
+            tokens=tokens,
         )
 
     def _give_up(self, move: _Move) -> None:

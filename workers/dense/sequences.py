@@ -227,10 +227,10 @@ class LiveSequence:
         """Whether any of its shards lies on a worker."""
         return any(placed.shard.worker == worker for placed in self.shards)
 
-    def exchange(self, old: Placed, new: Placed | None) -> None:
-        """A shard moved: `new` lies elsewhere and is no longer than `old`."""
+    def exchange(self, old: Placed, *new: Placed) -> None:
+        """A shard moved, or its beginning: `new` are the copy and what is left, no longer than `old`."""
         kept = [placed for placed in self.shards if placed is not old]
-        self.shards = tuple(sorted([*kept, *([new] if new else [])], key=_first_position))
+        self.shards = tuple(sorted([*kept, *new], key=_first_position))
 
     @property
     def first_kept(self) -> int:

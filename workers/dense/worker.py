@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
 from cluster import rpc
 from cluster.config import Config, Serves
+from cluster.policies.instances import home_of
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
@@ -61,6 +62,7 @@ class DenseWorker:
         Raises ConfigError or Unavailable (`cluster.rpc.bind`).
         """
         self._config = config
+        self._worker = worker
         self._local = local
         spec = decoder.spec
         self.geometry: KvGeometry = spec.geometry(config.model.dtype, config.attention.block_tokens)
@@ -101,11 +103,13 @@ class DenseWorker:
     def set_members(self, members: Iterable[inference_pb2.Member]) -> None:
         """Take the membership: attention workers that left starting are connected to."""
         known = [
-            _attention_member(member)
+            self._attention_member(member)
             for member in members
             if member.role == inference_pb2.ROLE_ATTENTION
             and member.state != inference_pb2.MEMBER_STATE_STARTING
         ]
+        if self._config.placement.instances == "separate":
+            known = [member for member in known if member.is_home]
         if self._local is not None:
             known.append(self._local.member())
         self.engine.pool.update(known)
@@ -139,20 +143,21 @@ class DenseWorker:
         self.engine.stop()
         self._server.stop(grace=_STOP_GRACE_S).wait(timeout=2 * _STOP_GRACE_S)
 
+    def _attention_member(self, member: inference_pb2.Member) -> AttentionMember:
+        worker, blocks = WorkerId(member.worker_id), member.load.blocks
+        is_shared = self._config.placement.instances == "shared"
+        return AttentionMember(
+            worker,
+            Epoch(member.epoch),
+            member.address,
+            blocks.capacity,
+            blocks.free + blocks.sealed_cached,
+            is_admitting=member.state == inference_pb2.MEMBER_STATE_READY,
+            is_home=is_shared or home_of(worker, self._config.dense.replicas) == self._worker,
+        )
+
     def _connect(self, member: AttentionMember) -> AttentionPeer:
         if member.is_local:
             assert self._local is not None
             return self._local.peer
         return RemotePeer(member, self._caller, self._config.security.tls)
-
-
-def _attention_member(member: inference_pb2.Member) -> AttentionMember:
-    blocks = member.load.blocks
-    return AttentionMember(
-        WorkerId(member.worker_id),
-        Epoch(member.epoch),
-        member.address,
-        blocks.capacity,
-        blocks.free + blocks.sealed_cached,
-        is_admitting=member.state == inference_pb2.MEMBER_STATE_READY,
-    )
