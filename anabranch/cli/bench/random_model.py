@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from cluster.model_spec import ModelSpec
+from cluster.weight_shapes import weight_shapes
 
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,23 +38,6 @@ def write(folder: Path) -> None:
         name: (torch.randn(shape, generator=generator) * _SCALE if len(shape) > 1 else torch.ones(shape)).to(
             torch.bfloat16
         )
-        for name, shape in _shapes()
+        for name, shape in weight_shapes(ModelSpec.from_folder(folder))
     }
     save_file(tensors, folder / "model.safetensors")
-
-
-def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner, kv = 576, 1536, 192
-    yield "model.embed_tokens.weight", (49152, hidden)
-    yield "model.norm.weight", (hidden,)
-    for layer in range(30):
-        prefix = f"model.layers.{layer}."
-        yield prefix + "self_attn.q_proj.weight", (hidden, hidden)
-        yield prefix + "self_attn.k_proj.weight", (kv, hidden)
-        yield prefix + "self_attn.v_proj.weight", (kv, hidden)
-        yield prefix + "self_attn.o_proj.weight", (hidden, hidden)
-        yield prefix + "mlp.gate_proj.weight", (inner, hidden)
-        yield prefix + "mlp.up_proj.weight", (inner, hidden)
-        yield prefix + "mlp.down_proj.weight", (hidden, inner)
-        yield prefix + "input_layernorm.weight", (hidden,)
-        yield prefix + "post_attention_layernorm.weight", (hidden,)
