@@ -3,7 +3,7 @@
 Two instances of one dense and one attention worker, each instance on one core, serve a Llama of 270 million
 random weights in bfloat16: like a large model's, its steps are mostly the reading of weights. One long
 request takes 80 % of an arena while clients in a closed loop bring short ones, whose lengths follow quantiles
-of the Azure conversation trace (fitted: nine quantiles of prompts and outputs apart, joined by lines), clipped.
+of the Azure conversation trace (fitted: nine quantiles of prompts and of outputs, joined by lines), clipped.
 Tokens per second of all streams with `placement.instances: borrowing` over those of `separate`, where the
 better of waiting (a sequence begins when there is room for all of it) and preempting (room grows, the last
 gives way) counts; three caps of the arenas, three seeds. And with short requests alone, where borrowing can
