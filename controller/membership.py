@@ -211,9 +211,15 @@ def _copy(given: inference_pb2.Member) -> inference_pb2.Member:
 
 
 def _says_more_than_memory(before: inference_pb2.Load, after: inference_pb2.Load) -> bool:
-    """Whether a load changed in what others decide by; resident memory changes all the time."""
+    """Whether a load changed in what others decide by; memory and times change always, and only the controller
+    reads them.
+    """
     masked = inference_pb2.Load()
     masked.CopyFrom(after)
     masked.resident_bytes = before.resident_bytes
     masked.resident_peak_bytes = before.resident_peak_bytes
+    masked.waiting_tokens = before.waiting_tokens
+    masked.ClearField("step_times")
+    if before.HasField("step_times"):
+        masked.step_times.CopyFrom(before.step_times)
     return masked != before

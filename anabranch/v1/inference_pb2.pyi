@@ -795,6 +795,8 @@ class Load(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     RESIDENT_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     STREAMS_OPEN_FIELD_NUMBER: _builtins.int
+    WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    STEP_TIMES_FIELD_NUMBER: _builtins.int
     sequences_running: _builtins.int
     """Sequences running on a dense worker."""
     sequences_waiting: _builtins.int
@@ -805,9 +807,15 @@ class Load(_message.Message):
     """Peak resident memory of the process."""
     streams_open: _builtins.int
     """Open client streams of a gateway."""
+    waiting_tokens: _builtins.int
+    """Tokens of room that sequences waiting on a dense worker need, in all."""
     @_builtins.property
     def blocks(self) -> Global___BlockAccount:
         """Blocks of an attention worker's arena."""
+
+    @_builtins.property
+    def step_times(self) -> Global___StepTimes:
+        """What steps of a dense worker took; absent before the first with attention elsewhere."""
 
     def __init__(
         self,
@@ -818,14 +826,52 @@ class Load(_message.Message):
         resident_bytes: _builtins.int = ...,
         resident_peak_bytes: _builtins.int = ...,
         streams_open: _builtins.int = ...,
+        waiting_tokens: _builtins.int = ...,
+        step_times: Global___StepTimes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_times", b"_step_times", "blocks", b"blocks", "step_times", b"step_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "resident_bytes", b"resident_bytes", "resident_peak_bytes", b"resident_peak_bytes", "sequences_running", b"sequences_running", "sequences_waiting", b"sequences_waiting", "streams_open", b"streams_open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_times", b"_step_times", "blocks", b"blocks", "resident_bytes", b"resident_bytes", "resident_peak_bytes", b"resident_peak_bytes", "sequences_running", b"sequences_running", "sequences_waiting", b"sequences_waiting", "step_times", b"step_times", "streams_open", b"streams_open", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__step_times: _TypeAlias = _typing.Literal["step_times"]  # noqa: Y015
+    _WhichOneofArgType__step_times: _TypeAlias = _typing.Literal["_step_times", b"_step_times"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_times) -> _WhichOneofReturnType__step_times | None: ...
+
+Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class StepTimes(_message.Message):
+    """Lines through a dense worker's steps, all layers together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DENSE_BASE_S_FIELD_NUMBER: _builtins.int
+    DENSE_ROW_S_FIELD_NUMBER: _builtins.int
+    ATTENTION_BASE_S_FIELD_NUMBER: _builtins.int
+    ATTENTION_TOKEN_S_FIELD_NUMBER: _builtins.int
+    dense_base_s: _builtins.float
+    """Seconds of dense work whatever the batch."""
+    dense_row_s: _builtins.float
+    """Seconds of dense work for each row."""
+    attention_base_s: _builtins.float
+    """Seconds of attention whatever the context."""
+    attention_token_s: _builtins.float
+    """Seconds of attention for each token of context."""
+    def __init__(
+        self,
+        *,
+        dense_base_s: _builtins.float = ...,
+        dense_row_s: _builtins.float = ...,
+        attention_base_s: _builtins.float = ...,
+        attention_token_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_base_s", b"attention_base_s", "attention_token_s", b"attention_token_s", "dense_base_s", b"dense_base_s", "dense_row_s", b"dense_row_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Load: _TypeAlias = Load  # noqa: Y015
+Global___StepTimes: _TypeAlias = StepTimes  # noqa: Y015
 
 @_typing.final
 class BlockAccount(_message.Message):

@@ -75,6 +75,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting_tokens(self) -> int:
+        """Room that those queued ask for, in all. May be read from another thread."""
+        return sum(sequence.length + self.limits.reserve_ahead_tokens for sequence in tuple(self._waiting))
+
+    @property
     def held(self) -> int:
         """Sequences that keep their room and take no steps."""
         return len(self._held)

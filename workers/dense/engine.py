@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from cluster.clock import Clock, monotonic
 from cluster.config import Config, Serves
 from cluster.errors import Fenced, Internal, NeedFull
+from cluster.perfmodel import Line
 from cluster.policies.placement import PlacementPolicy
 from cluster.policies.scheduler import Scheduler, SchedulerLimits, StepPlan
 from cluster.telemetry import logger
@@ -79,8 +80,8 @@ class Engine:
         self._inbox = Inbox(_OFFERS_MOST)
         self._outbox = Outbox()
         self._lanes = LaneSet(config.lanes)
-        micro_batches = MicroBatches(config.dense.micro_batches)
-        self._runner = StepRunner(decoder, kernel, self._lanes, micro_batches)
+        self._micro_batches = MicroBatches(config.dense.micro_batches)
+        self._runner = StepRunner(decoder, kernel, self._lanes, self._micro_batches)
         limits = _scheduler_limits(config, self.max_sequence_length, decoder.spec.window_tokens)
         self._scheduler = Scheduler(limits)
         self.pool = Pool(_placement_policy(config), connect, self, config.attention.lease_ms)
@@ -120,6 +121,15 @@ class Engine:
     def sequences_waiting(self) -> int:
         """Sequences queued."""
         return self._scheduler.waiting
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Room that queued sequences ask for."""
+        return self._scheduler.waiting_tokens
+
+    def step_times(self) -> tuple[Line, Line] | None:
+        """What steps take: dense work by rows, attention by tokens of context; None before that is known."""
+        return self._micro_batches.lines()
 
     def start(self) -> None:
         """Connect to the pool and serve."""

@@ -89,6 +89,13 @@ class MicroBatches:
         self._attention.note(work.scores, attention_s)
         self._lane.note(work.rows, lane_s)
 
+    def lines(self) -> tuple[Line, Line] | None:
+        """Seconds of dense work by rows and of attention by scores; None before a step attended elsewhere.
+        May be called from another thread.
+        """
+        dense, attention = self._dense.line(), self._attention.line()
+        return (dense, attention) if dense is not None and attention is not None else None
+
     def _pays(self, halves: Sequence[Sequence[Chunk]]) -> bool:
         if self._setting != "auto":
             return self._setting == 2

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
 from cluster import rpc
 from cluster.config import Config, Serves
+from cluster.perfmodel import Line
 from cluster.policies.instances import home_of
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.dense.admission import AdmissionLimits
@@ -126,6 +127,8 @@ class DenseWorker:
         return inference_pb2.Load(
             sequences_running=self.engine.sequences_running,
             sequences_waiting=self.engine.sequences_waiting,
+            waiting_tokens=self.engine.waiting_tokens,
+            step_times=_step_times(self.engine.step_times()),
             blocks=self._local.blocks() if self._local is not None else None,
         )
 
@@ -161,3 +164,15 @@ class DenseWorker:
             assert self._local is not None
             return self._local.peer
         return RemotePeer(member, self._caller, self._config.security.tls)
+
+
+def _step_times(lines: tuple[Line, Line] | None) -> inference_pb2.StepTimes | None:
+    if lines is None:
+        return None
+    dense, attention = lines
+    return inference_pb2.StepTimes(
+        dense_base_s=dense.base_s,
+        dense_row_s=dense.each_s,
+        attention_base_s=attention.base_s,
+        attention_token_s=attention.each_s,
+    )
