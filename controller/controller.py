@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_message
 from cluster import rpc
 from cluster.config import Config, is_loopback
-from cluster.errors import AnabranchError, ConfigError
+from cluster.errors import AnabranchError, ConfigError, Unavailable
 from cluster.model_spec import ModelSpec
 from cluster.types import KvGeometry, draw_epoch
 from controller import ports, roles
@@ -29,6 +30,7 @@ from controller.state import ClusterRecord, StateFolder, process_start
 from controller.supervisor import Supervisor
 
 _TICK_S = 0.1
+_ANSWER_S = 4.0
 
 
 class Controller:
@@ -74,7 +76,12 @@ class Controller:
         geometry = spec.geometry(self._config.model.dtype, self._config.attention.block_tokens)
         self._require_arenas(geometry)
         service = ControlService(
-            self._table, draw_epoch(), geometry_message(geometry), self._slot_messages, self._on_shutdown
+            self._table,
+            draw_epoch(),
+            geometry_message(geometry),
+            self._slot_messages,
+            self._on_shutdown,
+            self._on_drain,
         )
         with self._state.claim(), self._fleet(demands) as fleet, self._serving(service, fleet):
             place = Placer(self._config, demands, fleet.nodes)
@@ -211,6 +218,29 @@ class Controller:
             self._table.remove(slot.worker_id)
         self._observe(SlotChanged(slot))
 
+    def _on_drain(self, worker_id: str, grace_ms: int) -> None:
+        """Let one worker leave; on the server's threads. Raises what `Supervisor.retire` raises, Unavailable
+        while the controller is busy or the cluster still starts.
+        """
+        answer: Future[None] = Future()
+
+        def drain() -> None:
+            if self._supervisor is None:
+                answer.set_exception(Unavailable("the cluster is still starting: try again"))
+                return
+            try:
+                self._supervisor.retire(worker_id, grace_ms / 1000)
+            except AnabranchError as error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(None)
+
+        self._calls.put(drain)
+        try:
+            answer.result(_ANSWER_S)
+        except TimeoutError:
+            raise Unavailable(f"the controller did not answer in {_ANSWER_S:g} s: try again") from None
+
     def _on_shutdown(self, grace_ms: int) -> None:
         self._calls.put(lambda: self._drain(grace_ms / 1000))
 
@@ -262,4 +292,5 @@ def _slot_message(slot: Slot) -> control_pb2.Slot:
         node=slot.node,
         problem="" if slot.phase is Phase.READY else problem,
         starts=slot.attempt,
+        retired=slot.retires and slot.phase is Phase.STOPPED,
     )

@@ -211,9 +211,7 @@ def _copy(given: inference_pb2.Member) -> inference_pb2.Member:
 
 
 def _says_more_than_memory(before: inference_pb2.Load, after: inference_pb2.Load) -> bool:
-    """Whether a load changed in what others decide by; memory and times change always, and only the controller
-    reads them.
-    """
+    """Whether a load changed in what others decide by: memory and times change always, and they do not."""
     masked = inference_pb2.Load()
     masked.CopyFrom(after)
     masked.resident_bytes = before.resident_bytes

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import control_pb2, control_pb2_grpc, types_pb2
 from cluster import rpc
 from cluster.config import Config
-from cluster.errors import Fenced
+from cluster.errors import Fenced, NotFound
 from cluster.types import Epoch
 from controller.membership import MembershipTable
 
@@ -22,10 +22,15 @@ _THREADS = 16
 _SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 
 
+def _unsupervised(worker_id: str, _grace_ms: int) -> None:
+    raise NotFound(f"{worker_id} is not supervised here: send its process SIGTERM")
+
+
 class ControlService(control_pb2_grpc.ControlServiceServicer):
     """Answers roles and the command line. Owns nothing: table, slots and shutdown are given.
 
-    `slots` lists what should run; `shut_down` is told the grace in milliseconds and must not block.
+    `slots` lists what should run; `shut_down` is told the grace in milliseconds and must not block; `drain`
+    is told a worker and its grace, and raises what `Supervisor.retire` raises.
     """
 
     def __init__(
@@ -35,11 +40,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         geometry: types_pb2.KvGeometry,
         slots: Callable[[], Sequence[control_pb2.Slot]],
         shut_down: Callable[[int], None],
+        drain: Callable[[str, int], None] = _unsupervised,
     ) -> None:
         self._table = table
         self._responder = types_pb2.Responder(worker_id=CONTROLLER_ID, epoch=epoch)
         self._geometry = geometry
         self._slots = slots
+        self._drain = drain
         self._shut_down = shut_down
         self._stopping = False
 
@@ -76,6 +83,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     ) -> control_pb2.GetFleetResponse:
         """See control.proto."""
         return self.fleet()
+
+    @rpc.unary
+    def Drain(
+        self, request: control_pb2.DrainRequest, _context: grpc.ServicerContext
+    ) -> control_pb2.DrainResponse:
+        """See control.proto."""
+        self._drain(request.worker_id, request.grace_ms)
+        return control_pb2.DrainResponse(responder=self._responder)
 
     @rpc.unary
     def Shutdown(

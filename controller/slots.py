@@ -42,6 +42,8 @@ class Slot:
     process_id: int = 0
     log_file: str = ""
     problem: str = ""
+    retires: bool = False
+    """It leaves for good: what ends here is not started again."""
 
     @property
     def has_process(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cluster.clock import Clock, monotonic
-from cluster.errors import AnabranchError, ConfigError, Unavailable
+from cluster.errors import AnabranchError, ConfigError, InvalidRequest, NotFound, Unavailable
 from controller.placing import unplaceable
 from controller.slots import Hands, Limits, NotPlaced, Phase, Place, Slot
 
@@ -42,8 +42,8 @@ class Supervisor:
            |       +--too often--> GIVEN_UP
            +------------ ended ---------+
 
-    `drain` takes every slot to STOPPED, role by role in DRAIN_ORDER. Not thread-safe, but `slots` may
-    be read from any thread.
+    `retire` takes one slot to STOPPED, `drain` every one, role by role in DRAIN_ORDER. Not thread-safe, but
+    `slots` may be read from any thread.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Supervisor:
     @property
     def is_ready(self) -> bool:
         """Whether all that should run does."""
-        return all(slot.phase is Phase.READY for slot in self.slots)
+        return all(slot.phase is Phase.READY or slot.retires for slot in self.slots)
 
     @property
     def is_stopped(self) -> bool:
@@ -89,7 +89,7 @@ class Supervisor:
         """
         given_up = [slot for slot in self.slots if slot.phase is Phase.GIVEN_UP]
         if was_complete:
-            left = {slot.role for slot in self.slots if slot.phase is not Phase.GIVEN_UP}
+            left = {slot.role for slot in self.slots if slot.phase not in (Phase.GIVEN_UP, Phase.STOPPED)}
             given_up = [slot for slot in given_up if slot.role not in left]
         if given_up:
             return _error_of(given_up[0])
@@ -115,6 +115,8 @@ class Supervisor:
             return
         if self._draining:
             self.killed += status == -signal.SIGKILL
+        elif slot.retires:
+            slot = replace(slot, problem=_describe(status, last_line) if status else "")
         elif slot.phase is not Phase.ENDING:
             slot = replace(slot, problem=_describe(status, last_line))
         self._failed(slot, final=status == EXIT_REFUSED)
@@ -146,6 +148,20 @@ class Supervisor:
         elif now_s >= self._place_next_s:
             self._place_next_s = now_s + _PLACE_AGAIN_S
             self._place_waiting()
+
+    def retire(self, worker_id: str, grace_s: float) -> None:
+        """Let one worker drain, with this much time, and leave its slot empty. Idempotent.
+
+        Raises NotFound, and InvalidRequest for the last one of its role.
+        """
+        slot = self._slots.get(worker_id)
+        if slot is None:
+            raise NotFound(f"there is no {worker_id}: `anabranch status` lists the workers")
+        if slot.retires or self._draining:
+            return
+        if all(other.role != slot.role or other.retires or other is slot for other in self.slots):
+            raise InvalidRequest(f"{worker_id} is the last {slot.role}: `anabranch down` stops the cluster")
+        self._stop(replace(slot, retires=True), grace_s)
 
     def drain(self, grace_s: float) -> None:
         """Stop everything in DRAIN_ORDER, with this much time for open streams in all.
@@ -209,7 +225,7 @@ class Supervisor:
             self._hands.abandon(slot)
             self._suspect(slot.node)
             self.killed += bool(self._draining)
-            self._failed(slot, at_once=True)
+            self._failed(replace(slot, problem=slot.problem or "did not end in time"), at_once=True)
 
     def _suspect(self, node: str) -> None:
         self._suspected[node] = self._clock() + _SUSPICION_S
@@ -221,7 +237,7 @@ class Supervisor:
     def _failed(self, slot: Slot, *, final: bool = False, at_once: bool = False) -> None:
         """An attempt is over: stop, pause and try again, or give up."""
         now_s = self._clock()
-        if self._draining:
+        if self._draining or slot.retires:
             self._enter(slot, Phase.STOPPED)
             return
         failures = slot.failures + 1

@@ -56,7 +56,11 @@ class ProcessCluster:
             config.model.dtype, config.attention.block_tokens
         )
         service = ControlService(
-            self._table, draw_epoch(), geometry_message(geometry), lambda: (), lambda _grace_ms: None
+            self._table,
+            draw_epoch(),
+            geometry_message(geometry),
+            lambda: (),
+            lambda _grace_ms: None,
         )
         self._server = ControlServer(config, service)
         self._closing = threading.Event()

@@ -14,6 +14,7 @@ from anabranch.cli.config import config_command
 from anabranch.cli.demo import demo
 from anabranch.cli.doctor import doctor
 from anabranch.cli.down import down
+from anabranch.cli.drain import drain
 from anabranch.cli.generate import generate_command
 from anabranch.cli.status import status
 from anabranch.cli.up import up
@@ -42,6 +43,7 @@ app.command()(demo)
 app.command()(up)
 app.command("config")(config_command)
 app.command()(status)
+app.command()(drain)
 app.command()(down)
 app.command()(doctor)
 app.command("generate")(generate_command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from grpc_health.v1 import health_pb2
 from anabranch.v1 import control_pb2, control_pb2_grpc
 from cluster import config as configuration
 from cluster import rpc
-from cluster.errors import DeadlineExceeded
+from cluster.errors import DeadlineExceeded, Unavailable
 from controller.state import StateFolder
 
 _ANSWER_S = 5.0
+_LOOK_S = 0.2
 _STOP_MARGIN_S = 30.0  # beyond the grace: Ray, and processes that have to be killed
 
 
@@ -54,6 +56,23 @@ class Control:
             return self._stub.GetFleet(control_pb2.GetFleetRequest(), timeout=_ANSWER_S)
         except grpc.RpcError as error:
             raise rpc.from_rpc(error) from error
+
+    def drain(self, worker_id: str, grace_s: float) -> None:
+        """Let one worker leave; returns when it has ended. Raises NotFound, InvalidRequest (the last one of
+        its role), Unavailable when it had to be killed, so that what it held is recomputed.
+        """
+        request = control_pb2.DrainRequest(worker_id=worker_id, grace_ms=int(grace_s * 1000))
+        try:
+            self._stub.Drain(request, timeout=_ANSWER_S)
+        except grpc.RpcError as error:
+            raise rpc.from_rpc(error) from error
+        while True:
+            slot = next(slot for slot in self.fleet().slots if slot.worker_id == worker_id)
+            if slot.retired:
+                break
+            time.sleep(_LOOK_S)
+        if problem := slot.problem.partition(": ")[2]:
+            raise Unavailable(f"{worker_id} {problem}: what it still held is recomputed")
 
     def shut_down(self, grace_s: float) -> None:
         """Stop the cluster; returns when its controller is gone. Raises DeadlineExceeded."""

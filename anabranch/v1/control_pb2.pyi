@@ -274,6 +274,7 @@ class Slot(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     STARTS_FIELD_NUMBER: _builtins.int
+    RETIRED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Name."""
     role: _inference_pb2.Role.ValueType
@@ -284,6 +285,8 @@ class Slot(_message.Message):
     """Why it is not running, if it is not."""
     starts: _builtins.int
     """Times its process was started."""
+    retired: _builtins.bool
+    """It was drained, has ended, and stays empty."""
     def __init__(
         self,
         *,
@@ -292,14 +295,65 @@ class Slot(_message.Message):
         node: _builtins.str = ...,
         problem: _builtins.str = ...,
         starts: _builtins.int = ...,
+        retired: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "problem", b"problem", "role", b"role", "starts", b"starts", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "problem", b"problem", "retired", b"retired", "role", b"role", "starts", b"starts", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Slot: _TypeAlias = Slot  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    """Which worker is to leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    GRACE_MS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Worker slot."""
+    grace_ms: _builtins.int
+    """Time for its work to go elsewhere, after which it is killed."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        grace_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_ms", b"grace_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    """It drains."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONDER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def responder(self) -> _types_pb2.Responder:
+        """Who answers."""
+
+    def __init__(
+        self,
+        *,
+        responder: _types_pb2.Responder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class ShutdownRequest(_message.Message):

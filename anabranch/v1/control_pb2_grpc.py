@@ -50,6 +50,11 @@ class ControlServiceStub:
                 request_serializer=anabranch_dot_v1_dot_control__pb2.GetFleetRequest.SerializeToString,
                 response_deserializer=anabranch_dot_v1_dot_control__pb2.GetFleetResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/anabranch.v1.ControlService/Drain',
+                request_serializer=anabranch_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=anabranch_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/anabranch.v1.ControlService/Shutdown',
                 request_serializer=anabranch_dot_v1_dot_control__pb2.ShutdownRequest.SerializeToString,
@@ -85,6 +90,15 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Drains one worker for good: it takes nothing new, what it has goes to others, it ends and is not started
+        again. Answers when that began; `GetFleet` tells when it is over. Idempotent. Errors: NOT_FOUND;
+        INVALID_ARGUMENT (the last one of its role).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """Drains and stops the whole cluster. Idempotent.
         """
@@ -109,6 +123,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.GetFleet,
                     request_deserializer=anabranch_dot_v1_dot_control__pb2.GetFleetRequest.FromString,
                     response_serializer=anabranch_dot_v1_dot_control__pb2.GetFleetResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=anabranch_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=anabranch_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -198,6 +217,33 @@ class ControlService:
             '/anabranch.v1.ControlService/GetFleet',
             anabranch_dot_v1_dot_control__pb2.GetFleetRequest.SerializeToString,
             anabranch_dot_v1_dot_control__pb2.GetFleetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.ControlService/Drain',
+            anabranch_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            anabranch_dot_v1_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,11 @@ class ControlServiceStub:
     """
     GetFleet: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetFleetRequest, _control_pb2.GetFleetResponse]
     """The fleet as the controller sees it. Always answers."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
+    """Drains one worker for good: it takes nothing new, what it has goes to others, it ends and is not started
+    again. Answers when that began; `GetFleet` tells when it is over. Idempotent. Errors: NOT_FOUND;
+    INVALID_ARGUMENT (the last one of its role).
+    """
     Shutdown: _grpc.UnaryUnaryMultiCallable[_control_pb2.ShutdownRequest, _control_pb2.ShutdownResponse]
     """Drains and stops the whole cluster. Idempotent."""
 
@@ -63,6 +68,11 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """
     GetFleet: _aio.UnaryUnaryMultiCallable[_control_pb2.GetFleetRequest, _control_pb2.GetFleetResponse]  # type: ignore[assignment]
     """The fleet as the controller sees it. Always answers."""
+    Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
+    """Drains one worker for good: it takes nothing new, what it has goes to others, it ends and is not started
+    again. Answers when that began; `GetFleet` tells when it is over. Idempotent. Errors: NOT_FOUND;
+    INVALID_ARGUMENT (the last one of its role).
+    """
     Shutdown: _aio.UnaryUnaryMultiCallable[_control_pb2.ShutdownRequest, _control_pb2.ShutdownResponse]  # type: ignore[assignment]
     """Drains and stops the whole cluster. Idempotent."""
 
@@ -97,6 +107,17 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetFleetResponse, _abc.Awaitable[_control_pb2.GetFleetResponse]]:
         """The fleet as the controller sees it. Always answers."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
+        """Drains one worker for good: it takes nothing new, what it has goes to others, it ends and is not started
+        again. Answers when that began; `GetFleet` tells when it is over. Idempotent. Errors: NOT_FOUND;
+        INVALID_ARGUMENT (the last one of its role).
+        """
 
     @_abc_1.abstractmethod
     def Shutdown(

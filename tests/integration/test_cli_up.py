@@ -191,6 +191,26 @@ def test_status_and_down_find_the_cluster(tmp_path: Path) -> None:
     assert "anabranch up" in gone.stderr
 
 
+def test_drain_lets_one_worker_leave(tmp_path: Path) -> None:
+    """`drain` returns when the worker has ended; it does not come back, and others go on. An unknown one, and
+    the last of a role, are refused by name.
+    """
+    config = state_file(tmp_path)
+    with up_in_pipe(tmp_path) as (process, screen):
+        screen.await_text(_READY)
+        drained = anabranch("drain", "attention-1", "--config", config)
+        assert (drained.returncode, drained.stderr.splitlines()[-1]) == (0, "attention-1 has left")
+        fleet = json.loads(anabranch("status", "--json", "--config", config).stdout)
+        assert "attention-1" not in {member["worker_id"] for member in fleet["membership"]["members"]}
+        assert [slot["worker_id"] for slot in fleet["slots"] if slot.get("retired")] == ["attention-1"]
+        last = anabranch("drain", "attention-0", "--config", config)
+        assert (last.returncode, "last attention" in last.stderr) == (2, True)
+        unknown = anabranch("drain", "attention-9", "--config", config)
+        assert (unknown.returncode, "there is no attention-9" in unknown.stderr) == (1, True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+
+
 def test_a_death_is_shown_logged_and_not_called_serving(tmp_path: Path) -> None:
     """Which process died and why stands in controller.log as on the terminal, and "serving" is said again
     only when nothing is missing any more.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from cluster.clock import ManualClock
-from cluster.errors import ConfigError, Unavailable, Unplaceable
+from cluster.errors import ConfigError, InvalidRequest, NotFound, Unavailable, Unplaceable
 from controller.slots import Limits, NotPlaced, Phase, Placed, Slot
 from controller.supervisor import EXIT_REFUSED, Supervisor
 
@@ -297,3 +297,49 @@ def test_a_drain_ends_even_if_a_node_does_not_answer() -> None:
     fleet.pass_time(30.0)
     assert fleet.supervisor.is_stopped
     assert fleet.supervisor.killed == len(SLOTS)
+
+
+def test_a_worker_that_retires_is_not_started_again() -> None:
+    """It gets SIGTERM and its time; its slot stays empty, the cluster counts as whole, and a role's last one
+    is not let go.
+    """
+    slots = (*SLOTS, Slot("attention-1", "attention", 1))
+    fleet = Fleet(slots)
+    fleet.start_all()
+    fleet.supervisor.retire("attention-1", 20.0)
+    fleet.supervisor.retire("attention-1", 20.0)  # again changes nothing
+    assert fleet.hands.take() == [("terminate", "attention-1", 20.0)]
+    fleet.supervisor.ended("attention-1", 1, 0, "")
+    fleet.pass_time(60)
+    assert fleet.hands.take() == []
+    assert (fleet.slot("attention-1").phase, fleet.slot("attention-1").problem) == (Phase.STOPPED, "")
+    assert fleet.supervisor.is_ready
+    assert fleet.supervisor.failure(was_complete=True) is None
+    with pytest.raises(InvalidRequest, match="last attention"):
+        fleet.supervisor.retire("attention-0", 20.0)
+    with pytest.raises(NotFound, match="attention-7"):
+        fleet.supervisor.retire("attention-7", 20.0)
+
+
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_a_worker_that_does_not_retire_in_time_is_given_up(is_heard: bool) -> None:
+    """Killed by its keeper, or abandoned with its node: it is not started again, and the slot says how."""
+    fleet = Fleet((*SLOTS, Slot("dense-1", "dense", 1)))
+    fleet.start_all()
+    fleet.supervisor.retire("dense-1", 5.0)
+    if is_heard:
+        fleet.supervisor.ended("dense-1", 1, -9, "")
+    fleet.pass_time(10)
+    assert fleet.slot("dense-1").problem == ("ended by SIGKILL" if is_heard else "did not end in time")
+    assert fleet.slot("dense-1").phase is Phase.STOPPED
+    assert [what for what, _, _ in fleet.hands.take()] == ["terminate", *([] if is_heard else ["abandon"])]
+
+
+def test_an_empty_slot_retires_at_once() -> None:
+    """What only waits for a node is struck off."""
+    fleet = Fleet((*SLOTS, Slot("dense-1", "dense", 1)))
+    fleet.missing = "memory"
+    fleet.supervisor.tick()
+    fleet.supervisor.retire("dense-1", 5.0)
+    assert fleet.slot("dense-1").phase is Phase.STOPPED
+    assert fleet.hands.take() == []
