@@ -15,7 +15,11 @@ import numpy as np
 from cluster.types import LAYOUT_VERSION, KvGeometry
 
 BlockHash = NewType("BlockHash", bytes)
-"""32 bytes; the identity of a block, and so of everything before it."""
+"""`HASH_BYTES` long; the identity of a block, and so of everything before it."""
+
+HASH_BYTES = 32
+HASHES_MOST = 8192
+"""Blocks asked for in one `FindPrefix`: a prefix of 262,144 tokens in blocks of 32."""
 
 
 def root(geometry: KvGeometry, tenant: str) -> BlockHash:

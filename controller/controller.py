@@ -166,6 +166,7 @@ class Controller:
                 sweep_next_s = time.monotonic() + self._table.terms.heartbeat_ms / 1000
                 for member in self._table.sweep():
                     supervisor.silent(member.worker_id)
+                service.directory.sweep()
             supervisor.tick()
             if self._draining:
                 service.announce_stop()

@@ -13,6 +13,7 @@ from cluster import rpc
 from cluster.config import Config
 from cluster.errors import Fenced, NotFound
 from cluster.types import Epoch
+from controller.directory_service import DirectoryKeeper
 from controller.membership import MembershipTable
 
 CONTROLLER_ID = "controller-0"
@@ -27,7 +28,8 @@ def _unsupervised(worker_id: str, _grace_ms: int) -> None:
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    """Answers roles and the command line. Owns nothing: table, slots and shutdown are given.
+    """Answers roles and the command line. Owns the directory of what they report; table, slots and
+    shutdown are given.
 
     `slots` lists what should run; `shut_down` is told the grace in milliseconds and must not block; `drain`
     is told a worker and its grace, and raises what `Supervisor.retire` raises.
@@ -49,6 +51,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._drain = drain
         self._shut_down = shut_down
         self._stopping = False
+        self.directory = DirectoryKeeper(table)
 
     @rpc.unary
     def Register(
@@ -75,7 +78,17 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             raise Fenced(
                 f"this controller is {self._responder.epoch:016x}, not {request.believed.epoch:016x}"
             )
-        return control_pb2.HeartbeatResponse(responder=self._responder, membership=news)
+        is_taken = self.directory.take(request)
+        return control_pb2.HeartbeatResponse(
+            responder=self._responder, membership=news, wants_all=not is_taken
+        )
+
+    @rpc.unary
+    def FindPrefix(
+        self, request: control_pb2.FindPrefixRequest, _context: grpc.ServicerContext
+    ) -> control_pb2.FindPrefixResponse:
+        """See control.proto."""
+        return control_pb2.FindPrefixResponse(responder=self._responder, runs=self.directory.find(request))
 
     @rpc.unary
     def GetFleet(

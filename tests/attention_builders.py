@@ -11,8 +11,9 @@ from torch import Tensor
 from cluster.clock import ManualClock
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardRef, WorkerId
 from workers.attention.arena import Arena
+from workers.attention.journal import Journal
 from workers.attention.prepared_step import PreparedStep
-from workers.attention.shard_blocks import CopyBlock
+from workers.attention.shard_blocks import CopyBlock, Sharing
 from workers.attention.store import Store
 from workers.kernels.signature import CacheLayout
 from workers.kernels.token_major import TOKEN_MAJOR
@@ -35,7 +36,8 @@ def build_store(
     """An empty store whose leases last a second; without `copy_block` nothing is shared."""
     geometry = geometry or build_geometry()
     clock = clock or ManualClock()
-    return Store(WorkerId("attention-0"), Epoch(7), geometry, blocks, LEASE_MS, clock, copy_block)
+    sharing = Sharing(copy_block, Journal()) if copy_block is not None else None
+    return Store(WorkerId("attention-0"), Epoch(7), geometry, blocks, LEASE_MS, clock, sharing)
 
 
 def key(name: str = "a") -> SequenceKey:

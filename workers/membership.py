@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent import futures
 from os import getpid
+from typing import Protocol
 
 import grpc
 
@@ -28,6 +29,18 @@ _RETRY_MOST_S = 1.0
 _REGISTER_TIMEOUT_S = 5.0
 
 
+class PoolReporter(Protocol):
+    """What an attention worker has to tell of its memory. Called on the client's thread, must not block."""
+
+    def report(self) -> control_pb2.PoolReport:
+        """The next report, or the last one again while it is not acknowledged."""
+        ...
+
+    def acknowledge(self, *, wants_all: bool) -> None:
+        """The last report was taken; or it was not, and the next one must start over."""
+        ...
+
+
 class MembershipClient:
     """Keeps one process a member of the cluster.
 
@@ -40,7 +53,7 @@ class MembershipClient:
     asyncio, hand over with `loop.call_soon_threadsafe`. `on_change` receives the whole membership,
     this process included, after each change. A usual `on_fenced` is `context.stop.set`.
 
-    `load` leaves resident memory out: it is filled in here.
+    `load` leaves resident memory out: it is filled in here. `set_pool` lets heartbeats report on a pool too.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class MembershipClient:
         self._welcome: control_pb2.RegisterResponse | None = None
         self._membership = control_pb2.Membership()
         self._first: futures.Future[control_pb2.RegisterResponse] = futures.Future()
+        self._pool: PoolReporter | None = None
         self._closing = False
         self._wake = threading.Event()
         self._channel = rpc.channel(context.controller, context.config.security.tls)
@@ -84,6 +98,10 @@ class MembershipClient:
         """Report a new condition, at once."""
         self._state = state
         self._wake.set()
+
+    def set_pool(self, pool: PoolReporter) -> None:
+        """Report what changes there, from the next heartbeat on."""
+        self._pool = pool
 
     def membership(self) -> control_pb2.Membership:
         """Everyone alive as last heard; never modified in place."""
@@ -131,14 +149,17 @@ class MembershipClient:
     def _speak(self) -> float:
         """Register or send one heartbeat; returns the pause before the next, in seconds."""
         began_s = time.monotonic()
+        is_behind = False
         try:
             if self._welcome is None:
                 self._register()
             else:
-                self._heartbeat(self._welcome)
+                is_behind = self._heartbeat(self._welcome)
         except grpc.RpcError as error:
             raise rpc.from_rpc(error) from error
         assert self._welcome is not None
+        if is_behind:
+            return 0.0
         return max(0.0, self._welcome.heartbeat_ms / 1000 - (time.monotonic() - began_s))
 
     def _register(self) -> None:
@@ -168,7 +189,10 @@ class MembershipClient:
             self._first.set_result(welcome)
         self._learn(welcome.membership)
 
-    def _heartbeat(self, welcome: control_pb2.RegisterResponse) -> None:
+    def _heartbeat(self, welcome: control_pb2.RegisterResponse) -> bool:
+        """Returns whether there is more to report at once."""
+        pool = self._pool
+        report = pool.report() if pool is not None else None
         request = control_pb2.HeartbeatRequest(
             believed=types_pb2.Believed(epoch=welcome.responder.epoch),
             worker_id=self._context.worker_id,
@@ -176,11 +200,15 @@ class MembershipClient:
             state=self._state,
             load=self._loaded(),
             membership_version=self._membership.version,
+            pool=report,
         )
         # Half the expiry leaves time for a second attempt before silence is taken for death.
         response = self._stub.Heartbeat(request, timeout=welcome.expiry_ms / 2000)
+        if pool is not None:
+            pool.acknowledge(wants_all=response.wants_all)
         if response.HasField("membership"):
             self._learn(response.membership)
+        return response.wants_all or (report is not None and report.has_more)
 
     def _loaded(self) -> inference_pb2.Load:
         load = inference_pb2.Load()

@@ -140,6 +140,7 @@ class HeartbeatRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     MEMBERSHIP_VERSION_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Worker slot."""
     epoch: _builtins.int
@@ -156,6 +157,10 @@ class HeartbeatRequest(_message.Message):
     def load(self) -> _inference_pb2.Load:
         """Its load."""
 
+    @_builtins.property
+    def pool(self) -> Global___PoolReport:
+        """What changed in an attention worker's memory."""
+
     def __init__(
         self,
         *,
@@ -165,14 +170,119 @@ class HeartbeatRequest(_message.Message):
         state: _inference_pb2.MemberState.ValueType = ...,
         load: _inference_pb2.Load | None = ...,
         membership_version: _builtins.int = ...,
+        pool: Global___PoolReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pool", b"_pool", "believed", b"believed", "load", b"load", "pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "epoch", b"epoch", "load", b"load", "membership_version", b"membership_version", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pool", b"_pool", "believed", b"believed", "epoch", b"epoch", "load", b"load", "membership_version", b"membership_version", "pool", b"pool", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pool: _TypeAlias = _typing.Literal["pool"]  # noqa: Y015
+    _WhichOneofArgType__pool: _TypeAlias = _typing.Literal["_pool", b"_pool"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pool) -> _WhichOneofReturnType__pool | None: ...
+
+Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class PoolReport(_message.Message):
+    """Changes since the last report that was answered, at most some thousands; an unanswered one is sent again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STARTS_OVER_FIELD_NUMBER: _builtins.int
+    HAS_MORE_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts this life's reports. One that does not follow the last one taken is not taken."""
+    starts_over: _builtins.bool
+    """Nothing said before holds: this report and those that follow tell all there is."""
+    has_more: _builtins.bool
+    """There is more to tell than this report holds."""
+    @_builtins.property
+    def published(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealedBlock]:
+        """Blocks that may be shared from now on."""
+
+    @_builtins.property
+    def withdrawn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Identities of blocks that may not, since they were evicted or withdrawn; they may be unknown."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceBlocks]:
+        """Sequences that hold more or fewer blocks than was reported last."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        starts_over: _builtins.bool = ...,
+        has_more: _builtins.bool = ...,
+        published: _abc.Iterable[Global___SealedBlock] | None = ...,
+        withdrawn: _abc.Iterable[_builtins.bytes] | None = ...,
+        sequences: _abc.Iterable[Global___SequenceBlocks] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_more", b"has_more", "number", b"number", "published", b"published", "sequences", b"sequences", "starts_over", b"starts_over", "withdrawn", b"withdrawn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+Global___PoolReport: _TypeAlias = PoolReport  # noqa: Y015
+
+@_typing.final
+class SealedBlock(_message.Message):
+    """A sealed block, and with it the prefix it ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HASH_FIELD_NUMBER: _builtins.int
+    PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
+    hash: _builtins.bytes
+    """Its identity, 32 bytes: everything before it is in it."""
+    prefix_blocks: _builtins.int
+    """Blocks of the prefix, this one included."""
+    def __init__(
+        self,
+        *,
+        hash: _builtins.bytes = ...,
+        prefix_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "prefix_blocks", b"prefix_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealedBlock: _TypeAlias = SealedBlock  # noqa: Y015
+
+@_typing.final
+class SequenceBlocks(_message.Message):
+    """What a sequence holds at one worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """How many blocks; 0 when it is gone."""
+    @_builtins.property
+    def sequence(self) -> _types_pb2.SequenceKey:
+        """Which."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _types_pb2.SequenceKey | None = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceBlocks: _TypeAlias = SequenceBlocks  # noqa: Y015
 
 @_typing.final
 class HeartbeatResponse(_message.Message):
@@ -182,6 +292,9 @@ class HeartbeatResponse(_message.Message):
 
     RESPONDER_FIELD_NUMBER: _builtins.int
     MEMBERSHIP_FIELD_NUMBER: _builtins.int
+    WANTS_ALL_FIELD_NUMBER: _builtins.int
+    wants_all: _builtins.bool
+    """The pool's report did not follow the last one this controller took: the next one must start over."""
     @_builtins.property
     def responder(self) -> _types_pb2.Responder:
         """Who answers."""
@@ -195,16 +308,129 @@ class HeartbeatResponse(_message.Message):
         *,
         responder: _types_pb2.Responder | None = ...,
         membership: Global___Membership | None = ...,
+        wants_all: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_membership", b"_membership", "membership", b"membership", "responder", b"responder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_membership", b"_membership", "membership", b"membership", "responder", b"responder"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_membership", b"_membership", "membership", b"membership", "responder", b"responder", "wants_all", b"wants_all"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__membership: _TypeAlias = _typing.Literal["membership"]  # noqa: Y015
     _WhichOneofArgType__membership: _TypeAlias = _typing.Literal["_membership", b"_membership"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__membership) -> _WhichOneofReturnType__membership | None: ...
 
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
+
+@_typing.final
+class FindPrefixRequest(_message.Message):
+    """A sequence's blocks from some position on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    BLOCKS_BEFORE_FIELD_NUMBER: _builtins.int
+    blocks_before: _builtins.int
+    """Blocks of the sequence before the first of them."""
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Identities of consecutive blocks, 32 bytes each; tenant, model and everything before are in them."""
+
+    def __init__(
+        self,
+        *,
+        block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        blocks_before: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "blocks_before", b"blocks_before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindPrefixRequest: _TypeAlias = FindPrefixRequest  # noqa: Y015
+
+@_typing.final
+class FindPrefixResponse(_message.Message):
+    """The longest run of them that lies somewhere, from the first on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONDER_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def responder(self) -> _types_pb2.Responder:
+        """Who answers."""
+
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixRun]:
+        """Its pieces, in order."""
+
+    def __init__(
+        self,
+        *,
+        responder: _types_pb2.Responder | None = ...,
+        runs: _abc.Iterable[Global___PrefixRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["responder", b"responder", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindPrefixResponse: _TypeAlias = FindPrefixResponse  # noqa: Y015
+
+@_typing.final
+class PrefixRun(_message.Message):
+    """Consecutive blocks that lie at the same workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """How many."""
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Holder]:
+        """The workers that hold all of them."""
+
+    def __init__(
+        self,
+        *,
+        blocks: _builtins.int = ...,
+        holders: _abc.Iterable[Global___Holder] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "holders", b"holders"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixRun: _TypeAlias = PrefixRun  # noqa: Y015
+
+@_typing.final
+class Holder(_message.Message):
+    """A life of an attention worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Worker slot."""
+    epoch: _builtins.int
+    """Its incarnation."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Holder: _TypeAlias = Holder  # noqa: Y015
 
 @_typing.final
 class GetFleetRequest(_message.Message):

@@ -45,6 +45,11 @@ class ControlServiceStub:
                 request_serializer=anabranch_dot_v1_dot_control__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=anabranch_dot_v1_dot_control__pb2.HeartbeatResponse.FromString,
                 _registered_method=True)
+        self.FindPrefix = channel.unary_unary(
+                '/anabranch.v1.ControlService/FindPrefix',
+                request_serializer=anabranch_dot_v1_dot_control__pb2.FindPrefixRequest.SerializeToString,
+                response_deserializer=anabranch_dot_v1_dot_control__pb2.FindPrefixResponse.FromString,
+                _registered_method=True)
         self.GetFleet = channel.unary_unary(
                 '/anabranch.v1.ControlService/GetFleet',
                 request_serializer=anabranch_dot_v1_dot_control__pb2.GetFleetRequest.SerializeToString,
@@ -78,6 +83,14 @@ class ControlServiceServicer:
         """Says "alive", reports load, and learns the membership when it changed.
         Errors: NOT_FOUND (not registered here, for example after a controller restart: register again);
         FAILED_PRECONDITION (FENCED: start again under a new epoch).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindPrefix(self, request, context):
+        """Where sealed blocks of a prefix lie, as attention workers reported them to this controller. A hint: only the
+        worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,6 +131,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Heartbeat,
                     request_deserializer=anabranch_dot_v1_dot_control__pb2.HeartbeatRequest.FromString,
                     response_serializer=anabranch_dot_v1_dot_control__pb2.HeartbeatResponse.SerializeToString,
+            ),
+            'FindPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindPrefix,
+                    request_deserializer=anabranch_dot_v1_dot_control__pb2.FindPrefixRequest.FromString,
+                    response_serializer=anabranch_dot_v1_dot_control__pb2.FindPrefixResponse.SerializeToString,
             ),
             'GetFleet': grpc.unary_unary_rpc_method_handler(
                     servicer.GetFleet,
@@ -190,6 +208,33 @@ class ControlService:
             '/anabranch.v1.ControlService/Heartbeat',
             anabranch_dot_v1_dot_control__pb2.HeartbeatRequest.SerializeToString,
             anabranch_dot_v1_dot_control__pb2.HeartbeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.ControlService/FindPrefix',
+            anabranch_dot_v1_dot_control__pb2.FindPrefixRequest.SerializeToString,
+            anabranch_dot_v1_dot_control__pb2.FindPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,10 @@ class ControlServiceStub:
     Errors: NOT_FOUND (not registered here, for example after a controller restart: register again);
     FAILED_PRECONDITION (FENCED: start again under a new epoch).
     """
+    FindPrefix: _grpc.UnaryUnaryMultiCallable[_control_pb2.FindPrefixRequest, _control_pb2.FindPrefixResponse]
+    """Where sealed blocks of a prefix lie, as attention workers reported them to this controller. A hint: only the
+    worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size).
+    """
     GetFleet: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetFleetRequest, _control_pb2.GetFleetResponse]
     """The fleet as the controller sees it. Always answers."""
     Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
@@ -65,6 +69,10 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """Says "alive", reports load, and learns the membership when it changed.
     Errors: NOT_FOUND (not registered here, for example after a controller restart: register again);
     FAILED_PRECONDITION (FENCED: start again under a new epoch).
+    """
+    FindPrefix: _aio.UnaryUnaryMultiCallable[_control_pb2.FindPrefixRequest, _control_pb2.FindPrefixResponse]  # type: ignore[assignment]
+    """Where sealed blocks of a prefix lie, as attention workers reported them to this controller. A hint: only the
+    worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size).
     """
     GetFleet: _aio.UnaryUnaryMultiCallable[_control_pb2.GetFleetRequest, _control_pb2.GetFleetResponse]  # type: ignore[assignment]
     """The fleet as the controller sees it. Always answers."""
@@ -98,6 +106,16 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says "alive", reports load, and learns the membership when it changed.
         Errors: NOT_FOUND (not registered here, for example after a controller restart: register again);
         FAILED_PRECONDITION (FENCED: start again under a new epoch).
+        """
+
+    @_abc_1.abstractmethod
+    def FindPrefix(
+        self,
+        request: _control_pb2.FindPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.FindPrefixResponse, _abc.Awaitable[_control_pb2.FindPrefixResponse]]:
+        """Where sealed blocks of a prefix lie, as attention workers reported them to this controller. A hint: only the
+        worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size).
         """
 
     @_abc_1.abstractmethod

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cluster.blocks import BlockHash
 from cluster.errors import ResourceExhausted
+from workers.attention.journal import Journal
 from workers.attention.ledger import BlockLedger
 
 BLOCKS = 8
@@ -27,12 +28,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = BlockLedger(BLOCKS)
+        self.journal = Journal()
+        self.ledger = BlockLedger(BLOCKS, self.journal)
         self.holders: list[list[int]] = []
         self.published: dict[int, int] = {}
         """Identity number -> block."""
         self.unused: list[int] = []
         """Published blocks nobody holds, longest unused first."""
+        self.told: set[tuple[BlockHash, int]] = set()
+        """What the journal's reports say is published."""
 
     @property
     def references(self) -> Counter[int]:
@@ -65,7 +69,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not private:
             return
         index = private[0]
-        kept = self.ledger.publish(blocks[index], identity(number))
+        kept = self.ledger.publish(blocks[index], identity(number), number + 1)
         assert kept == self.published.get(number, blocks[index])
         if kept in self.unused:
             self.unused.remove(kept)
@@ -106,6 +110,18 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.releasable(blocks) <= len(gone)
         assert self.ledger.drop(blocks) == len(gone)
         self.unused += [block for block in gone if block in self.published.values()]
+
+    @rule(wants_all=st.booleans())
+    def report(self, wants_all: bool) -> None:
+        """A listener that takes every report knows exactly what is published."""
+        report = self.journal.report()
+        if report.starts_over:
+            self.told.clear()
+        for gone in report.withdrawn:
+            self.told = {entry for entry in self.told if entry[0] != gone}
+        self.told |= {(BlockHash(block.hash), block.prefix_blocks) for block in report.published}
+        assert self.told == {(identity(number), number + 1) for number in self.published}
+        self.journal.acknowledge(wants_all=wants_all)
 
     @invariant()
     def every_block_is_accounted_for(self) -> None:

@@ -45,6 +45,7 @@ def serve(context: RoleContext) -> None:
     try:
         worker.start(geometry_value(membership.start().geometry))
         registry.register(AttentionMetrics(worker.core, worker.lanes))
+        membership.set_pool(worker.core.journal)
         membership.set_state(inference_pb2.MEMBER_STATE_READY)
         context.log.info("serving", address=address, blocks=worker.core.arena.blocks)
         context.stop.wait()

@@ -12,8 +12,10 @@ from cluster.errors import ConfigError
 from cluster.telemetry import logger
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.arena import Arena
+from workers.attention.journal import Journal
 from workers.attention.local_peer import LocalPeer
 from workers.attention.session import AttendSession
+from workers.attention.shard_blocks import Sharing
 from workers.attention.store import Store
 from workers.devices import open_device
 from workers.kernels.select import select
@@ -55,8 +57,9 @@ class AttentionCore:
         self.arena = _arena(geometry, blocks, device, self._kernel.layout)
         if device.type == "cuda":
             warm_up_attend(self._kernel, self.arena.layer(0), geometry.query_heads)
-        copy_block = self.arena.copy_block if config.prefix_sharing else None
-        self.store = Store(worker, epoch, geometry, blocks, config.lease_ms, clock, copy_block)
+        self.journal = Journal()
+        sharing = Sharing(self.arena.copy_block, self.journal) if config.prefix_sharing else None
+        self.store = Store(worker, epoch, geometry, blocks, config.lease_ms, clock, sharing)
         self._slice_rows = config.slice_rows
         self._pause_s = min(_LOOK_S, config.lease_ms / 8000)
         self.account = self.store.audit()
@@ -96,6 +99,9 @@ class AttentionCore:
             for key in self.store.expire():
                 _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
             self.account = self.store.account()
+            self.journal.holds(
+                {key: sum(shard.blocks for shard in held) for key, held, _ in self.store.holdings()}
+            )
 
 
 def _kernel(config: AttentionConfig) -> Kernel:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from cluster.blocks import BlockHash
 from cluster.errors import ResourceExhausted
 from workers.attention.arena import BlockAllocator
+from workers.attention.journal import Journal
 
 
 class BlockLedger:
@@ -23,9 +24,11 @@ class BlockLedger:
     Invariant: free + allocated = capacity, and an allocated block has a referrer or is cached.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, journal: Journal) -> None:
+        """`journal` is told what is published, and what no longer is."""
         self.evictions = 0
         """Cached blocks given up for others, ever."""
+        self._journal = journal
         self._allocator = BlockAllocator(blocks)
         self._referrers: dict[int, int] = {}
         self._references = 0
@@ -60,8 +63,7 @@ class BlockLedger:
         """
         if count > self.available:
             raise ResourceExhausted(f"{count} blocks asked for, {self.available} can be had")
-        while self._allocator.free < count:
-            self._evict()
+        self._evict(max(0, count - self.free))
         blocks = self._allocator.allocate(count, after)
         for block in blocks:
             self._refer(block)
@@ -83,9 +85,10 @@ class BlockLedger:
         self._allocator.give_back(private)
         return len(gone)
 
-    def publish(self, block: int, identity: BlockHash) -> int:
-        """A private block is sealed: from now on it may be shared. Returns the block to use instead of it:
-        where its identity is published already, the older block is kept and this one freed.
+    def publish(self, block: int, identity: BlockHash, prefix_blocks: int) -> int:
+        """A private block is sealed, the last one of a prefix of so many: from now on it may be shared.
+        Returns the block to use instead of it: where its identity is published already, the older block is
+        kept and this one freed.
         """
         assert self._referrers[block] == 1
         assert block not in self._hash_of
@@ -96,13 +99,14 @@ class BlockLedger:
             return older
         self._hash_of[block] = identity
         self._block_of[identity] = block
+        self._journal.published(identity, prefix_blocks)
         return block
 
     def withdraw(self, block: int) -> bool:
         """Make a published block private again; False where others refer to it."""
         if self._referrers[block] > 1:
             return False
-        del self._block_of[self._hash_of.pop(block)]
+        self._hide(block)
         return True
 
     def pin(self, identities: Iterable[BlockHash]) -> list[int]:
@@ -137,8 +141,14 @@ class BlockLedger:
         self._references += 1
         self._cached.pop(block, None)
 
-    def _evict(self) -> None:
-        block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
-        self._allocator.give_back([block])
-        self.evictions += 1
+    def _evict(self, count: int) -> None:
+        blocks = [self._cached.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._hide(block)
+        self._allocator.give_back(blocks)
+        self.evictions += count
+
+    def _hide(self, block: int) -> None:
+        identity = self._hash_of.pop(block)
+        del self._block_of[identity]
+        self._journal.withdrawn(identity)

@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from cluster import blocks
 from cluster.blocks import BlockHash
 from cluster.types import KvGeometry, SequenceKey, ShardId
+from workers.attention.journal import Journal
 from workers.attention.ledger import BlockLedger
 from workers.attention.shard import Shard
 from workers.peer import ShardPrefix
 
 CopyBlock = Callable[[int, int], None]
 """Copies the contents of one block to another, all layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What sequences share blocks by: how one is copied in part, and who notes which may be shared."""
+
+    copy_block: CopyBlock
+    journal: Journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +51,12 @@ class ShardBlocks:
     until the room is needed. A block of which a sequence needs a part is copied, never shared.
     """
 
-    def __init__(self, geometry: KvGeometry, capacity: int, copy_block: CopyBlock | None) -> None:
-        """`capacity` in blocks; without `copy_block` nothing is shared."""
-        self.ledger = BlockLedger(capacity)
+    def __init__(self, geometry: KvGeometry, capacity: int, sharing: Sharing | None) -> None:
+        """`capacity` in blocks; without `sharing` nothing is shared."""
+        self.ledger = BlockLedger(capacity, sharing.journal if sharing is not None else Journal())
         self._geometry = geometry
         self._capacity = capacity
-        self._copy_block = copy_block
+        self._sharing = sharing
         self._shards: dict[ShardId, Shard] = {}
         self._shard_ids = itertools.count(1)
 
@@ -82,9 +91,9 @@ class ShardBlocks:
         behind = hashes[pinned - 1] if found else before
         source, same = self._best_behind(behind, first + tokens, token_ids[tokens:])
         if same and self.ledger.available:
-            assert self._copy_block is not None
+            assert self._sharing is not None
             found += self.ledger.allocate(1)
-            self._copy_block(source, found[-1])
+            self._sharing.copy_block(source, found[-1])
             tokens += same
         if not found:
             return None
@@ -116,7 +125,8 @@ class ShardBlocks:
             if before is None:
                 return
             identity = blocks.child(before, shard.block_token_ids(index))
-            shard.blocks[index] = self.ledger.publish(shard.blocks[index], identity)
+            prefix_blocks = shard.first // shard.block_tokens + index + 1
+            shard.blocks[index] = self.ledger.publish(shard.blocks[index], identity, prefix_blocks)
             shard.hashes.append(identity)
 
     def truncate(self, shard: Shard, token_ids: Sequence[int]) -> int | None:
@@ -171,7 +181,7 @@ class ShardBlocks:
 
     def _before(self, first: int, prefix: ShardPrefix) -> BlockHash | None:
         """The identity of what lies before `first`; None where blocks from there on are not shared."""
-        if self._copy_block is None or first % self._geometry.block_tokens:
+        if self._sharing is None or first % self._geometry.block_tokens:
             return None
         return blocks.root(self._geometry, prefix.tenant) if first == 0 else prefix.parent
 

@@ -16,7 +16,7 @@ from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, S
 from workers.attention.fences import Fences
 from workers.attention.holding import Holding
 from workers.attention.shard import Shard
-from workers.attention.shard_blocks import BlockAccount, CopyBlock, ShardBlocks
+from workers.attention.shard_blocks import BlockAccount, ShardBlocks, Sharing
 from workers.attention.turns import Turns
 from workers.peer import Acquisition, Adoption, HeldShard, Reservation, ShardPrefix
 
@@ -40,9 +40,9 @@ class Store:
         capacity: int,
         lease_ms: int,
         clock: Clock,
-        copy_block: CopyBlock | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
-        """`capacity` in blocks. Without `copy_block` sequences share nothing."""
+        """`capacity` in blocks. Without `sharing` sequences share nothing."""
         self.worker = worker
         self.epoch = epoch
         self.geometry = geometry
@@ -58,7 +58,7 @@ class Store:
         self.empty.set()
         self._lease_ms = lease_ms
         self._clock = clock
-        self._blocks = ShardBlocks(geometry, capacity, copy_block)
+        self._blocks = ShardBlocks(geometry, capacity, sharing)
         self._holdings: dict[SequenceKey, Holding] = {}
         self._fences = Fences(lease_ms, clock)
 

@@ -1,0 +1,174 @@
+"""What lies where in the pool, as attention workers reported it. Pure: no clock, no I/O, no thread.
+
+A mirror of facts that the workers own, some hundred milliseconds old: whoever acts on it asks the worker,
+whose answer counts (Infinite-LLM's request placement map, arXiv 2401.02669, is stale by design as well).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cluster.blocks import BlockHash
+from cluster.types import Epoch, SequenceKey, WorkerId
+
+
+class Life(NamedTuple):
+    """One life of an attention worker."""
+
+    worker: WorkerId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Blocks of a worker's arena: all, those that hold nothing, those promised but not written, and those
+    kept for reuse only.
+    """
+
+    blocks: int
+    free: int
+    reserved: int
+    cached: int
+
+    @property
+    def available(self) -> int:
+        """Blocks that could be reserved."""
+        return self.free + self.cached
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What changed at one life of a worker since its last report; `number` counts its reports.
+
+    starts_over: nothing said before holds. has_more: the next reports tell the rest.
+    """
+
+    life: Life
+    number: int
+    capacity: Capacity
+    starts_over: bool = False
+    has_more: bool = False
+    published: Sequence[tuple[BlockHash, int]] = ()
+    """Identities that may be shared, each with the blocks of the prefix it ends."""
+    withdrawn: Sequence[BlockHash] = ()
+    sequences: Sequence[tuple[SequenceKey, int]] = ()
+    """Blocks held by sequences; 0 by one that is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive blocks of a prefix that lie at the same workers."""
+
+    blocks: int
+    holders: tuple[Life, ...]
+
+
+@dataclass(slots=True)
+class _Known:
+    """What one life said."""
+
+    alone: tuple[Life]
+    """The holders of a block that only it holds: one value for all of them."""
+    number: int
+    capacity: Capacity
+    is_whole: bool = False
+    prefix_blocks: dict[BlockHash, int] = field(default_factory=dict)
+    sequences: dict[SequenceKey, int] = field(default_factory=dict)
+
+
+class Directory:
+    """Identity -> the lives that hold the block; sequence -> blocks held at each life; life -> capacity.
+
+    Bounded by what the workers' arenas hold. Invariant: a life is among an identity's holders exactly if that
+    life's last word was that it publishes it.
+    """
+
+    def __init__(self) -> None:
+        self._lives: dict[Life, _Known] = {}
+        self._holders: dict[BlockHash, tuple[Life, ...]] = {}
+
+    def __len__(self) -> int:
+        """Identities known."""
+        return len(self._holders)
+
+    def apply(self, report: Report) -> bool:
+        """Take a report; False where one before it is missing: the next must start over. One that was taken
+        already, because its answer was lost, changes nothing.
+        """
+        known = self._lives.get(report.life)
+        if known is not None and report.number == known.number:
+            return True
+        if report.starts_over:
+            self.forget(report.life)
+            known = self._lives[report.life] = _Known((report.life,), report.number, report.capacity)
+        elif known is None or report.number != known.number + 1:
+            return False
+        known.number, known.capacity = report.number, report.capacity
+        known.is_whole |= not report.has_more
+        self._withdraw(known, report.withdrawn)
+        self._publish(known, report.published)
+        for key, blocks in report.sequences:
+            if blocks:
+                known.sequences[key] = blocks
+            else:
+                known.sequences.pop(key, None)
+        return True
+
+    def forget(self, life: Life) -> None:
+        """A life is over, and what it held with it."""
+        known = self._lives.pop(life, None)
+        if known is not None:
+            self._withdraw(known, tuple(known.prefix_blocks))
+
+    def retain(self, is_living: Callable[[Life], bool]) -> None:
+        """Forget every life that is over."""
+        for life in [life for life in self._lives if not is_living(life)]:
+            self.forget(life)
+
+    def find(self, identities: Iterable[BlockHash], blocks_before: int = 0) -> tuple[Run, ...]:
+        """Where the longest run of a sequence's consecutive blocks lies, from the first on, which has
+        `blocks_before` before it. Identity and length are both compared.
+        """
+        runs: list[Run] = []
+        for length, identity in enumerate(identities, blocks_before + 1):
+            holders = self._holders.get(identity)
+            if holders is None or self._lives[holders[0]].prefix_blocks[identity] != length:
+                break
+            if runs and runs[-1].holders == holders:
+                runs[-1] = Run(runs[-1].blocks + 1, holders)
+            else:
+                runs.append(Run(1, holders))
+        return tuple(runs)
+
+    def capacities(self) -> Mapping[Life, Capacity]:
+        """Every life that reported, with its capacity."""
+        return {life: known.capacity for life, known in self._lives.items()}
+
+    def is_whole(self, life: Life) -> bool:
+        """Whether a life has told all it holds: before, what it has not named may lie there all the same."""
+        known = self._lives.get(life)
+        return known is not None and known.is_whole
+
+    def sequences_at(self, life: Life) -> Mapping[SequenceKey, int]:
+        """The request placement map of one life: blocks held by each sequence."""
+        known = self._lives.get(life)
+        return dict(known.sequences) if known is not None else {}
+
+    def _publish(self, known: _Known, published: Iterable[tuple[BlockHash, int]]) -> None:
+        for identity, prefix_blocks in published:
+            if identity not in known.prefix_blocks:
+                others = self._holders.get(identity)
+                self._holders[identity] = (*others, *known.alone) if others else known.alone
+            known.prefix_blocks[identity] = prefix_blocks
+
+    def _withdraw(self, known: _Known, withdrawn: Iterable[BlockHash]) -> None:
+        for identity in withdrawn:
+            if known.prefix_blocks.pop(identity, None) is None:
+                continue
+            left = tuple(life for life in self._holders[identity] if life is not known.alone[0])
+            if not left:
+                del self._holders[identity]
+            else:
+                self._holders[identity] = self._lives[left[0]].alone if len(left) == 1 else left

@@ -1,0 +1,93 @@
+"""The controller's directory: reports come with heartbeats, questions from dense workers. Thread-safe."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+
+from anabranch.v1 import control_pb2, inference_pb2
+from anabranch.wire import sequence_key
+from cluster.blocks import HASH_BYTES, HASHES_MOST, BlockHash
+from cluster.errors import InvalidRequest
+from cluster.policies.directory import Capacity, Directory, Life, Report
+from cluster.types import Epoch, WorkerId
+from controller.membership import MembershipTable
+
+
+class DirectoryKeeper:
+    """Owns the directory, and names only lives that membership names now.
+
+    A restarted controller begins with an empty one, and asks every worker to start over: what it names was
+    reported to itself.
+    """
+
+    def __init__(self, table: MembershipTable) -> None:
+        self._table = table
+        self._lock = threading.Lock()
+        self._directory = Directory()
+
+    def take(self, request: control_pb2.HeartbeatRequest) -> bool:
+        """Apply the report of a heartbeat, if it has one; False where the next one must start over.
+
+        Raises InvalidRequest for identities of a wrong size.
+        """
+        if not request.HasField("pool"):
+            return True
+        report = read_report(request)
+        with self._lock:
+            return self._directory.apply(report)
+
+    def find(self, request: control_pb2.FindPrefixRequest) -> Iterator[control_pb2.PrefixRun]:
+        """The runs of `FindPrefix`. Raises InvalidRequest."""
+        if not 0 < len(request.block_hashes) <= HASHES_MOST:
+            raise InvalidRequest(f"{len(request.block_hashes)} hashes: name 1 to {HASHES_MOST} at once")
+        hashes = list(_hashes(request.block_hashes))
+        with self._lock:
+            runs = self._directory.find(hashes, request.blocks_before)
+        for run in runs:
+            holders = [life for life in run.holders if self._table.holds(life.worker, life.epoch)]
+            if not holders:
+                return
+            yield control_pb2.PrefixRun(
+                blocks=run.blocks,
+                holders=[control_pb2.Holder(worker_id=life.worker, epoch=life.epoch) for life in holders],
+            )
+
+    @property
+    def entries(self) -> int:
+        """Identities known."""
+        with self._lock:
+            return len(self._directory)
+
+    def sweep(self) -> None:
+        """Forget the lives that membership no longer names. To be called now and then."""
+        with self._lock:
+            self._directory.retain(lambda life: self._table.holds(life.worker, life.epoch))
+
+
+def read_report(request: control_pb2.HeartbeatRequest) -> Report:
+    """What a heartbeat says of its worker's pool. Raises InvalidRequest for identities of a wrong size."""
+    pool = request.pool
+    hashes = _hashes(block.hash for block in pool.published)
+    lengths = (block.prefix_blocks for block in pool.published)
+    return Report(
+        Life(WorkerId(request.worker_id), Epoch(request.epoch)),
+        pool.number,
+        _capacity(request.load.blocks),
+        pool.starts_over,
+        pool.has_more,
+        list(zip(hashes, lengths, strict=True)),
+        list(_hashes(pool.withdrawn)),
+        [(sequence_key(each.sequence), each.blocks) for each in pool.sequences],
+    )
+
+
+def _capacity(blocks: inference_pb2.BlockAccount) -> Capacity:
+    return Capacity(blocks.capacity, blocks.free, blocks.reserved, blocks.sealed_cached)
+
+
+def _hashes(given: Iterable[bytes]) -> Iterator[BlockHash]:
+    for each in given:
+        if len(each) != HASH_BYTES:
+            raise InvalidRequest(f"a block's hash has {HASH_BYTES} bytes, not {len(each)}")
+        yield BlockHash(each)
