@@ -32,6 +32,7 @@ from workers.dense.deltas import Delta, FinishReason, Handoff, Timings
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
+from workers.dense.prefixes import Find
 from workers.dense.remote_peer import RemotePeer
 from workers.dense.sequences import Submission
 from workers.kernels.select import select
@@ -222,7 +223,9 @@ class _RecordingPeer(RemotePeer):
 class DenseCluster:
     """Attention workers, a dense engine and one listener; starts on `with`, audits at the end."""
 
-    def __init__(self, folder: Path, shape: Shape) -> None:
+    def __init__(self, folder: Path, shape: Shape, find: Find | None = None) -> None:
+        """`find`: see `Engine`."""
+        self.find = find
         self.decoder = decoder_of(folder)
         self.config = shape.config(lambda block_tokens: self.decoder.spec.geometry("float32", block_tokens))
         self.geometry = self.decoder.spec.geometry("float32", shape.block_tokens)
@@ -243,7 +246,9 @@ class DenseCluster:
 
     def new_engine(self, serves: Serves = "both") -> Engine:
         """Another dense worker over the same attention workers; `attach` starts it."""
-        return Engine(self.config, self.decoder, select("auto", "cpu"), self.connect, serves=serves)
+        return Engine(
+            self.config, self.decoder, select("auto", "cpu"), self.connect, serves=serves, find=self.find
+        )
 
     def attach(self, engine: Engine) -> None:
         """Start an engine and wait until it has a lane to every worker."""

@@ -17,6 +17,7 @@ from workers import role
 from workers.attention.core import AttentionCore
 from workers.attention.kv_service import account_message
 from workers.cores import pin
+from workers.dense.finder import PrefixFinder
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
 from workers.dense.worker import DenseWorker, LocalArena
@@ -47,7 +48,10 @@ def serve(context: RoleContext) -> int:
         local = _local_core(context, decoder)
         if local is not None:
             stack.enter_context(local)
-        worker = _worker(context, decoder, local, spin_s)
+        finder = _finder(context)
+        if finder is not None:
+            stack.callback(finder.close)
+        worker = _worker(context, decoder, local, finder, spin_s)
         stack.callback(worker.stop)
         return _join_and_serve(context, worker, stack)
 
@@ -120,12 +124,25 @@ def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
     return AttentionCore(settings, config.dense.local_arena, geometry, name, context.epoch)
 
 
+def _finder(context: RoleContext) -> PrefixFinder | None:
+    """Who asks for prefixes, where others could have left one."""
+    config = context.config
+    if not config.attention.prefix_sharing or config.attention.replicas == 0:
+        return None
+    return PrefixFinder(context.controller, config.security.tls)
+
+
 def _worker(
-    context: RoleContext, decoder: Decoder, local: AttentionCore | None, spin_s: float
+    context: RoleContext,
+    decoder: Decoder,
+    local: AttentionCore | None,
+    finder: PrefixFinder | None,
+    spin_s: float,
 ) -> DenseWorker:
     serves = context.config.dense.serves_at(context.index)
     arena = _local_arena(local) if local is not None else None
-    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, arena, spin_s, serves)
+    find = finder.find if finder is not None else None
+    return DenseWorker(context.config, decoder, context.worker_id, context.epoch, arena, spin_s, serves, find)
 
 
 def _local_arena(local: AttentionCore) -> LocalArena:

@@ -22,7 +22,7 @@ from workers.dense.micro_batches import MicroBatches
 from workers.dense.model import Decoder
 from workers.dense.mover import Mover
 from workers.dense.pool import Pool
-from workers.dense.prefixes import PrefixIndex
+from workers.dense.prefixes import Find, PrefixIndex
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable, TableLimits
 from workers.dense.sequences import LiveSequence, Submission
@@ -63,10 +63,11 @@ class Engine:
         clock: Clock = monotonic,
         on_step: Callable[[StepOutcome], None] | None = None,
         serves: Serves = "both",
+        find: Find | None = None,
     ) -> None:
         """`connect` makes the peers of attention workers; `kernel` attends chunks over themselves; `on_step`
         is told of each step on the engine's thread, before its tokens leave. One that serves "prefill" gives
-        new sequences away as soon as their prompt is certain.
+        new sequences away as soon as their prompt is certain. `find` asks the directory for prefixes.
         """
         self._on_step = on_step
         self._serves = serves
@@ -84,7 +85,7 @@ class Engine:
         self._runner = StepRunner(decoder, kernel, self._lanes, self._micro_batches)
         limits = _scheduler_limits(config, self.max_sequence_length, decoder.spec.window_tokens)
         self._scheduler = Scheduler(limits)
-        self.pool = Pool(_placement_policy(config), connect, self, config.attention.lease_ms)
+        self.pool = Pool(_placement_policy(config), connect, self, config.attention.lease_ms, find)
         table_limits = TableLimits(config.dense.max_finished, config.dense.orphan_grace_ms / 1000)
         self._table = SequenceTable(table_limits, self._scheduler, self.pool, self._outbox, clock)
         self._door = Door(

@@ -122,6 +122,10 @@ class MemberTable:
             known = self._known.get(worker)
             return known.peer if known is not None and known.member.epoch == epoch else None
 
+    def is_usable(self, worker: WorkerId, epoch: Epoch) -> bool:
+        """Whether this life has a usable peer."""
+        return self.peer(worker, epoch) is not None
+
     def remote_epoch(self, worker: WorkerId) -> Epoch | None:
         """The life of a worker outside this process that is known now."""
         with self._lock:

@@ -6,6 +6,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import Protocol, TypeVar
@@ -16,6 +17,7 @@ from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, ShardRef, WorkerId
 from workers.dense.holders import Holders
 from workers.dense.members import AttentionMember, Connect, MemberTable
+from workers.dense.prefixes import Find, blocks_known, go_on
 from workers.dense.rooms import Adopted, PrefixWanted, PullWanted, Rooms, RoomWanted
 from workers.dense.sequences import Placed
 from workers.lanes.messages import Lane
@@ -61,12 +63,19 @@ class Pool:
     """
 
     def __init__(
-        self, policy: PlacementPolicy, connect: Connect, listener: PoolListener, lease_ms: int
+        self,
+        policy: PlacementPolicy,
+        connect: Connect,
+        listener: PoolListener,
+        lease_ms: int,
+        find: Find | None = None,
     ) -> None:
+        """`find` asks the directory; without it only prefixes seen here are known."""
         self.members = MemberTable()
         self._holders = Holders()
         self._policy = policy
         self._rooms = Rooms(self.members, self._holders, policy)
+        self._find = find
         self._connect = connect
         self._listener = listener
         self._renew_pause_s = lease_ms / 4000
@@ -113,6 +122,11 @@ class Pool:
         if peer is not None:
             self._later(self._connectors, peer.close)
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is a directory to ask."""
+        return self._find is not None
+
     def inadmissible(self, tokens: int) -> str | None:
         """Why a sequence of so many tokens cannot fit the workers now known; None if it can."""
         spaces = self.members.spaces(self._policy.block_tokens, usable=False)
@@ -133,7 +147,9 @@ class Pool:
 
     def acquire(self, wanted: PrefixWanted, answer: Callable[[Adopted | AnabranchError], None]) -> None:
         """Pin what lies in the pool of a new sequence's prefix; answers what was found, or Fenced."""
-        self._in_order(wanted.key, lambda: answer(_answered(lambda: self._rooms.acquire(wanted))))
+        self._in_order(
+            wanted.key, lambda: answer(_answered(lambda: self._rooms.acquire(self._looked_up(wanted))))
+        )
 
     def adopt(
         self,
@@ -188,6 +204,15 @@ class Pool:
                 self._listener.superseded(key, error)
 
         self._in_order(key, renounce)
+
+    def _looked_up(self, wanted: PrefixWanted) -> PrefixWanted:
+        """With what the directory knows beyond the sources given."""
+        if self._find is None or not wanted.asks:
+            return wanted
+        size = wanted.chain.block_tokens
+        known = blocks_known(wanted.sources, size)
+        runs = self._find(wanted.chain.hashes[known:], known)
+        return replace(wanted, sources=go_on(wanted.sources, runs, size, self.members.is_usable))
 
     def _in_order(self, key: SequenceKey, call: Callable[[], None]) -> None:
         self._later(self._by_key[zlib.crc32(str(key).encode()) % _KEY_THREADS], call)

@@ -1,6 +1,6 @@
 """Prefixes that lie in the pool already: their identities, and where this dense worker saw them last.
 
-Used by the engine's thread; `BlockChain` is also read by the pool's threads.
+`PrefixIndex` is used by the engine's thread; the rest also by the pool's threads, which only read chains.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from cluster import blocks
 from cluster.blocks import BlockHash
+from cluster.policies.directory import Life, Run
 from cluster.types import Epoch, KvGeometry, ShardRef, WorkerId
 from workers.peer import ShardPrefix
 
@@ -55,6 +56,44 @@ class Source:
     end: int
 
 
+Find = Callable[[Sequence[BlockHash], int], tuple[Run, ...]]
+"""Where the longest run of consecutive blocks may lie, before which so many come; may block for a moment."""
+
+
+def blocks_known(sources: Sequence[Source], block_tokens: int) -> int:
+    """How many whole blocks from position 0 on these sources cover."""
+    return sources[-1].end // block_tokens if sources else 0
+
+
+def go_on(
+    sources: Sequence[Source],
+    runs: Iterable[Run],
+    block_tokens: int,
+    leads_to: Callable[[WorkerId, Epoch], bool],
+) -> tuple[Source, ...]:
+    """These sources, and behind their last whole block those runs, as far as a lane leads there. Of several
+    holders the one of the blocks before is best, because it makes one shard of both.
+    """
+    found = list(sources)
+    position = blocks_known(sources, block_tokens) * block_tokens
+    for run in runs:
+        usable = [life for life in run.holders if leads_to(*life)]
+        if not usable:
+            break
+        before = Life(found[-1].worker, found[-1].epoch) if found else None
+        end = position + run.blocks * block_tokens
+        _join(found, before if before in usable else usable[0], position, end)
+        position = end
+    return tuple(found)
+
+
+def _join(found: list[Source], life: tuple[WorkerId, Epoch], first: int, end: int) -> None:
+    """Add a source, as part of the one before it where that is the same life."""
+    if found and (found[-1].worker, found[-1].epoch) == life:
+        first = found.pop().first
+    found.append(Source(*life, first, end))
+
+
 def sources_of(shards: Iterable[ShardRef]) -> tuple[Source, ...]:
     """The shards of a sequence with the same prefix, as sources."""
     return tuple(Source(shard.worker, shard.epoch, shard.first, shard.end) for shard in shards)
@@ -81,8 +120,8 @@ class PrefixIndex:
             self._holders.popitem(last=False)
 
     def sources(self, chain: BlockChain, leads_to: Callable[[WorkerId, Epoch], bool]) -> tuple[Source, ...]:
-        """Where the longest known run of a sequence's blocks lies, from position 0 on; the last source is
-        also asked for the open block behind. Forgets lives that no lane leads to.
+        """Where the longest known run of a sequence's whole blocks lies, from position 0 on. Forgets lives
+        that no lane leads to.
         """
         size = chain.block_tokens
         found: list[Source] = []
@@ -94,11 +133,5 @@ class PrefixIndex:
                 del self._holders[identity]
                 break
             self._holders.move_to_end(identity)
-            first = index * size
-            if found and (found[-1].worker, found[-1].epoch) == holder:
-                first = found.pop().first
-            found.append(Source(*holder, first, (index + 1) * size))
-        if found:
-            last = found.pop()
-            found.append(Source(last.worker, last.epoch, last.first, last.end + size - 1))
+            _join(found, holder, index * size, (index + 1) * size)
         return tuple(found)

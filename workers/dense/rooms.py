@@ -33,13 +33,16 @@ class RoomWanted:
 
 @dataclass(frozen=True, slots=True)
 class PrefixWanted:
-    """What lies at `sources`, in order, of a sequence's tokens without its last."""
+    """What lies at `sources`, in order, of a sequence's tokens without its last; if `asks`, the directory may
+    name more.
+    """
 
     key: SequenceKey
     generation: Generation
     chain: BlockChain
     token_ids: tuple[int, ...]
     sources: tuple[Source, ...]
+    asks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +97,13 @@ class Rooms:
 
     def acquire(self, wanted: PrefixWanted) -> Adopted:
         """Pin the longest prefix of a sequence that lies in the pool. Stops at the first worker that holds
-        less than was hoped for. Raises Fenced.
+        less than was hoped for; the last one is also asked for the open block behind. Raises Fenced.
         """
         found: list[HeldShard] = []
-        for source in wanted.sources:
+        *before, last = wanted.sources or [None]
+        if last is not None:
+            last = replace(last, end=last.end + wanted.chain.block_tokens - 1)
+        for source in filter(None, (*before, last)):
             shard = self._acquire_at(wanted, source)
             if shard is not None:
                 found.append(shard)

@@ -183,7 +183,9 @@ class Submissions:
             self._follow(sequence, leader)
         else:
             sequence.chain.grow(sequence.token_ids[:-1])
-            self._acquire(sequence, self._index.sources(sequence.chain, self._door.leads_to))
+            sources = self._index.sources(sequence.chain, self._door.leads_to)
+            may_ask = bool(sequence.chain.hashes) and self._door.pool.can_ask
+            self._acquire(sequence, sources, asks=may_ask)
 
     def _follow(self, sequence: LiveSequence, leader: LiveSequence) -> None:
         """Go on behind the leader's prompt; where it lost that meanwhile, with whatever lies in the pool."""
@@ -204,15 +206,15 @@ class Submissions:
         """Whether more of a leader's prompt is on the way: its last chunk is certain after the next step."""
         return self._door.table.is_live(leader) and leader.output_count < OUTPUTS_AT_CERTAIN_PROMPT
 
-    def _acquire(self, sequence: LiveSequence, sources: tuple[Source, ...]) -> None:
+    def _acquire(self, sequence: LiveSequence, sources: tuple[Source, ...], *, asks: bool = False) -> None:
         self._door.metrics.prefix_queries.inc(len(sequence.token_ids))
-        if not sources:
+        if not sources and not asks:
             self._schedule(sequence, Adopted())
             return
         sequence.chain.grow(sequence.token_ids[:-1])
         self._looking.add(sequence)
         wanted = PrefixWanted(
-            sequence.key, sequence.generation, sequence.chain, tuple(sequence.token_ids[:-1]), sources
+            sequence.key, sequence.generation, sequence.chain, tuple(sequence.token_ids[:-1]), sources, asks
         )
         self._door.pool.acquire(
             wanted, lambda answer: self._door.post(partial(self._acquired, sequence, answer))

@@ -18,6 +18,7 @@ from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
+from workers.dense.prefixes import Find
 from workers.dense.remote_peer import RemotePeer
 from workers.dense.service import DenseService, Identity
 from workers.kernels.select import select
@@ -56,9 +57,10 @@ class DenseWorker:
         local: LocalArena | None = None,
         spin_s: float = 0.0,
         serves: Serves = "both",
+        find: Find | None = None,
     ) -> None:
         """Bind the configured host. `spin_s`: how long lanes ask for replies before they sleep; `serves`: see
-        `DenseConfig`.
+        `DenseConfig`; `find` asks the directory for prefixes.
 
         Raises ConfigError or Unavailable (`cluster.rpc.bind`).
         """
@@ -76,7 +78,7 @@ class DenseWorker:
             spin_s,
         )
         kernel = select("auto", config.dense.device)
-        self.engine = Engine(config, decoder, kernel, self._connect, serves=serves)
+        self.engine = Engine(config, decoder, kernel, self._connect, serves=serves, find=find)
         self._service = DenseService(
             self.engine,
             Identity(types_pb2.Responder(worker_id=worker, epoch=epoch), spec.digest),

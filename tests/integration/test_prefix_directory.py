@@ -1,0 +1,178 @@
+"""Prefixes that one dense worker left in the pool are found by another one, through the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.blocks import BlockHash
+from cluster.clock import ManualClock
+from cluster.config import TlsConfig
+from cluster.policies.directory import Life, Run
+from cluster.types import Epoch, WorkerId
+from tests.cluster_harness import (
+    DenseCluster,
+    Shape,
+    assert_continues,
+    computed_tokens,
+    request,
+    wait_until,
+)
+from tests.models import random_prompt, reference_tokens, tiny_model
+from tests.pool_directory import DirectoryController, TwoDenseWorkers
+from workers.dense.finder import PrefixFinder
+
+PREFIX = random_prompt(2000, 1)
+PREFIX_BLOCKS = 125
+TAIL, COUNT = 20, 10
+SHAPE = Shape(attention_workers=2, worker_blocks=400, shard_tokens=512, step_tokens=256, max_batch=32)
+SHORT = random_prompt(75, 2)
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose context takes the prefix."""
+    return tiny_model(tmp_path_factory.mktemp("long"), max_position_embeddings=4096)
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Prompts that agree in `PREFIX`, and in no token behind it."""
+    return [[*PREFIX, index + 3, *random_prompt(TAIL - 1, 100 + index)] for index in range(count)]
+
+
+def test_a_prefix_is_computed_and_held_once_by_two_dense_workers(long_folder: Path) -> None:
+    """32 requests over two dense workers agree in 2,000 tokens: after the first has sealed them nobody
+    computes them again, the pool holds at most 1.15 copies of them beside the tails, and the tokens are the
+    reference's.
+    """
+    all_prompts = prompts(32)
+    with TwoDenseWorkers(long_folder, SHAPE) as pool:
+        pool.cluster.listener.acknowledges = False  # what they hold stays, to be counted
+        engines = [pool.first, pool.second] * 16
+        submitted = [request(prompt, COUNT) for prompt in all_prompts]
+        outputs = [pool.generate(submitted[0], engines[0])]
+        pool.wait_found(PREFIX, len(PREFIX))
+        for submission, engine in zip(submitted[1:], engines[1:], strict=True):
+            pool.cluster.submit(submission, engine)
+        outputs += [pool.cluster.listener.wait(submission) for submission in submitted[1:]]
+
+        assert [output.cached_tokens for output in outputs] == [0, *[len(PREFIX)] * 31]
+        own = TAIL + COUNT - 1
+        assert computed_tokens(pool.first) == len(PREFIX) + 16 * own
+        assert computed_tokens(pool.second) == 16 * own
+        block_bytes = pool.cluster.geometry.block_bytes
+        held = sum(most - free for free, most in pool.cluster.free_blocks().values())
+        tails = 32 * pool.cluster.geometry.blocks_for(TAIL + COUNT)
+        assert held * block_bytes <= (1.15 * PREFIX_BLOCKS + tails) * block_bytes
+        for submission, engine in zip(submitted, engines, strict=True):
+            engine.acknowledge(submission.key, submission.generation, 1.0)
+        pool.cluster.wait_all_free()
+    for output, reference in zip(
+        outputs[:4], reference_tokens(long_folder, all_prompts[:4], COUNT), strict=True
+    ):
+        assert_continues(output, reference)
+
+
+def test_two_tenants_never_share(folder: Path) -> None:
+    """What one tenant left is not there for another one, at no dense worker and in no answer of the
+    directory.
+    """
+    with TwoDenseWorkers(folder, Shape(attention_workers=2)) as pool:
+        pool.generate(request(SHORT, 4), pool.first)
+        pool.wait_found(SHORT, 64)
+        assert pool.found(SHORT, "other") == 0
+        for engine, tenant in ((pool.first, "other"), (pool.second, "third")):
+            other = pool.generate(replace(request(SHORT, 4), tenant=tenant), engine)
+            assert other.cached_tokens == 0
+            pool.cluster.wait_all_free()
+        same = pool.generate(request(SHORT, 4), pool.second)
+        assert same.cached_tokens == 64
+
+
+def test_what_is_known_here_is_completed_by_the_directory(folder: Path) -> None:
+    """A dense worker that saw the beginning of a conversation finds what another one computed behind it."""
+    onward = [*SHORT[:48], *random_prompt(75, 3)]
+    with TwoDenseWorkers(folder, Shape(attention_workers=2)) as pool:
+        pool.generate(request(SHORT[:50], 4), pool.second)
+        pool.generate(request(onward, 4), pool.first)
+        pool.wait_found(onward, 112)
+        pool.cluster.wait_all_free()
+        output = pool.generate(request([*onward, 5], 4), pool.second)
+        assert output.cached_tokens == 112
+
+
+def test_requests_go_on_without_the_controller(folder: Path) -> None:
+    """While nobody answers, a prefix of another dense worker is computed again, and no token differs."""
+    (reference,) = reference_tokens(folder, [SHORT], 8)
+    with TwoDenseWorkers(folder, Shape(attention_workers=2)) as pool:
+        pool.generate(request(SHORT, 8), pool.first)
+        pool.wait_found(SHORT, 64)
+        pool.cluster.wait_all_free()
+        pool.controller.stop()
+        output = pool.generate(request(SHORT, 8), pool.second)
+        assert output.cached_tokens == 0
+        assert_continues(output, reference)
+
+
+def test_a_restarted_controller_learns_everything_again(folder: Path) -> None:
+    """Another controller at the same address names nothing until the workers have told it all they hold; then
+    it names what the first one knew.
+    """
+    with TwoDenseWorkers(folder, Shape(attention_workers=2)) as pool:
+        pool.generate(request(SHORT, 4), pool.first)
+        pool.wait_found(SHORT, 64)
+        pool.restart_controller()
+        asked = PrefixFinder(pool.controller.address, TlsConfig(), timeout_s=10.0)
+        expected = pool.hashes(SHORT)
+        wait_until(lambda: sum(run.blocks for run in asked.find(expected, 0)) == len(expected))
+        asked.close()
+
+
+def test_what_a_lost_worker_held_is_not_named(folder: Path) -> None:
+    """As soon as membership takes a worker for dead, no answer names it, and a sweep forgets what it held."""
+    with TwoDenseWorkers(folder, Shape(attention_workers=1)) as pool:
+        pool.generate(request(SHORT, 4), pool.first)
+        pool.wait_found(SHORT, 64)
+        pool.controller.table.remove("attention-0")
+        assert pool.found(SHORT) == 0
+        pool.controller.service.directory.sweep()
+        assert pool.controller.service.directory.entries == 0
+
+
+@pytest.mark.parametrize("epoch", ["living", "past"])
+def test_a_wrong_hint_costs_a_call_and_no_token(epoch: str, folder: Path) -> None:
+    """A directory that names a worker that holds nothing, or a life that is over, changes nothing."""
+    (reference,) = reference_tokens(folder, [SHORT], 8)
+    named: list[Life] = []
+
+    def find(hashes: Sequence[bytes], blocks_before: int) -> tuple[Run, ...]:
+        return (Run(len(hashes), tuple(named)),)
+
+    with DenseCluster(folder, Shape(attention_workers=2), find) as cluster:
+        worker = WorkerId("attention-1")
+        named.append(Life(worker, cluster.epochs[worker] if epoch == "living" else Epoch(1)))
+        (output,) = cluster.generate([request(SHORT, 8)])
+        assert output.cached_tokens == 0
+        assert_continues(output, reference)
+
+
+def test_a_controller_that_does_not_answer_is_left_alone() -> None:
+    """After a failed call none is made for a second, then for two; one that is answered ends that."""
+    clock = ManualClock()
+    controller = DirectoryController()
+    finder = PrefixFinder(controller.address, TlsConfig(), clock, timeout_s=5.0)
+    hashes = [BlockHash(b"x" * 32)]
+    controller.stop()
+    assert finder.find(hashes, 0) == ()
+    assert finder.is_paused
+    clock.advance(1.01)
+    assert not finder.is_paused
+    assert finder.find(hashes, 0) == ()
+    clock.advance(1.01)
+    assert finder.is_paused
+    clock.advance(1.0)
+    assert not finder.is_paused
+    finder.close()
