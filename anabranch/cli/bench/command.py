@@ -137,6 +137,44 @@ def serve(
 
 
 @app.command()
+def directory(
+    json_file: JsonFile = None,
+    workers: Annotated[int, typer.Option(help="Attention workers that report.", min=1)] = 1000,
+    blocks: Annotated[int, typer.Option(help="Sealed blocks of each.", min=2)] = 1000,
+) -> None:
+    """Reports a controller takes per second, memory of what it knows, and a question about a prefix.
+
+    \b
+    anabranch bench directory
+    anabranch bench directory --workers 100 --blocks 1000
+    """
+    from anabranch.cli.bench.directory import measure
+
+    report({"directory": measure(workers, blocks)}, json_file)
+
+
+@app.command()
+def prefix(
+    json_file: JsonFile = None,
+    model: Annotated[str, typer.Option(help="Folder, or a name known to `anabranch model list`.")] = (
+        "smollm2-135m-instruct"
+    ),
+    tokens: Annotated[int, typer.Option(help="Tokens of the common prefix.", min=64)] = 2000,
+    repeats: Annotated[int, typer.Option(help="Prefixes, each computed once and found once.", min=1)] = 5,
+) -> None:
+    """Time to the first token where another dense worker has computed the prefix, beside where nobody has.
+
+    \b
+    anabranch bench prefix
+    anabranch bench prefix --tokens 500 --repeats 3
+    """
+    from anabranch.cli.bench.prefix import measure
+    from anabranch.cli.model import resolve
+
+    report({"prefix": measure(str(resolve(model)), tokens, repeats)}, json_file)
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="What `--json` wrote.")],
 ) -> None:

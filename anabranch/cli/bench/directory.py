@@ -1,0 +1,116 @@
+"""The controller's directory at the size of a large cluster: reports taken, memory, questions, evictions."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Iterator
+from time import perf_counter
+
+from anabranch.cli.bench.records import Results, figure
+from anabranch.v1 import control_pb2, inference_pb2
+from cluster.blocks import BlockHash, child
+from cluster.policies.directory import Directory, Life
+from cluster.types import Epoch, WorkerId
+from controller.directory_service import DirectoryKeeper, read_report
+from controller.membership import MembershipTable, Terms
+from workers.attention.journal import Journal
+from workers.attention.ledger import BlockLedger
+
+_REPORTS_PER_SAMPLE = 50
+_QUESTIONS = 101
+_PREFIX_BLOCKS = 63
+"""A prefix of 2,000 tokens in blocks of 32."""
+_ROOT = BlockHash(bytes(32))
+
+
+def measure(workers: int, blocks: int) -> Results:
+    """Records of a directory of `workers` x `blocks` entries; reports arrive as bytes, as from the wire."""
+    settings = {"workers": workers, "blocks_per_worker": blocks}
+    keeper = DirectoryKeeper(MembershipTable(Terms("bench", 1000, 2000)))
+    first = list(_rates(keeper, workers, blocks, number=1))
+    churn = list(_rates(keeper, workers, blocks, number=2))
+    return {
+        "entries_taken": figure(first, "1/s", settings=settings),
+        "entries_changed": figure(churn, "1/s", settings=settings),
+        "memory_per_entry": figure([_entry_bytes(min(workers, 100), blocks)], "B", settings=settings),
+        "question": figure(_question_s(), "s", settings={"blocks": _PREFIX_BLOCKS}),
+        "eviction": figure(_eviction_s(), "s", settings={"blocks": blocks}),
+    }
+
+
+def _rates(keeper: DirectoryKeeper, workers: int, blocks: int, number: int) -> Iterator[float]:
+    """Entries per second, parsing included, of some reports at a time."""
+    for begin in range(0, workers, _REPORTS_PER_SAMPLE):
+        sent = [
+            _report(worker, blocks, number)
+            for worker in range(begin, min(begin + _REPORTS_PER_SAMPLE, workers))
+        ]
+        payloads = [request.SerializeToString() for request in sent]
+        began_s = perf_counter()
+        for payload in payloads:
+            assert keeper.take(control_pb2.HeartbeatRequest.FromString(payload))
+        yield len(sent) * blocks / (perf_counter() - began_s)
+
+
+def _report(worker: int, blocks: int, number: int) -> control_pb2.HeartbeatRequest:
+    """A worker's first report names its blocks; a later one withdraws half of them, and names as many."""
+    pool = control_pb2.PoolReport(number=number, starts_over=number == 1)
+    kept = blocks if number == 1 else blocks // 2
+    for block in range(kept):
+        pool.published.add(hash=_hash(worker, block, number), prefix_blocks=block + 1)
+    if number > 1:
+        pool.withdrawn.extend(_hash(worker, block, number - 1) for block in range(blocks - kept))
+    account = inference_pb2.BlockAccount(capacity=blocks)
+    load = inference_pb2.Load(blocks=account)
+    return control_pb2.HeartbeatRequest(
+        worker_id=f"attention-{worker}", epoch=worker + 1, load=load, pool=pool
+    )
+
+
+def _hash(worker: int, block: int, number: int) -> BlockHash:
+    return child(_ROOT, (worker, block, number))
+
+
+def _entry_bytes(workers: int, blocks: int) -> float:
+    """Memory of a directory over its entries, each held by one worker."""
+    directory = Directory()
+    gc.collect()
+    tracemalloc.start()
+    for worker in range(workers):
+        directory.apply(read_report(_report(worker, blocks, 1)))
+    gc.collect()
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return taken / len(directory)
+
+
+def _question_s() -> list[float]:
+    """Finding a prefix that lies at one worker."""
+    directory = Directory()
+    directory.apply(read_report(_report(0, _PREFIX_BLOCKS, 1)))
+    hashes = [_hash(0, block, 1) for block in range(_PREFIX_BLOCKS)]
+    samples = []
+    for _ in range(_QUESTIONS):
+        began_s = perf_counter()
+        (run,) = directory.find(hashes)
+        samples.append(perf_counter() - began_s)
+        assert run.holders == (Life(WorkerId("attention-0"), Epoch(1)),)
+    return samples
+
+
+def _eviction_s() -> list[float]:
+    """Giving up one cached block for a new one: what a reservation pays where nothing is evicted ahead."""
+    count = 1000
+    ledger = BlockLedger(count, Journal())
+    samples = []
+    for number in range(11):
+        blocks = ledger.allocate(count)
+        for index, block in enumerate(blocks):
+            ledger.publish(block, _hash(number, index, 1), index + 1)
+        ledger.drop(blocks)
+        began_s = perf_counter()
+        evicting = ledger.allocate(count)
+        samples.append((perf_counter() - began_s) / count)
+        ledger.drop(evicting)
+    return samples
