@@ -8,6 +8,8 @@ import pytest
 
 from anabranch import Client
 from anabranch.answers import Member
+from anabranch.events import Finished
+from anabranch.v1 import inference_pb2
 from tests.models import Reference, random_prompt, reference_tokens, tiny_model
 from tests.processes import ProcessCluster, process_cluster
 
@@ -124,3 +126,32 @@ def test_a_killed_process_changes_no_token(
         received = _kill_while_streaming(cluster, is_busy, prompt, tokens)
         _assert_same(received, reference)
         cluster.assert_nothing_leaks(within_s=10)
+
+
+def _cached(client: Client, prompt: Sequence[int]) -> int:
+    """Tokens of a prompt that were found in the pool."""
+    events = list(client.generate(token_ids=prompt, temperature=0.0, max_tokens=2, ignore_eos=True))
+    return next(event.usage.cached_tokens for event in events if isinstance(event, Finished))
+
+
+def test_a_new_dense_worker_finds_what_a_dead_one_computed(model: Path, tmp_path: Path) -> None:
+    """Prefixes outlive the dense worker that computed them: its successor, which has seen nothing, hears from
+    the controller where they lie.
+    """
+    overrides = {"attention.replicas": 2, "attention.block_tokens": 8, "placement.shard_tokens": 32}
+    prompts = [random_prompt(90, seed) for seed in range(10, 16)]
+    with process_cluster(model, tmp_path, overrides) as cluster, cluster.client() as client:
+        for prompt in prompts:
+            assert _cached(client, prompt) == 0
+        cluster.assert_nothing_leaks()  # and so all of it lies there as a cache
+        cluster.kill("dense-0")
+        cluster.launch("dense", 0)
+        process_id = cluster.processes["dense-0"].pid
+        cluster.wait(
+            lambda members: any(
+                (member.process_id, member.state) == (process_id, inference_pb2.MEMBER_STATE_READY)
+                for member in members
+            )
+        )
+        # The controller has 50 ms to answer, which a busy machine may miss now and then.
+        assert max(_cached(client, prompt) for prompt in prompts) == 88

@@ -73,6 +73,8 @@ class PrefixFinder:
 
     def _pause(self, problem: str) -> None:
         with self._lock:
+            if self.is_paused:  # calls that failed together are one failure
+                return
             pause_s = min(_PAUSE_FIRST_S * 2**self._failures, _PAUSE_MOST_S)
             self._failures += 1
             self._resume_s = self._clock() + pause_s

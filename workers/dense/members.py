@@ -123,8 +123,12 @@ class MemberTable:
             return known.peer if known is not None and known.member.epoch == epoch else None
 
     def is_usable(self, worker: WorkerId, epoch: Epoch) -> bool:
-        """Whether this life has a usable peer."""
-        return self.peer(worker, epoch) is not None
+        """Whether this life has a usable peer, and takes new sequences."""
+        with self._lock:
+            known = self._known.get(worker)
+            if known is None or known.member.epoch != epoch:
+                return False
+            return known.peer is not None and known.member.is_admitting
 
     def remote_epoch(self, worker: WorkerId) -> Epoch | None:
         """The life of a worker outside this process that is known now."""
