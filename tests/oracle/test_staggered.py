@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from cluster.config import AttentionConfig, LaneConfig
-from cluster.errors import AnabranchError, Fenced, LaneBroken, NeedFull
+from cluster.errors import AnabranchError, Fenced, Internal, LaneBroken, NeedFull
 from cluster.types import Epoch, WorkerId
 from tests.cluster_harness import DenseCluster, Listener, Shape, counted, decoder_of, request
 from tests.models import Reference, reference_tokens
@@ -116,14 +117,33 @@ class FaultyLane:
         self._lane.close()
 
 
+class LyingLane(FaultyLane):
+    """A lane of which one reply has a row for all."""
+
+    def receive(self, step: int, micro_batch: int, layer: int, deadline_s: float) -> PartialReply:
+        """The reply, or its first row."""
+        try:
+            return super().receive(step, micro_batch, layer, deadline_s)
+        except Internal:
+            reply = self._lane.receive(step, micro_batch, layer, deadline_s)
+            return replace(reply, out=reply.out[:1], lse=reply.lse[:1])
+
+
 class FaultyCluster(DenseCluster):
     """A cluster whose first worker's lane fails once in the middle of a step."""
 
     def __init__(
-        self, folder: Path, shape: Shape, micro_batch: int, layer: int, fault: AnabranchError
+        self,
+        folder: Path,
+        shape: Shape,
+        micro_batch: int,
+        layer: int,
+        fault: AnabranchError,
+        kind: type[FaultyLane] = FaultyLane,
     ) -> None:
         self.faults = [fault]
         self._place = (micro_batch, layer)
+        self._kind = kind
         super().__init__(folder, shape)
 
     def connect(self, member: AttentionMember) -> AttentionPeer:
@@ -132,7 +152,7 @@ class FaultyCluster(DenseCluster):
         if member.worker != "attention-0":
             return peer
         open_lane = peer.open_lane
-        peer.open_lane = lambda: FaultyLane(open_lane(), *self._place, self.faults)  # type: ignore[method-assign]
+        peer.open_lane = lambda: self._kind(open_lane(), *self._place, self.faults)  # type: ignore[method-assign]
         return peer
 
 
@@ -151,6 +171,23 @@ def test_a_fault_in_one_micro_batch_repeats_the_whole_step(
     overrides = {**TWO, "attention": {"lease_ms": 2000}}
     shape = Shape(attention_workers=2, overrides=overrides)
     cluster = FaultyCluster(folder, shape, micro_batch, layer, fault)
+    with cluster:
+        outputs = cluster.generate(request(prompt, COUNT) for prompt in PROMPTS[:6])
+        assert cluster.faults == []
+        assert counted(cluster.engine, "anabranch_dense_steps_aborted") >= 1
+        cluster.wait_all_free()
+    assert_same(outputs, references)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reply_of_too_few_rows_is_not_spread_over_all(
+    workers: int, folder: Path, references: list[Reference]
+) -> None:
+    """A worker that answers one row for many, in a frame that checks, costs its lane, and neither a token nor
+    the engine.
+    """
+    shape = Shape(attention_workers=workers, overrides={**TWO, "attention": {"lease_ms": 2000}})
+    cluster = FaultyCluster(folder, shape, 0, 1, Internal("lies"), LyingLane)
     with cluster:
         outputs = cluster.generate(request(prompt, COUNT) for prompt in PROMPTS[:6])
         assert cluster.faults == []

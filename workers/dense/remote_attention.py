@@ -12,8 +12,9 @@ from time import monotonic
 import torch
 from torch import Tensor
 
+from cluster.errors import LaneBroken
 from cluster.model_spec import ModelSpec
-from workers.dense.lane_set import LaneSet, deadline_of
+from workers.dense.lane_set import LaneSet, StepAborted, deadline_of
 from workers.dense.step_layout import RowIndex, StepLayout, WorkerPart
 from workers.kernels.signature import Kernel
 from workers.lanes.messages import LayerMessage, PartialReply
@@ -148,7 +149,12 @@ class StepAttention:
     def _gather(self, part: WorkerPart, reply: PartialReply) -> None:
         """Put a reply's rows where the merge finds them. The buffers start empty, and each layer
         overwrites the same places, so a row without a shard in some place stays empty there.
+
+        Raises StepAborted for a reply of other rows than were asked about.
         """
+        if len(reply.out) != len(part.places):
+            answered = f"{len(reply.out)} rows answered where {len(part.places)} were asked about"
+            raise StepAborted(part.worker, LaneBroken(answered))
         if self._layout.is_direct:
             device = part.places.device
             self._gathered = Partial(reply.out.to(device), reply.lse.to(device))
