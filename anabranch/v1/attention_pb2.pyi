@@ -120,7 +120,7 @@ class OpenLaneResponse(_message.Message):
     transport: Global___LaneTransport.ValueType
     """Which transport was chosen."""
     address: _builtins.str
-    """Socket path, host:port, or empty for StreamLane."""
+    """Name of an abstract unix socket, host:port, or empty for StreamLane."""
     incarnation: _builtins.int
     """Incarnation of this lane, in every frame."""
     ticket: _builtins.bytes

@@ -13,7 +13,7 @@ import pytest
 
 from anabranch import Client
 from anabranch.v1 import inference_pb2
-from tests.listening import tcp_ports, unix_paths
+from tests.listening import tcp_ports, unix_sockets
 from tests.models import random_prompt, reference_tokens, tiny_model
 from tests.processes import ProcessCluster, process_cluster
 from tests.serving import Reader, whole
@@ -115,7 +115,7 @@ def _noises() -> list[bytes]:
 
 def _make_noise(process_id: int) -> int:
     """Every noise on everything a process listens on; returns on how many places that was."""
-    ports, paths = tcp_ports(process_id), unix_paths(process_id)
+    ports, paths = tcp_ports(process_id), unix_sockets(process_id)
     threads = []
     for noise in _noises():
         for port in ports:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from tests.attention_worker import (
     serving,
     wait_until,
 )
+from tests.listening import stop_listening, unix_sockets
 from workers.attention.worker import AttentionWorker
 from workers.lanes.codec import FrameCodec
 from workers.lanes.framed import FramedLane
@@ -212,10 +216,10 @@ def test_the_worker_counts_bytes_of_lanes_that_ended(worker: AttentionWorker, ho
     assert 0 <= sent - carried_received <= 2 * TICKET_BYTES + 128
 
 
-def test_a_lane_falls_back_to_the_next_transport(worker: AttentionWorker, host: DenseHost) -> None:
+def test_a_lane_falls_back_to_the_next_transport(host: DenseHost) -> None:
     """Where the agreed unix socket cannot be reached, the next transport is used."""
-    for path in socket_files(worker):
-        path.unlink()
+    for address in unix_sockets(os.getpid()):
+        stop_listening(address)
     lane = host.open_lane("local", "tcp")
     assert isinstance(lane.link, SocketLink)
     lane.close()
@@ -223,12 +227,29 @@ def test_a_lane_falls_back_to_the_next_transport(worker: AttentionWorker, host: 
         host.open_lane("local")
 
 
-def socket_files(worker: AttentionWorker) -> list[Path]:
-    """The unix sockets a worker listens on."""
-    folder = worker.lanes.folder
-    assert folder is not None
-    assert folder.stat().st_mode & 0o777 == 0o700
-    return list(folder.iterdir())
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_machine_gets_no_lane(worker: AttentionWorker, host: DenseHost) -> None:
+    """An abstract socket has no mode: a connection of another user is cut off before its ticket counts."""
+    program = (
+        "import os, socket, sys; os.setuid(65534); link = socket.socket(socket.AF_UNIX); link.settimeout(20);"
+        "link.connect(chr(0) + sys.argv[1]); sys.exit(len(link.recv(1)))"
+    )
+    for address in unix_sockets(os.getpid()):
+        command = [sys.executable, "-c", program, address.removeprefix("\0")]
+        assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    host.open_lane("local").close()
+
+
+def test_a_killed_worker_leaves_no_file(tmp_path: Path) -> None:
+    """A process that dies with its lanes open has put nothing into the temporary folder."""
+    program = (
+        "from workers.lanes.server import LaneServer; import os, signal;"
+        "LaneServer(1, 1.0).listen_unix(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lanes_are_bounded() -> None:
@@ -256,13 +277,11 @@ def test_a_transport_not_served_is_refused(worker: AttentionWorker) -> None:
 
 
 @pytest.mark.parametrize("transport", ["local", "tcp"])
-def test_a_connection_without_a_ticket_is_closed(
-    worker: AttentionWorker, host: DenseHost, transport: str
-) -> None:
+def test_a_connection_without_a_ticket_is_closed(host: DenseHost, transport: str) -> None:
     """A stranger, and whoever shows a ticket a second time, is cut off."""
     if transport == "local":
-        address = str(socket_files(worker)[0])
-        links = [connect_unix(address)]
+        (name,) = (address.removeprefix("\0") for address in unix_sockets(os.getpid()))
+        links = [connect_unix(name)]
     else:
         lane = host.open_lane("tcp")
         assert isinstance(lane.link, SocketLink)

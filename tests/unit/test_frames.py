@@ -76,6 +76,15 @@ def arriving(lane: FrameCodec, data: bytes, pieces: Sequence[int] = (2**30,)) ->
         turn += 1
 
 
+def test_a_plan_that_leaves_tensors_unaligned_is_refused() -> None:
+    """A checked frame whose plan has an odd length breaks the lane, and not the thread that reads it."""
+    place, lengths, plan = (7, 0, 0, 250, 0), (41, 128, 0, 0), bytes(41 + 128)
+    header = frames.pack_header(int(FrameKind.STEP), 3, INCARNATION, place, lengths, (0.0, 0.0))
+    (frame,) = assemble(codec(), header + plan + frames.pack_trailer(frames.checksum([plan])))
+    with pytest.raises(LaneBroken, match="unaligned"):
+        codec().read_message(frame)
+
+
 def assemble(lane: FrameCodec, data: bytes) -> list[Frame]:
     """All frames in the bytes."""
     return list(arriving(lane, data))

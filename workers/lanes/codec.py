@@ -18,7 +18,7 @@ from workers.lanes import frames
 from workers.lanes.frame_reader import Frame
 from workers.lanes.frames import HEADER_BYTES, Flag, FrameHeader, FrameKind, ReceivedBytes, Section
 from workers.lanes.messages import LayerMessage, PartialReply
-from workers.lanes.plan_bytes import pack_plan, unpack_plan
+from workers.lanes.plan_bytes import PLAN_ALIGNMENT, pack_plan, unpack_plan
 from workers.lanes.plans import MICRO_BATCHES_MOST
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,6 +161,8 @@ class FrameCodec:
         return frames.unpack_error(frame.payload)
 
     def _step_tensors(self, frame: Frame) -> tuple[Tensor, ...]:
+        if frame.header.lengths[0] % PLAN_ALIGNMENT:
+            raise LaneBroken("a plan leaves the tensors behind it unaligned")
         _, query, key, value = _split(frame)
         if len(key) != len(value):
             raise LaneBroken(f"{len(key)} bytes of keys for {len(value)} of values")

@@ -24,7 +24,7 @@ _REMOVED = struct.Struct("<Q")
 _ADVANCED = struct.Struct("<QI")
 _CHANGED = struct.Struct("<QIIIIII")
 _NO_BASE = 2**64 - 1
-_ALIGNMENT = 16
+PLAN_ALIGNMENT = 16
 
 
 def pack_plan(plan: StepPlanDifference) -> bytes:
@@ -41,7 +41,7 @@ def pack_plan(plan: StepPlanDifference) -> bytes:
     except (struct.error, OverflowError) as error:
         raise InvalidRequest(f"a plan has a number that does not fit its field: {error}") from error
     size = sum(map(len, parts))
-    parts.append(bytes(-size % _ALIGNMENT))
+    parts.append(bytes(-size % PLAN_ALIGNMENT))
     return b"".join(parts)
 
 
@@ -109,7 +109,7 @@ class _Reader:
     def expect_end(self) -> None:
         """Only the padding may be left."""
         left = bytes(self._data[self._offset :])
-        if len(left) >= _ALIGNMENT or any(left) or len(self._data) % _ALIGNMENT:
+        if len(left) >= PLAN_ALIGNMENT or any(left) or len(self._data) % PLAN_ALIGNMENT:
             raise LaneBroken("a plan is longer than it says")
 
     def _advance(self, size: int) -> memoryview:

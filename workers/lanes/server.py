@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shutil
+import secrets
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster.clock import Clock, monotonic
 from cluster.errors import AnabranchError, LaneBroken, ResourceExhausted, Unavailable
 from cluster.telemetry import logger
 from workers.lanes.frames import TICKET_BYTES
 from workers.lanes.serve import LaneEnd, serve_link, serve_parts
-from workers.lanes.sockets import SocketLink
+from workers.lanes.sockets import SocketLink, abstract
 from workers.lanes.tickets import TicketBook
 
 _log = logger("lanes")
@@ -49,8 +47,7 @@ class LaneServer:
     """Accepts the connections of lanes and serves each on a thread of its own.
 
     A connection first sends its ticket, then `serve_link` runs until the lane ends. At most
-    `lanes_most` at once. Owns the sockets, the unix socket's private folder and the
-    threads; `close` ends all.
+    `lanes_most` at once. Owns the sockets and the threads; `close` ends all.
     """
 
     def __init__(
@@ -66,20 +63,17 @@ class LaneServer:
         self._live: set[_Carrier] = set()
         self._threads: set[threading.Thread] = set()
         self._listeners: list[socket.socket] = []
-        self.folder: Path | None = None
-        """Holds the unix socket."""
         self._ended_sent = 0
         self._ended_received = 0
 
     def listen_unix(self) -> str:
-        """Listen on a socket in a folder only this user may enter; returns its path."""
-        self.folder = Path(tempfile.mkdtemp(prefix="anabranch-lanes-"))  # mode 0700
-        path = str(self.folder / "lanes")
+        """Listen on an abstract socket, which a killed process leaves no file of; returns its name."""
+        name = f"anabranch-lanes-{secrets.token_hex(8)}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(path)
+        listener.bind(abstract(name))
         listener.listen()
         self._accept_on(listener)
-        return path
+        return name
 
     def listen_tcp(self, host: str, port: int = 0) -> int:
         """Listen on a TCP port; returns it. Raises Unavailable when it cannot be had."""
@@ -134,8 +128,6 @@ class LaneServer:
                     carrier.shut_down()
         for thread in threads:
             thread.join(_JOIN_TIMEOUT_S)
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, name: str, work: Callable[[], None]) -> None:
         """Run `work` on a thread that `close` waits for."""
@@ -177,6 +169,7 @@ class LaneServer:
     def _serve(self, link: SocketLink) -> None:
         try:
             with self._carrying(link):
+                link.check_user()
                 lane = self._tickets.redeem(_read_ticket(link))
                 _log.info("lane_opened", incarnation=f"{lane.incarnation:016x}")
                 serve_link(lane, link, self._stop, self._stall_s)

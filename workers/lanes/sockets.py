@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -17,6 +18,9 @@ _KEEPALIVE_PROBES = 3
 _SILENCE_MS = 30_000
 _READ_SLICE_S = 0.05
 _WRITE_SLICE_S = 0.002
+
+_CREDENTIALS = struct.Struct("iII")
+"""The kernel's struct ucred: process, user, group."""
 
 
 class SocketLink:
@@ -92,6 +96,15 @@ class SocketLink:
             self.bytes_received += count
             return count
 
+    def check_user(self) -> None:
+        """Refuse another user of this machine: an abstract socket has no mode. Raises LaneBroken."""
+        if self._socket.family != socket.AF_UNIX:
+            return
+        told = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, user, _ = _CREDENTIALS.unpack(told)
+        if user != os.getuid():
+            raise LaneBroken(f"user {user} connected to a lane of user {os.getuid()}")
+
     def shut_down(self) -> None:
         """Wake whoever waits in this link; its thread then closes it."""
         with contextlib.suppress(OSError):  # not connected any more
@@ -116,9 +129,14 @@ class SocketLink:
             continue
 
 
-def connect_unix(path: str, spin_s: float = 0.0) -> SocketLink:
-    """Connect to a socket file. Raises LaneBroken."""
-    return _connect(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path, spin_s)
+def abstract(name: str) -> str:
+    """The address of a unix socket without a file: it is gone with the process that listens."""
+    return f"\0{name}"
+
+
+def connect_unix(name: str, spin_s: float = 0.0) -> SocketLink:
+    """Connect to an abstract socket. Raises LaneBroken."""
+    return _connect(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), name, spin_s)
 
 
 def connect_tcp(host: str, port: int, spin_s: float = 0.0) -> SocketLink:
@@ -129,13 +147,13 @@ def connect_tcp(host: str, port: int, spin_s: float = 0.0) -> SocketLink:
         raise LaneBroken(f"{host}:{port} cannot be reached: {error}") from error
 
 
-def _connect(unconnected: socket.socket, address: str, spin_s: float) -> SocketLink:
+def _connect(unconnected: socket.socket, name: str, spin_s: float) -> SocketLink:
     unconnected.settimeout(CONNECT_TIMEOUT_S)
     try:
-        unconnected.connect(address)
+        unconnected.connect(abstract(name))
     except OSError as error:
         unconnected.close()
-        raise LaneBroken(f"{address} cannot be reached: {error}") from error
+        raise LaneBroken(f"{name} cannot be reached: {error}") from error
     return SocketLink(unconnected, spin_s)
 
 
