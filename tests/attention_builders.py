@@ -111,9 +111,10 @@ def build_memory(
     device: str = "cpu",
     sharing: bool = False,
     layout: CacheLayout = TOKEN_MAJOR,
+    head_size: int = 8,
 ) -> Memory:
     """An empty store and its arena, every number of which is NaN until it is written."""
-    geometry = build_geometry(block_tokens, layers)
+    geometry = build_geometry(block_tokens, layers, head_size)
     arena = Arena(geometry, blocks, torch.device(device), layout)
     slots = torch.arange(blocks * block_tokens, device=device)
     arena.write(slots, torch.full_like(arena.read(slots), torch.nan))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from time import monotonic
+from typing import Any
 
 import pytest
 import torch
@@ -255,6 +258,38 @@ def test_a_release_waits_for_the_last_layers_it_overtook(monkeypatch: pytest.Mon
     held = acquire(memory, "b", 9).shard
     assert held is not None
     assert held.committed_tokens == 8
+
+
+class _Watched(list[int]):
+    """Tokens that tell when they are first looked at."""
+
+    def __init__(self, tokens: Iterable[int]) -> None:
+        super().__init__(tokens)
+        self.were_read = threading.Event()
+
+    def __getitem__(self, index: Any) -> Any:
+        """See `list`."""
+        self.were_read.set()
+        return super().__getitem__(index)
+
+
+def test_a_prompt_is_hashed_before_its_turn() -> None:
+    """While a kernel has the store's turn, whoever asks for a long prefix computes its identities."""
+    memory = build_memory(sharing=True)
+    grown(memory, "a", 9)
+    tokens = _Watched(range(8))
+    found: list[Acquisition] = []
+
+    def ask() -> None:
+        found.append(memory.store.acquire(key("b"), generation(1), 0, tokens, TENANT))
+
+    asking = threading.Thread(target=ask)
+    with memory.store.turns:
+        asking.start()
+        assert tokens.were_read.wait(20)
+    asking.join(20)
+    assert found[0].shard is not None
+    assert found[0].shard.committed_tokens == 8
 
 
 def test_a_release_waits_for_no_step_that_is_not_over() -> None:

@@ -172,6 +172,19 @@ def test_a_source_that_was_taken_over_gives_nothing() -> None:
     assert target.store.audit().free == 16
 
 
+def test_what_is_trimmed_during_a_copy_is_not_read_elsewhere() -> None:
+    """Positions given up between two pieces are refused, not read from other blocks."""
+    source = build_memory(layers=1, head_size=2**15)  # a piece holds two tokens
+    shard = source.store.reserve(key("a"), generation(1), 0, 16).shard
+    source.run(chunk(shard, 0, 12))
+    source.begin(chunk(shard, 12, 1))
+    copied = fetch(source.store, source.arena, shard.shard, generation(1), 0, 12)
+    assert next(copied).count == 2
+    source.store.trim(key("a"), generation(1), 8)
+    with pytest.raises(Fenced, match="held those from 8"):
+        next(copied)
+
+
 def test_a_copy_behind_an_own_shard_is_a_shard_of_its_own() -> None:
     """The map names the shard before; the copy must be able to vanish without it."""
     source, shard = source_of(12)

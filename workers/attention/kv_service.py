@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 
 import grpc
@@ -11,7 +13,7 @@ from anabranch.wire import sequence_key, sequence_message, shard_message
 from cluster import rpc
 from cluster.blocks import BlockHash
 from cluster.config import TlsConfig
-from cluster.errors import Fenced
+from cluster.errors import Fenced, ResourceExhausted
 from cluster.types import Generation, KvGeometry, ShardId
 from workers.attention.arena import Arena
 from workers.attention.shard_blocks import BlockAccount
@@ -23,6 +25,10 @@ _FETCH_S = 10.0
 """Deadline of one copy from another worker: the dense worker asks for a small one at a time."""
 
 
+COPIES_MOST = 4
+"""Copies from and to other workers at once: half the threads for calls that others wait for."""
+
+
 class KvService(kv_pb2_grpc.KvServiceServicer):
     """Serves one store and its arena; `tls` is that of channels to other attention workers."""
 
@@ -30,6 +36,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         self._store = store
         self._arena = arena
         self._tls = tls
+        self._copies = threading.BoundedSemaphore(COPIES_MOST)
 
     @rpc.unary
     def Reserve(  # the name of the RPC
@@ -76,6 +83,10 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
     ) -> kv_pb2.PullResponse:
         """Copy committed KV from another worker."""
         self._check_epoch(request.believed)
+        with self._one_copy():
+            return self._pull(request)
+
+    def _pull(self, request: kv_pb2.PullRequest) -> kv_pb2.PullResponse:
         copy = Copy(
             sequence_key(request.sequence),
             Generation(request.generation),
@@ -103,10 +114,11 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         self._check_epoch(request.believed)
         generation = Generation(request.generation)
         shard, first, end = ShardId(request.shard_id), request.first_position, request.end_position
-        for piece in fetch(self._store, self._arena, shard, generation, first, end):
-            yield kv_pb2.FetchResponse(
-                first_position=piece.first, count=piece.count, payload=piece.payload, crc32c=piece.crc32c
-            )
+        with self._one_copy():
+            for piece in fetch(self._store, self._arena, shard, generation, first, end):
+                yield kv_pb2.FetchResponse(
+                    first_position=piece.first, count=piece.count, payload=piece.payload, crc32c=piece.crc32c
+                )
 
     @rpc.unary
     def Release(  # the name of the RPC
@@ -182,6 +194,16 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
             blocks=account_message(self._store.audit(), self._store.geometry),
             holdings=holdings,
         )
+
+    @contextlib.contextmanager
+    def _one_copy(self) -> Iterator[None]:
+        """Count a copy: it waits for another worker on a thread of the server. Raises ResourceExhausted."""
+        if not self._copies.acquire(blocking=False):
+            raise ResourceExhausted(f"{self._store.worker} has {COPIES_MOST} copies under way: ask again")
+        try:
+            yield
+        finally:
+            self._copies.release()
 
     def _check_epoch(self, believed: types_pb2.Believed) -> None:
         if believed.epoch not in (0, self._store.epoch):

@@ -43,6 +43,14 @@ class BlockAccount:
         return self.free + self.sealed_cached
 
 
+@dataclass(frozen=True, slots=True)
+class BlockChain:
+    """Identities of consecutive full blocks, and of what lies before the first."""
+
+    before: BlockHash
+    hashes: list[BlockHash]
+
+
 class ShardBlocks:
     """The shards of one arena and their blocks.
 
@@ -74,17 +82,23 @@ class ShardBlocks:
         shard.blocks += self.ledger.allocate(wanted, after=shard.blocks[-1])
         shard.end = end
 
-    def acquire(
-        self, key: SequenceKey, first: int, token_ids: Sequence[int], prefix: ShardPrefix
-    ) -> Shard | None:
-        """A shard at `first` of what lies here of its tokens: the longest run of published blocks, and a
-        copy of a living sequence's block behind them as far as that agrees. None when there is nothing, or
-        only something to copy and no room for it.
+    def identify(self, first: int, token_ids: Sequence[int], prefix: ShardPrefix) -> BlockChain | None:
+        """The identities of full blocks of these tokens; None where none are shared from `first` on. Reads
+        nothing that changes: a long prompt is hashed before its turn.
         """
         before = self._before(first, prefix)
         if before is None:
             return None
-        hashes = blocks.chain(before, token_ids, self._geometry.block_tokens)
+        return BlockChain(before, blocks.chain(before, token_ids, self._geometry.block_tokens))
+
+    def acquire(
+        self, key: SequenceKey, first: int, token_ids: Sequence[int], chain: BlockChain
+    ) -> Shard | None:
+        """A shard at `first` of what lies here of its tokens, which `identify` named: the longest run of
+        published blocks, and a copy of a living sequence's block behind them as far as that agrees. None when
+        there is nothing, or only something to copy and no room for it.
+        """
+        before, hashes = chain.before, chain.hashes
         found = self.ledger.pin(hashes)
         pinned = len(found)
         tokens = pinned * self._geometry.block_tokens

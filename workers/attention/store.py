@@ -107,19 +107,19 @@ class Store:
         """Begin a shard at `first` with what lies here already of its `token_ids`, pinned under the
         sequence's lease (see `ShardBlocks.acquire`). Raises as `reserve` does.
         """
+        chain = self._blocks.identify(first, token_ids, prefix)
         with self.turns:
             self._check_alive(key, generation)
-            holding = self._holdings.get(key)
-            is_new = holding is None or holding.generation < generation
-            if not is_new:
-                assert holding is not None
+            held = self._holdings.get(key)
+            holding = held if held is not None and held.generation == generation else None
+            if holding is not None:
                 holding.check_apart(first, first + len(token_ids))
             elif self.draining:
                 raise _draining(self.worker)
-            shard = self._blocks.acquire(key, first, token_ids, prefix)
+            shard = self._blocks.acquire(key, first, token_ids, chain) if chain is not None else None
             if shard is None:
                 return Acquisition(None, self.available)
-            if holding is None or is_new:
+            if holding is None:
                 holding = self._begin(key, generation, 0)
             holding.shards.append(shard)
             holding.lease_end_s = self._lease_end()

@@ -66,13 +66,15 @@ def fetch(
         with contextlib.suppress(Fenced):  # layers of the last step still on their way: without them, then
             shard.commit(end)  # without publishing: a step may be reading these very blocks
         end = min(end, shard.committed)
-    if first < shard.first:
-        raise shard.fenced(f"positions from {first} on are asked for, held are those from {shard.first} on")
     count = max(1, _PIECE_BYTES // arena.geometry.token_bytes)
     for start in range(first, end, count):
         with store.turns:
-            slots = _slots(store.shard(shard_id, generation), start, min(end, start + count), arena)
-            rows = arena.read(slots)
+            shard = store.shard(shard_id, generation)
+            if start < shard.first:  # trimmed, perhaps between two pieces
+                raise shard.fenced(
+                    f"positions from {start} on are asked for, held those from {shard.first} on"
+                )
+            rows = arena.read(_slots(shard, start, min(end, start + count), arena))
         yield Piece.of(start, rows)
 
 

@@ -11,14 +11,14 @@ from cluster.config import Config
 from cluster.telemetry import logger
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.core import AttentionCore
-from workers.attention.kv_service import KvService, account_message
+from workers.attention.kv_service import COPIES_MOST, KvService, account_message
 from workers.attention.lane_service import LaneOffers, LaneService
 from workers.lanes.agreement import TRANSPORTS, rows_most
 from workers.lanes.server import LaneServer
 
 _log = logger("attention")
 
-_UNARY_THREADS = 8
+_UNARY_THREADS = 2 * COPIES_MOST
 _STALL_S = 10.0
 """A frame once begun, and a reply, must get through within this time."""
 
