@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.config import PlacementConfig
 from cluster.errors import ConfigError
 from cluster.perfmodel import DeviceSpeed
 
@@ -111,6 +112,13 @@ def require(names: Iterable[str], catalogue: Catalogue) -> None:
             raise ConfigError(
                 f"placement: no hardware class is called {name}; there are {', '.join(catalogue)}"
             )
+
+
+def of(placement: PlacementConfig) -> Catalogue:
+    """The catalogue that roles are placed by. Raises ConfigError, also for a class it does not know."""
+    catalogue = load(placement.hardware)
+    require((*placement.dense_classes, *placement.attention_classes), catalogue)
+    return catalogue
 
 
 def dense_rank(catalogue: Catalogue) -> tuple[str, ...]:

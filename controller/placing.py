@@ -44,9 +44,7 @@ class Placer:
         self._config = config
         self._demands = demands
         self._nodes = nodes
-        self._catalogue = hardware.load(config.placement.hardware)
-        wanted = (*config.placement.dense_classes, *config.placement.attention_classes)
-        hardware.require(wanted, self._catalogue)
+        self._catalogue = hardware.of(config.placement)
 
     def __call__(
         self, waiting: Sequence[Slot], occupied: Sequence[Slot], suspected: frozenset[str]

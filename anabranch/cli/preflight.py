@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cluster import hardware
 from cluster.config import Config
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import read_stored_tensors
@@ -11,10 +12,13 @@ from cluster.weight_shapes import require_shapes
 
 
 def require_servable(config: Config) -> None:
-    """Read configuration, tokenizer and the headers of the weights, as gateway and dense worker will.
+    """Read configuration, tokenizer and the headers of the weights, as gateway and dense worker will, and the
+    hardware catalogue, as the controller will when Ray has started.
 
-    Raises ModelError naming the file or tensor at fault, ConfigError for a length the model does not serve.
+    Raises ModelError naming the file or tensor at fault, ConfigError for a catalogue that cannot be used or a
+    length the model does not serve.
     """
+    hardware.of(config.placement)
     # Here, not above: tokenizers take a moment to import, which `--help` need not wait for.
     from workers.gateway.served_model import ServedModel
 

@@ -13,7 +13,7 @@ import pytest
 
 from anabranch.cli.preflight import require_servable
 from cluster import config as configuration
-from cluster.errors import ModelError
+from cluster.errors import ConfigError, ModelError
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import read_stored_tensors
 from cluster.weight_shapes import weight_shapes
@@ -98,6 +98,19 @@ def test_up_refuses_it_before_anything_starts(
     spoil(folder)
     with pytest.raises(ModelError, match=said):
         require_servable(configuration.load(None, {"model.path": str(folder)}))
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [{"hardware": "/nowhere.toml"}, {"dense_classes": ["abacus"]}, {"attention_classes": ["tin"]}],
+)
+def test_up_refuses_a_wrong_catalogue_before_ray_starts(
+    whole_model: Path, placement: dict[str, object]
+) -> None:
+    """A hardware file that is not there, and classes it does not have, are found without Ray."""
+    settings = {f"placement.{key}": value for key, value in placement.items()}
+    with pytest.raises(ConfigError, match="placement"):
+        require_servable(configuration.load(None, {"model.path": str(whole_model), **settings}))
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
