@@ -140,6 +140,87 @@ def test_silu_mul(level: str, dtype: torch.dtype, rows: int, size: int) -> None:
 
 @every_level
 @every_dtype
+@every_rows
+@pytest.mark.parametrize("parts", [0, 1, 3])
+@pytest.mark.parametrize("heads", [(9, 3, 64), (4, 4, 80), (2, 1, 5)], ids=str)
+def test_merge_own(
+    level: str, dtype: torch.dtype, rows: int, parts: int, heads: tuple[int, int, int]
+) -> None:
+    """A row's own token and its parts, empty ones too, sum up as one softmax; what is beside keys stays."""
+    query_heads, kv_heads, size = heads
+    query = numbers(rows, query_heads, size, dtype=dtype, seed=1)
+    fused = numbers(rows, 2, kv_heads, size, dtype=dtype, seed=2)
+    before, scale = fused.clone(), size**-0.5
+    out = numbers(parts * rows, query_heads, size, dtype=torch.float32, seed=3)
+    lse = numbers(parts * rows, query_heads, dtype=torch.float32, seed=4, scale=4.0)
+    lse[::3], out[::3] = -torch.inf, 0.0
+    given = (query, *fused.unbind(1), scale, (out, lse) if parts else None)
+    found = CpuOperators(dtype, level=level).merge_own(*given)
+    key, value = (half.double().repeat_interleave(query_heads // kv_heads, 1) for half in fused.unbind(1))
+    own = (query.double() * key).sum(-1)[None] * scale
+    weights = torch.cat((own, lse.double().view(parts, rows, query_heads))).softmax(0)
+    outs = torch.cat((value[None], out.double().view(parts, rows, query_heads, size)))
+    assert_near(found, (weights[..., None] * outs).sum(0))
+    plain = PLAIN.merge_own(*given)
+    # A unit of the last place where a rounding tips, or more of them in what nearly cancels.
+    unit = 1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(found, plain, rtol=unit, atol=1e-5)
+    assert dtype is torch.float32 or float((found != plain).double().mean()) <= 0.01
+    assert torch.equal(fused, before)
+
+
+@every_level
+@every_dtype
+def test_merge_own_lets_nothing_spoiled_pass(level: str, dtype: torch.dtype) -> None:
+    """NaN in a query, a part or its weight comes out, and the other heads and rows are as without it."""
+    operators, shape = CpuOperators(dtype, level=level), (3, 2, 16)
+    query, key, value = (numbers(*shape, dtype=dtype, seed=seed) for seed in (1, 2, 3))
+    out, lse = numbers(*shape, dtype=torch.float32, seed=4), numbers(3, 2, dtype=torch.float32, seed=5)
+    clean = operators.merge_own(query, key, value, 0.25, (out, lse)).clone()
+    query[0, 0, 3], out[1, 1, :], lse[2, 0] = torch.nan, torch.nan, torch.nan
+    found = operators.merge_own(query, key, value, 0.25, (out, lse))
+    spoiled = found.isnan().all(-1)
+    assert spoiled.tolist() == [[True, False], [False, True], [True, False]]
+    assert torch.equal(found[~spoiled], clean[~spoiled])
+
+
+@every_level
+@every_dtype
+@every_rows
+@pytest.mark.parametrize("size", [2, 15, 16, 1025, 5000])
+def test_best_two(level: str, dtype: torch.dtype, rows: int, size: int) -> None:
+    """The bits of PyTorch, also among equals, whose first is taken; the rows stay as they were."""
+    logits = numbers(rows, size, dtype=dtype)
+    logits[0, size // 2 :] = logits[0].max()
+    logits[-1, -1] = 1000.0
+    before = logits.clone()
+    places, best, second = CpuOperators(dtype, level=level).best_two(logits)
+    sorted_rows = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
+    assert torch.equal(places, sorted_rows.indices[:, 0])
+    assert torch.equal(torch.stack((best, second), -1), sorted_rows.values[:, :2])
+    plain = PLAIN.best_two(logits)
+    assert all(torch.equal(one, other.to(one)) for one, other in zip((best, second), plain[1:], strict=True))
+    assert torch.equal(logits, before)
+
+
+@every_level
+def test_best_two_of_rows_that_no_token_comes_from(level: str) -> None:
+    """NaN wins wherever it stands; infinities, and rows masked but for one place or all, stay as they are."""
+    logits = numbers(5, 2000, dtype=torch.float32)
+    logits[0, 7], logits[1, -1], logits[2, 1500] = torch.nan, torch.nan, torch.inf
+    logits[3], logits[4] = -torch.inf, -torch.inf
+    logits[4, 1999] = -3.0
+    places, best, second = CpuOperators(torch.float32, level=level).best_two(logits)
+    assert best[:2].isnan().all()
+    assert (best[2:].tolist(), second[3:].tolist()) == (
+        [torch.inf, -torch.inf, -3.0],
+        [-torch.inf, -torch.inf],
+    )
+    assert places[2:].tolist() == [1500, 0, 1999]
+
+
+@every_level
+@every_dtype
 def test_numbers_at_the_edges_of_a_type(level: str, dtype: torch.dtype) -> None:
     """Ties, the smallest and largest numbers, infinities and NaN are rounded as by PyTorch."""
     limits = torch.finfo(dtype)
@@ -172,9 +253,14 @@ def test_threads_do_not_share_what_is_kept() -> None:
     operators = CpuOperators(torch.float32)
     first = operators.silu_mul(numbers(3, 8, dtype=torch.float32))
     before = first.clone()
+    rows = [numbers(3, 2, 8, dtype=torch.float32, seed=seed) for seed in range(6)]
+    merged = operators.merge_own(rows[0], rows[1], rows[2], 1.0, None)
+    kept = merged.clone()
     with ThreadPoolExecutor(1) as other:
         other.submit(operators.silu_mul, numbers(3, 8, dtype=torch.float32, seed=1)).result()
+        other.submit(operators.merge_own, rows[3], rows[4], rows[5], 1.0, None).result()
     assert torch.equal(first, before)
+    assert torch.equal(merged, kept)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -182,6 +268,7 @@ def test_what_does_not_fit_is_refused() -> None:
     operators = CpuOperators(torch.float32)
     rows, weight = torch.ones(2, 8), torch.ones(8)
     heads, table = torch.ones(2, 3, 8), torch.ones(2, 1, 4)
+    own, lse = (heads, heads, heads, 1.0), torch.ones(2, 3)
     refused: list[tuple[str, Callable[[], object]]] = [
         ("a weight", lambda: operators.rms_norm(rows, torch.ones(7), EPSILON)),
         ("apart", lambda: operators.rms_norm(rows.half(), weight, EPSILON)),
@@ -197,6 +284,26 @@ def test_what_does_not_fit_is_refused() -> None:
         ("gate and up", lambda: operators.silu_mul(torch.ones(2, 7))),
         ("gate and up", lambda: operators.silu_mul(torch.ones(2, 0))),
         ("gate and up", lambda: operators.silu_mul(torch.ones(4))),
+        (
+            "query heads",
+            lambda: operators.merge_own(heads, torch.ones(2, 2, 8), torch.ones(2, 2, 8), 1.0, None),
+        ),
+        ("keys", lambda: operators.merge_own(heads, heads[:1], heads, 1.0, None)),
+        ("keys", lambda: operators.merge_own(heads, heads, heads[:, :1], 1.0, None)),
+        (
+            "keys",
+            lambda: operators.merge_own(heads, torch.ones(2, 3, 7), torch.ones(2, 3, 7), 1.0, None),
+        ),
+        ("apart", lambda: operators.merge_own(heads, heads, heads.half(), 1.0, None)),
+        ("parts", lambda: operators.merge_own(*own, (torch.ones(3, 3, 8), torch.ones(3, 3)))),
+        ("parts", lambda: operators.merge_own(*own, (heads, torch.ones(4, 3)))),
+        ("parts", lambda: operators.merge_own(*own, (torch.ones(2, 3, 7), lse))),
+        ("a part", lambda: operators.merge_own(*own, (heads.double(), lse))),
+        ("a part", lambda: operators.merge_own(*own, (heads, torch.ones(3, 2).T))),
+        ("a part", lambda: operators.merge_own(*own, (heads.to("meta"), lse))),
+        ("no rows", lambda: operators.best_two(weight)),
+        ("no second", lambda: operators.best_two(torch.ones(2, 1))),
+        ("apart", lambda: operators.best_two(torch.ones(8, 2).T)),
         ("float64", lambda: CpuOperators(torch.float64)),
         ("no such", lambda: CpuOperators(torch.float32, level="no such")),
     ]

@@ -22,8 +22,8 @@ from workers.dense.weights import DecoderWeights, LayerWeights, Linear, Progress
 class Decoder:
     """One model on one device; holds weights and no state of any sequence.
 
-    Each stage enters inference mode by itself rather than around the generator: micro-batches
-    interleave, and a mode entered across a `yield` would leak into whoever runs in between.
+    Nothing here enters inference mode: micro-batches interleave, and a mode entered across a `yield` would
+    leak into whoever runs in between. Whoever runs the passes enters it once for all of them.
     """
 
     def __init__(self, spec: ModelSpec, weights: DecoderWeights) -> None:
@@ -31,7 +31,7 @@ class Decoder:
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self._weights = weights
-        self._operators = select_operators(self.dtype, self.device)
+        self.operators = select_operators(self.dtype, self.device)
         self._rope = RotaryEmbedding(spec.rope, spec.head_size, self.dtype, self.device)
 
     @classmethod
@@ -66,8 +66,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden_size] final-normed hidden states -> [n, vocabulary_size] float32."""
-        with torch.inference_mode():
-            return self._weights.head(hidden).to(torch.float32)
+        return self._weights.head(hidden).to(torch.float32)
 
     def projections(self) -> Iterator[Linear]:
         """Every matrix product of a step, in order: what remains of it without attention and all else."""
@@ -81,10 +80,9 @@ class Decoder:
             f"{tuple(token_ids.shape)} tokens, {tuple(positions.shape)} positions"
         )
         assert token_ids.ndim == 1, "rows are flat: one entry per token"
-        with torch.inference_mode():
-            hidden = torch.nn.functional.embedding(token_ids, self._weights.embedding)
-            normed = self._norm(hidden, self._weights.layers[0].input_norm)
-            return hidden, normed, self._rope.tables(positions)
+        hidden = torch.nn.functional.embedding(token_ids, self._weights.embedding)
+        normed = self._norm(hidden, self._weights.layers[0].input_norm)
+        return hidden, normed, self._rope.tables(positions)
 
     def _send(
         self,
@@ -95,32 +93,28 @@ class Decoder:
         attention: AttentionPort,
     ) -> None:
         """Projections; q leaves before k and v are computed (Lamina, arXiv 2405.01814)."""
-        with torch.inference_mode():
-            rows, head_size = normed.shape[0], self.spec.head_size
-            query = layer.query(normed).view(rows, -1, head_size)
-            attention.send_query(index, self._turn(query, layer.query_norm, tables))
-            keys, values = layer.key_value(normed).view(rows, 2, -1, head_size).unbind(1)
-            attention.send_key_value(index, self._turn(keys, layer.key_norm, tables), values)
+        rows, head_size = normed.shape[0], self.spec.head_size
+        query = layer.query(normed).view(rows, -1, head_size)
+        attention.send_query(index, self._turn(query, layer.query_norm, tables))
+        keys, values = layer.key_value(normed).view(rows, 2, -1, head_size).unbind(1)
+        attention.send_key_value(index, self._turn(keys, layer.key_norm, tables), values)
 
     def _turn(self, heads: Tensor, norm: Tensor | None, tables: tuple[Tensor, Tensor] | None) -> Tensor:
         """[rows, heads, head_size], normed per head and rotated if asked; rows may be strided."""
         if norm is not None:
             heads = self._norm(heads, norm)
-        return heads if tables is None else self._operators.rotate(heads, *tables)
+        return heads if tables is None else self.operators.rotate(heads, *tables)
 
     def _absorb(
         self, layer: LayerWeights, hidden: Tensor, attended: Tensor, next_norm: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Output projection and MLP with their residuals: [rows, hidden], also normed for what is next."""
-        with torch.inference_mode():
-            hidden, normed = self._add_norm(
-                hidden, layer.output(attended.flatten(1)), layer.post_attention_norm
-            )
-            gated = self._operators.silu_mul(layer.gate_up(normed))
-            return self._add_norm(hidden, layer.down(gated), next_norm)
+        hidden, normed = self._add_norm(hidden, layer.output(attended.flatten(1)), layer.post_attention_norm)
+        gated = self.operators.silu_mul(layer.gate_up(normed))
+        return self._add_norm(hidden, layer.down(gated), next_norm)
 
     def _norm(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return self._operators.rms_norm(rows, weight, self.spec.rms_epsilon)
+        return self.operators.rms_norm(rows, weight, self.spec.rms_epsilon)
 
     def _add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return self._operators.add_rms_norm(hidden, update, weight, self.spec.rms_epsilon)
+        return self.operators.add_rms_norm(hidden, update, weight, self.spec.rms_epsilon)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.dense.rope import rotate
+from workers.partials import Partial, merged_out
 
 
 class RowOperators(Protocol):
@@ -37,6 +38,24 @@ class RowOperators(Protocol):
         """[rows, 2 x size], gate then up -> silu(gate) x up [rows, size]; until the thread's next call."""
         ...
 
+    def merge_own(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, shards: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Attention of rows that see themselves and shards of a cache; until the thread's next call.
+
+        query: [rows, query heads, head size]; key, value: [rows, KV heads, head size], all of the rows'
+        dtype. shards: out and lse of what the rows see elsewhere, float32 [shards x rows, query heads, head
+        size] and [shards x rows, query heads], or None where that is nothing. Merged in float32, themselves
+        first.
+        """
+        ...
+
+    def best_two(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of [rows, size >= 2]: where each row's largest number stands, int64; it; and the largest of all
+        others: [rows] each. A row with a NaN has NaN for its largest. Changes nothing.
+        """
+        ...
+
 
 class TorchOperators:
     """Any device and dtype; every step a tensor of its own. The specification of the compiled ones."""
@@ -62,6 +81,24 @@ class TorchOperators:
         """See `RowOperators.silu_mul`."""
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
+
+    def merge_own(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, shards: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """See `RowOperators.merge_own`."""
+        group = query.shape[1] // key.shape[1]
+        own = Partial(
+            value.float().repeat_interleave(group, 1),
+            (query.float() * key.float().repeat_interleave(group, 1)).sum(-1) * scale,
+        )
+        merged = own.out if shards is None else merged_out(own, *shards)
+        return merged.to(query.dtype)
+
+    def best_two(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `RowOperators.best_two`."""
+        best, places = rows.max(-1)
+        second = rows.scatter(-1, places.unsqueeze(-1), -torch.inf).amax(-1)
+        return places, best, second
 
 
 def select_operators(dtype: torch.dtype, device: torch.device) -> RowOperators:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import monotonic
 
-import torch
 from torch import Tensor
 
 from cluster.errors import LaneBroken
 from cluster.model_spec import ModelSpec
 from workers.dense.lane_set import LaneSet, StepAborted, deadline_of
+from workers.dense.operators import RowOperators
 from workers.dense.step_layout import RowIndex, StepLayout, WorkerPart
 from workers.kernels.signature import Kernel
 from workers.lanes.messages import LayerMessage, PartialReply
-from workers.partials import Partial, empty, merge, merged_out
+from workers.partials import Partial, empty, merged_out
 
 
 @dataclass(slots=True)
@@ -44,13 +44,21 @@ class StepAttention:
     """
 
     def __init__(
-        self, spec: ModelSpec, layout: StepLayout, lanes: LaneSet, kernel: Kernel, step: int, micro_batch: int
+        self,
+        spec: ModelSpec,
+        layout: StepLayout,
+        lanes: LaneSet,
+        kernel: Kernel,
+        operators: RowOperators,
+        step: int,
+        micro_batch: int,
     ) -> None:
         self.times = AttentionTimes()
         self._spec = spec
         self._layout = layout
         self._lanes = lanes
         self._kernel = kernel
+        self._operators = operators
         self._step = step
         self._micro_batch = micro_batch
         self._scale = spec.head_size**-0.5
@@ -59,7 +67,9 @@ class StepAttention:
         self._query: Tensor | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
         self._own: Partial | None = None
-        self._gathered: Partial | None = None
+        """Of chunks over themselves; None where every row sees only itself, which the merge computes."""
+        self._gathered: tuple[Tensor, Tensor] | None = None
+        """Of the shards: out [parts x rows, query_heads, head_size], lse [parts x rows, query_heads]."""
 
     def send_query(self, layer: int, query: Tensor) -> None:
         """See `AttentionPort`. Carries the keys and values of the layer before along."""
@@ -80,30 +90,28 @@ class StepAttention:
                 message = self._message(index, part, layer + 1, None, self._fresh)
                 if message is not None:
                     self._hand_over(part, message)
-        window = self._spec.sliding_windows[layer]
-        own = self._kernel.causal(self._query, key, value, self._layout.chunk_sizes, self._scale, window)
-        self._own = Partial(own.out, own.lse)
+        if not self._layout.are_single_rows:
+            window, sizes = self._spec.sliding_windows[layer], self._layout.chunk_sizes
+            own = self._kernel.causal(self._query, key, value, sizes, self._scale, window)
+            self._own = Partial(own.out, own.lse)
 
     def receive(self, layer: int) -> Tensor:
         """See `AttentionPort`. Raises StepAborted."""
-        assert self._own is not None
-        assert self._query is not None
         waited_s = compute_s = moved_s = 0.0
-        with torch.inference_mode():
-            for index, part in enumerate(self._layout.workers):
-                if part.queries is not None:
-                    began_s = monotonic()
-                    reply = self._lanes.receive(
-                        part.worker, self._step, self._micro_batch, layer, self._deadlines_s[index]
-                    )
-                    waited_s += monotonic() - began_s
-                    compute_s = max(compute_s, reply.compute_seconds)
-                    moved_s = max(moved_s, reply.transfer_seconds)
-                    self._gather(part, reply)
-            self.times.waited_s += waited_s
-            self.times.attention_s += compute_s
-            self.times.lane_s += max(moved_s, waited_s - compute_s)
-            return self._merged().to(self._query.dtype)
+        for index, part in enumerate(self._layout.workers):
+            if part.queries is not None:
+                began_s = monotonic()
+                reply = self._lanes.receive(
+                    part.worker, self._step, self._micro_batch, layer, self._deadlines_s[index]
+                )
+                waited_s += monotonic() - began_s
+                compute_s = max(compute_s, reply.compute_seconds)
+                moved_s = max(moved_s, reply.transfer_seconds)
+                self._gather(part, reply)
+        self.times.waited_s += waited_s
+        self.times.attention_s += compute_s
+        self.times.lane_s += max(moved_s, waited_s - compute_s)
+        return self._merged()
 
     def _hand_over(self, part: WorkerPart, message: LayerMessage) -> None:
         """Send. A local worker attends during that, and nothing else happens meanwhile."""
@@ -155,27 +163,28 @@ class StepAttention:
         if len(reply.out) != len(part.places):
             answered = f"{len(reply.out)} rows answered where {len(part.places)} were asked about"
             raise StepAborted(part.worker, LaneBroken(answered))
+        device = part.places.device
         if self._layout.is_direct:
-            device = part.places.device
-            self._gathered = Partial(reply.out.to(device), reply.lse.to(device))
+            self._gathered = (reply.out.to(device), reply.lse.to(device))
             return
-        rows, most = self._layout.rows, self._layout.parts_most
         if self._gathered is None:
-            device = part.places.device
-            self._gathered = empty(most * rows, self._spec.query_heads, self._spec.head_size, device)
-        self._gathered.out.index_copy_(0, part.places, reply.out.to(part.places.device))
-        self._gathered.lse.index_copy_(0, part.places, reply.lse.to(part.places.device))
+            places = self._layout.parts_most * self._layout.rows
+            nothing = empty(places, self._spec.query_heads, self._spec.head_size, device)
+            self._gathered = (nothing.out, nothing.lse)
+        out, lse = self._gathered
+        out.index_copy_(0, part.places, reply.out.to(device))
+        lse.index_copy_(0, part.places, reply.lse.to(device))
 
     def _merged(self) -> Tensor:
         """Outputs over own part and shards, in the order of their positions but the own first."""
+        assert self._query is not None
+        if self._layout.are_single_rows:
+            assert self._fresh is not None
+            return self._operators.merge_own(self._query, *self._fresh, self._scale, self._gathered)
         assert self._own is not None
-        if self._gathered is None:
-            return self._own.out
-        rows = self._layout.rows
-        outs, lses = torch.split(self._gathered.out, rows), torch.split(self._gathered.lse, rows)
-        shards = [Partial(out, lse) for out, lse in zip(outs, lses, strict=True)]
-        # A row sees at least itself, so the own part is never empty.
-        return merged_out(self._own, shards[0]) if len(shards) == 1 else merge([self._own, *shards]).out
+        own, shards = self._own, self._gathered
+        merged = own.out if shards is None else merged_out(own, *shards)
+        return merged.to(self._query.dtype)
 
 
 def _take(tensor: Tensor | None, rows: RowIndex | None) -> Tensor | None:

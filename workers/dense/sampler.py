@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import Internal
 from cluster.sampling import SamplingParameters
 from workers.dense.noise import gumbels, stream_key, vocabulary_ids
+from workers.dense.operators import RowOperators, TorchOperators
 from workers.dense.truncation import truncate, truncates
 
 
@@ -84,9 +84,13 @@ class Sampled:
 class Sampler:
     """Chooses the tokens of a batch; holds no state of any sequence."""
 
-    def __init__(self, vocabulary_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, vocabulary_size: int, eos_token_ids: tuple[int, ...], operators: RowOperators | None = None
+    ) -> None:
+        """`operators`: those over float32 on the logits' device; PyTorch's, which serve any, where None."""
         self._vocabulary_size = vocabulary_size
         self._eos_token_ids = eos_token_ids
+        self._operators = operators or TorchOperators()
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | Internal]:
         """One token per row of `logits` [n, vocabulary_size >= 2] float32, on any device.
@@ -97,9 +101,8 @@ class Sampler:
         assert logits.shape == (len(rows), self._vocabulary_size), (
             f"{tuple(logits.shape)} for {len(rows)} rows"
         )
-        with torch.inference_mode():
-            choices = self._choose_plain(logits, rows) | self._choose_adjusted(logits, rows)
-            reports = _report(logits, rows, choices)
+        choices = self._choose_plain(logits, rows) | self._choose_adjusted(logits, rows)
+        reports = _report(logits, rows, choices)
         return [self._result(index, choices[index], reports) for index in range(len(rows))]
 
     def _result(
@@ -115,11 +118,12 @@ class Sampler:
         indices = [index for index, row in enumerate(rows) if row.plain]
         if not indices:
             return {}
-        chosen = logits.clone() if len(indices) == len(rows) else logits[indices]
-        best, token_ids = chosen.max(-1)
-        second = chosen.scatter_(-1, token_ids.unsqueeze(-1), -torch.inf).amax(-1)
-        gaps = torch.where(best.isfinite(), best - second, torch.nan)
-        return dict(zip(indices, zip(token_ids.tolist(), gaps.tolist(), strict=True), strict=True))
+        chosen = logits if len(indices) == len(rows) else logits[indices]
+        found = (numbers.tolist() for numbers in self._operators.best_two(chosen))
+        return {
+            index: (token_id, best - second if math.isfinite(best) else math.nan)
+            for index, token_id, best, second in zip(indices, *found, strict=True)
+        }
 
     def _choose_adjusted(self, logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, tuple[int, float]]:
         """Row index -> (token id, gap) of all other rows, one by one on the CPU."""

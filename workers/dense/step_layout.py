@@ -76,6 +76,11 @@ class StepLayout:
     is_direct: bool
 
     @property
+    def are_single_rows(self) -> bool:
+        """Whether every chunk is one row, which of its step's tokens sees only itself: a decoding step."""
+        return self.rows == len(self.chunks)
+
+    @property
     def chunk_sizes(self) -> list[int]:
         """Row counts of the consecutive chunks."""
         return [chunk.count for chunk in self.chunks]

@@ -14,6 +14,7 @@ from cluster.errors import Internal
 from workers.dense.lane_set import LaneSet
 from workers.dense.micro_batches import MicroBatches, work_of
 from workers.dense.model import Decoder
+from workers.dense.operators import select_operators
 from workers.dense.remote_attention import AttentionTimes, StepAttention
 from workers.dense.sampler import Sampled, Sampler
 from workers.dense.step_layout import Chunk, StepLayout, lay_out, workers_of
@@ -71,8 +72,10 @@ class StepRunner:
         self._kernel = kernel
         self._lanes = lanes
         self._micro_batches = micro_batches
-        self._sampler = Sampler(decoder.spec.vocabulary_size, decoder.spec.eos_token_ids)
+        spec, over_logits = decoder.spec, select_operators(torch.float32, decoder.device)
+        self._sampler = Sampler(spec.vocabulary_size, spec.eos_token_ids, over_logits)
 
+    @torch.inference_mode()
     def run(self, step: int, chunks: Sequence[Chunk]) -> StepOutcome:
         """Compute a step. Raises StepAborted; then none of it counts, and it may simply be repeated."""
         began_s = monotonic()
@@ -100,7 +103,9 @@ class StepRunner:
 
     def attention(self, layout: StepLayout, step: int, micro_batch: int) -> StepAttention:
         """The attention of one micro-batch."""
-        return StepAttention(self._decoder.spec, layout, self._lanes, self._kernel, step, micro_batch)
+        return StepAttention(
+            self._decoder.spec, layout, self._lanes, self._kernel, self._decoder.operators, step, micro_batch
+        )
 
     def forward(
         self, layout: StepLayout, attention: StepAttention, sampling: Sequence[Chunk]

@@ -25,7 +25,18 @@ def attend(
     threads: int,
     level: str,
 ) -> None: ...
-def append(layer: Layer, slots: Tensor, key: Tensor, value: Tensor) -> None: ...
+def append(
+    layer: Layer,
+    slots: int,
+    count: int,
+    key: int,
+    key_stride_bytes: int,
+    value: int,
+    value_stride_bytes: int,
+    /,
+) -> None:
+    """Write rows at addresses, which the caller vouches for; slots, at an address too, are checked."""
+
 def read(layer: Layer, slots: Tensor, key: Tensor, value: Tensor) -> None: ...
 def read_probe(storage: Tensor, threads: int, level: str) -> None: ...
 def record_bytes(cache_type: str, block_tokens: int, head_size: int) -> int: ...
@@ -53,3 +64,26 @@ class RowOperators:
         self, vectors: int, cos: int, sin: int, rows: int, heads: int, size: int, stride: int, threads: int, /
     ) -> None: ...
     def gate(self, gate_up: int, out: int, rows: int, size: int, threads: int, /) -> None: ...
+    def own(
+        self,
+        query: int,
+        query_heads: int,
+        query_stride: int,
+        key: int,
+        key_stride: int,
+        value: int,
+        value_stride: int,
+        kv_heads: int,
+        out: int,
+        lse: int,
+        parts: int,
+        scale: float,
+        merged: int,
+        rows: int,
+        size: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def best(
+        self, numbers: int, place: int, best: int, second: int, rows: int, size: int, threads: int, /
+    ) -> None: ...

@@ -14,5 +14,6 @@ namespace anabranch::level_portable {
 
 namespace anabranch {
 const Level portable_level = {"portable", level_portable::attend, level_portable::read,
-    {level_portable::norm, level_portable::rotate, level_portable::gate}};
+    {level_portable::norm, level_portable::rotate, level_portable::gate, level_portable::own,
+     level_portable::best}};
 }

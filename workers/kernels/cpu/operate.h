@@ -172,6 +172,125 @@ static void gate_rows(const Gating& work, int64_t first, int64_t end) {
   }
 }
 
+// What the weights of a vector's parts are divided by: the algebra of workers/partials.py. The largest part's is 1
+// before it is shared, and NaN anywhere comes out.
+struct Shares {
+  float peak, total;
+};
+static Shares shares_of(const OwnRows& work, int64_t vector, float own) {
+  const int64_t apart = work.query.rows * work.query.heads;
+  Shares shares = {own, 0};
+  for (int64_t part = 0; part < work.parts; part++) {
+    const float lse = work.lse[part * apart + vector];
+    shares.peak = lse > shares.peak ? lse : shares.peak;
+  }
+  shares.total = __builtin_expf(own - shares.peak);
+  for (int64_t part = 0; part < work.parts; part++)
+    shares.total += __builtin_expf(work.lse[part * apart + vector] - shares.peak);
+  return shares;
+}
+INLINE Floats weight(const Shares& shares, float lse) {
+  return all(__builtin_expf(lse - shares.peak) / shares.total);
+}
+
+template <class Type>
+static void own_vector(const OwnRows& work, int64_t vector, const typename Type::Stored* query,
+                       const typename Type::Stored* key, const typename Type::Stored* value) {
+  const int64_t size = work.query.size, apart = work.query.rows * work.query.heads;
+  typename Type::Stored* merged = (typename Type::Stored*)work.merged + vector * size;
+  if (work.parts == 0) {
+    __builtin_memcpy(merged, value, size * sizeof *merged);
+    return;
+  }
+  Floats products = all(0);
+  for (int64_t i = 0; i < size; i += 16)
+    products = multiply_add(read_left<Type>(query + i, size - i), read_left<Type>(key + i, size - i), products);
+  const float own = sum(products) * work.scale;
+  const Shares shares = shares_of(work, vector, own);
+  for (int64_t begin = 0; begin < size; begin += 64) {
+    const int64_t count = size - begin < 64 ? size - begin : 64;
+    Floats sums[4], share = weight(shares, own);
+    for (int64_t i = 0; i < count; i += 16) sums[i / 16] = read_left<Type>(value + begin + i, count - i) * share;
+    for (int64_t part = 0; part < work.parts; part++) {
+      const int64_t place = part * apart + vector;
+      const float* out = work.out + place * size + begin;
+      share = weight(shares, work.lse[place]);
+      for (int64_t i = 0; i < count; i += 16)
+        sums[i / 16] = multiply_add(read_left<Float32>(out + i, count - i), share, sums[i / 16]);
+    }
+    for (int64_t i = 0; i < count; i += 16) write_left<Type>(merged + begin + i, sums[i / 16], count - i);
+  }
+}
+
+template <class Type>
+static void own_rows(const OwnRows& work, int64_t first, int64_t end) {
+  typedef typename Type::Stored Stored;
+  const int64_t heads = work.query.heads, size = work.query.size, group = heads / work.key.heads;
+  for (int64_t row = first; row < end; row++)
+    for (int64_t head = 0; head < heads; head++) {
+      const int64_t shared = head / group * size;
+      own_vector<Type>(work, row * heads + head,
+                       (const Stored*)work.query.first + row * work.query.stride + head * size,
+                       (const Stored*)work.key.first + row * work.key.stride + shared,
+                       (const Stored*)work.value.first + row * work.value.stride + shared);
+    }
+}
+
+// How many numbers are looked at before the place of the largest is narrowed down.
+constexpr int64_t stretch = 1024;
+
+template <class Type>
+static void best_of_row(const typename Type::Stored* row, int64_t size, int64_t* place, float* best, float* second) {
+  const Floats nothing = all(-__builtin_inff());
+  Floats firsts = nothing, seconds = nothing, poison = all(0);
+  float most = -__builtin_inff();
+  int64_t where = 0;
+  for (int64_t begin = 0; begin < size; begin += stretch) {
+    const int64_t end = begin + stretch < size ? begin + stretch : size;
+    for (int64_t i = begin; i < end; i += 16) {
+      Floats numbers = read_left<Type>(row + i, size - i);
+      if (size - i < 16) numbers = choose((1u << (size - i)) - 1, numbers, nothing);
+      EACH_PART {
+        const FloatLanes x = numbers.part[part], f = firsts.part[part], s = seconds.part[part];
+        const FloatLanes lower = x > f ? f : x;  // of the two, what is not the largest of its lane
+        seconds.part[part] = lower > s ? lower : s;
+        firsts.part[part] = x > f ? x : f;
+        poison.part[part] += x != x ? x : FloatLanes{};
+      }
+    }
+    const float found = largest(firsts);
+    if (found > most) {
+      most = found;
+      where = begin;
+    }
+  }
+  float lanes_first[16], lanes_second[16];
+  store(lanes_first, firsts);
+  store(lanes_second, seconds);
+  int winner = 0;
+  for (int lane = 0; lane < 16; lane++)
+    if (lanes_first[lane] > lanes_first[winner]) winner = lane;
+  float next = lanes_second[winner];
+  for (int lane = 0; lane < 16; lane++)
+    if (lane != winner && lanes_first[lane] > next) next = lanes_first[lane];
+  const float spoiled = sum(poison);
+  *best = spoiled == spoiled ? most : spoiled;
+  *second = next;
+  float number[16];
+  for (*place = where; *place < size - 1; ++*place) {
+    store(number, read_left<Type>(row + *place, 1));
+    if (number[0] == most) break;
+  }
+}
+
+template <class Type>
+static void best_rows(const BestTwo& work, int64_t first, int64_t end) {
+  typedef typename Type::Stored Stored;
+  for (int64_t row = first; row < end; row++)
+    best_of_row<Type>((const Stored*)work.numbers + row * work.size, work.size, work.place + row, work.best + row,
+                      work.second + row);
+}
+
 #define BY_TYPE(operate, work)                                       \
   switch (type) {                                                    \
     case CacheType::float32: return operate<Float32>(work, first, end);  \
@@ -181,4 +300,6 @@ static void gate_rows(const Gating& work, int64_t first, int64_t end) {
 static void norm(CacheType type, const Norm& work, int64_t first, int64_t end) { BY_TYPE(norm_rows, work) }
 static void rotate(CacheType type, const Rotation& work, int64_t first, int64_t end) { BY_TYPE(rotate_rows, work) }
 static void gate(CacheType type, const Gating& work, int64_t first, int64_t end) { BY_TYPE(gate_rows, work) }
+static void own(CacheType type, const OwnRows& work, int64_t first, int64_t end) { BY_TYPE(own_rows, work) }
+static void best(CacheType type, const BestTwo& work, int64_t first, int64_t end) { BY_TYPE(best_rows, work) }
 #undef BY_TYPE

@@ -41,6 +41,31 @@ class RowOperators {
     run(code_.gate, Gating{at(gate_up), at(out), rows, size}, rows, size, threads);
   }
 
+  void own(uintptr_t query, int64_t query_heads, int64_t query_stride, uintptr_t key, int64_t key_stride,
+           uintptr_t value, int64_t value_stride, int64_t kv_heads, uintptr_t out, uintptr_t lse, int64_t parts,
+           float scale, uintptr_t merged, int64_t rows, int64_t size, int threads) const {
+    if (kv_heads < 1 || query_heads % kv_heads != 0 || parts < 0)
+      refuse(std::to_string(query_heads) + " query heads over " + std::to_string(kv_heads) + " KV heads, " +
+             std::to_string(parts) + " parts");
+    const OwnRows work{vectors(query, rows, query_heads, size, query_stride),
+                       vectors(key, rows, kv_heads, size, key_stride),
+                       vectors(value, rows, kv_heads, size, value_stride),
+                       static_cast<const float*>(at(out)),
+                       static_cast<const float*>(at(lse)),
+                       parts,
+                       scale,
+                       at(merged)};
+    run(code_.own, work, rows, query_heads * size * (parts + 1), threads);
+  }
+
+  void best(uintptr_t numbers, uintptr_t place, uintptr_t best, uintptr_t second, int64_t rows, int64_t size,
+            int threads) const {
+    if (size < 2) refuse("no second of " + std::to_string(size) + " numbers");
+    const BestTwo work{at(numbers), rows, size, static_cast<int64_t*>(at(place)), static_cast<float*>(at(best)),
+                       static_cast<float*>(at(second))};
+    run(code_.best, work, rows, size, threads);
+  }
+
  private:
   static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -73,7 +98,9 @@ void bind_operators(nb::module_& module) {
       .def(nb::init<const std::string&, const std::string&>(), nb::arg("number_type"), nb::arg("level"))
       .def("norm", &RowOperators::norm)
       .def("rotate", &RowOperators::rotate)
-      .def("gate", &RowOperators::gate);
+      .def("gate", &RowOperators::gate)
+      .def("own", &RowOperators::own)
+      .def("best", &RowOperators::best);
 }
 
 }  // namespace anabranch

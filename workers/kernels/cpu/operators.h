@@ -35,11 +35,32 @@ struct Gating {
   int64_t rows, size;
 };
 
+// What a row that sees itself and some parts of a cache attends to: itself, with its value and the score of its key,
+// and the parts, each with its output and the logarithm of its weight. merged = rounded(sum of weights x outputs).
+struct OwnRows {
+  Vectors query;           // [rows, query heads, size]
+  Vectors key, value;      // [rows, KV heads, size]; query heads are a multiple of KV heads
+  const float *out, *lse;  // [parts, rows, query heads, size] and [parts, rows, query heads]; -inf: an empty part
+  int64_t parts;
+  float scale;
+  void* merged;  // [rows, query heads, size]
+};
+
+// Of each row the largest number, where it stands first, and the largest of all others. NaN wins.
+struct BestTwo {
+  const void* numbers;  // [rows, size]
+  int64_t rows, size;   // size at least 2
+  int64_t* place;       // [rows]
+  float *best, *second;
+};
+
 // One instruction set's code for one type, never int8: rows first..end.
 struct Operators {
   void (*norm)(CacheType, const Norm&, int64_t first, int64_t end);
   void (*rotate)(CacheType, const Rotation&, int64_t first, int64_t end);
   void (*gate)(CacheType, const Gating&, int64_t first, int64_t end);
+  void (*own)(CacheType, const OwnRows&, int64_t first, int64_t end);
+  void (*best)(CacheType, const BestTwo&, int64_t first, int64_t end);
 };
 
 }  // namespace anabranch

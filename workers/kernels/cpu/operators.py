@@ -13,16 +13,16 @@ from workers.kernels.cpu import _native
 class _Kept(threading.local):
     """What a thread need not allocate again: between two matrix products that costs more than the gate."""
 
-    shape = (0, 0)
-    gated = torch.empty(shape)
-    place = gated.data_ptr()
+    def __init__(self) -> None:
+        self.gated, self.merged = torch.empty(0, 0), torch.empty(0, 0, 0)
+        self.gated_place = self.merged_place = 0
 
 
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class CpuOperators:
-    """Norms, rotations and gates of one dtype on the CPU, each one pass and without a tensor in between.
+    """Norms, rotations, gates and merges of one dtype on the CPU, each one pass without a tensor in between.
 
     Rounds where the same chain of PyTorch operators would. All raise ValueError for a tensor that does not
     fit: another dtype or device, rows that are not contiguous, shapes that disagree.
@@ -80,11 +80,53 @@ class CpuOperators:
         if len(shape) != 2 or shape[1] % 2 != 0 or shape[1] == 0:
             raise ValueError(f"no gate and up of one size in {list(shape)}")
         kept, rows, size = self._kept, shape[0], shape[1] // 2
-        if kept.shape != (rows, size):
-            kept.shape, kept.gated = (rows, size), torch.empty((rows, size), dtype=self._dtype)
-            kept.place = kept.gated.data_ptr()
-        self._native.gate(gate_up.data_ptr(), kept.place, rows, size, self._threads_now())
+        if kept.gated.shape != (rows, size):
+            kept.gated = torch.empty((rows, size), dtype=self._dtype)
+            kept.gated_place = kept.gated.data_ptr()
+        self._native.gate(gate_up.data_ptr(), kept.gated_place, rows, size, self._threads_now())
         return kept.gated
+
+    def merge_own(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, shards: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Rows over themselves and over shards of a cache, [rows, query heads, head size]; until the thread's
+        next call.
+
+        query: [rows, query heads, head size]; key, value: [rows, KV heads, head size]. shards: out and
+        lse, float32 [shards x rows, query heads, head size] and [shards x rows, query heads], None for none.
+        """
+        rows, heads, size, query_stride = self._sizes(query)
+        *key_shape, key_stride = self._sizes(key)
+        *value_shape, value_stride = self._sizes(value)
+        kv_heads = key_shape[1]
+        if not key_shape == value_shape == [rows, kv_heads, size]:
+            raise ValueError(f"keys {list(key.shape)}, values {list(value.shape)} for {list(query.shape)}")
+        parts = (0, 0, 0) if shards is None else _parts(query.shape, *shards)
+        kept = self._kept
+        if kept.merged.shape != query.shape:
+            kept.merged = torch.empty(query.shape, dtype=self._dtype)
+            kept.merged_place = kept.merged.data_ptr()
+        self._native.own(
+            *(query.data_ptr(), heads, query_stride),
+            *(key.data_ptr(), key_stride, value.data_ptr(), value_stride, kv_heads),
+            *parts,
+            scale,
+            *(kept.merged_place, rows, size, self._threads_now()),
+        )
+        return kept.merged
+
+    def best_two(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of [rows, size >= 2] where each row's largest number stands first, int64; it; and the largest of
+        all others, float32: [rows] each. NaN is the largest where there is one.
+        """
+        shape = self._whole(rows)
+        if len(shape) != 2:
+            raise ValueError(f"no rows in {list(shape)}")
+        places = torch.empty(shape[0], dtype=torch.int64)
+        best, second = torch.empty(shape[0]), torch.empty(shape[0])
+        found = (places.data_ptr(), best.data_ptr(), second.data_ptr())
+        self._native.best(rows.data_ptr(), *found, *shape, self._threads_now())
+        return places, best, second
 
     def _sizes(self, vectors: Tensor) -> tuple[int, int, int, int]:
         """Rows, heads, numbers of a head, numbers from row to row; only rows may lie apart."""
@@ -108,3 +150,16 @@ class CpuOperators:
 
     def _threads_now(self) -> int:
         return self._threads or torch.get_num_threads()
+
+
+def _parts(shape: torch.Size, out: Tensor, lse: Tensor) -> tuple[int, int, int]:
+    """Addresses of outputs and weights, and how many parts of `shape` stand there one after the other."""
+    rows, heads, size = shape
+    count = out.shape[0]
+    fits = out.shape == (count, heads, size) and lse.shape == (count, heads) and rows > 0
+    if not fits or count % rows != 0:
+        raise ValueError(f"parts {list(out.shape)} and {list(lse.shape)} of rows {list(shape)}")
+    for part in (out, lse):
+        if part.dtype is not torch.float32 or not part.is_cpu or not part.is_contiguous():
+            raise ValueError(f"a part of {part.dtype} on {part.device}, {part.stride()} numbers apart")
+    return out.data_ptr(), lse.data_ptr(), count // rows
