@@ -200,6 +200,26 @@ def test_rows_come_back_as_they_went_in(dtype: torch.dtype, block_tokens: int) -
         assert dtype == torch.int8 or not layout.read(cache, others)[1].any()
 
 
+@pytest.mark.parametrize("dtype", OUT_BOUND, ids=str)
+def test_rows_of_any_stride_and_type_go_in_as_their_copies_do(dtype: torch.dtype) -> None:
+    """Keys and values within one projection, transposed and converted ones leave the bytes of copies."""
+    layout, shape = PackedLayout(), CacheShape(1, 2, 16, 3, 64, dtype)
+    rows = torch.float32 if dtype == torch.int8 else dtype
+    slots = torch.randperm(32)[:20][::2]  # strided as well
+    fused = torch.randn(10, 2, 3, 64).to(rows)
+    transposed = torch.randn(10, 64, 3).to(rows).transpose(1, 2)
+    for key, value in (
+        fused.unbind(1),
+        (transposed, fused[:, 0]),
+        (fused[:, 0].double(), fused[:, 1].double()),
+    ):
+        strided, copied = (layout.allocate(shape, torch.device("cpu"))[0] for _ in range(2))
+        layout.append(strided, slots, key, value)
+        layout.append(copied, slots.contiguous(), key.to(rows).contiguous(), value.to(rows).contiguous())
+        assert torch.equal(strided.key, copied.key)
+        assert torch.equal(strided.value, copied.value)
+
+
 def _refused_batches() -> dict[str, Packed]:
     good = packed_batch(7, torch.float32, shards=((2, 20), (1, 8)))
     query, spans = good.batch.query, good.batch.spans
@@ -255,6 +275,13 @@ def test_rows_and_arguments_that_do_not_fit_are_refused() -> None:
         layout.append(cache, torch.tensor([0]), rows, rows[..., :63])
     with pytest.raises(ValueError, match="rows"):
         layout.append(cache, torch.tensor([0, 1]), rows, rows)
+    for slots in (
+        torch.tensor([0], dtype=torch.int32),
+        torch.tensor([[0]]),
+        torch.tensor([0], device="meta"),
+    ):
+        with pytest.raises(ValueError, match="slots"):
+            layout.append(cache, slots, rows, rows)
     with pytest.raises(ValueError, match="4 types"):
         layout.allocate(replace(shape, dtype=torch.float64), torch.device("cpu"))
     with pytest.raises(ValueError, match="instruction set"):

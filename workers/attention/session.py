@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
+from torch import Tensor
 
 from cluster.errors import InvalidRequest, NeedFull
 from workers.attention.arena import Arena
@@ -23,7 +23,8 @@ class AttendSession:
 
     A micro-batch stands at one step; a message of another step without its plan is answered NeedFull.
     Each slice of at most `slice_rows` query rows takes its own turn of the store's fair lock, so that a
-    long chunk of one lane does not keep the decoding rows of another waiting.
+    long chunk of one lane does not keep the decoding rows of another waiting; an append shares the turn of a
+    message's only slice.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class AttendSession:
         """Append, then attend. Raises errors of the tree; what was appended by then stays uncommitted."""
         self._busy_s = 0.0
         try:
-            with torch.inference_mode():
-                step, groups = self._step(message)
+            step, groups = self._step(message)
+            with self._turn():
                 self._append(step, message)
-                if message.query is None:
-                    return None
-                partial = self._attend(step, groups, message)
+                partial = self._attend_at_once(step, groups, message)
+            if message.query is None:
+                return None
+            if partial is None:
+                partial = self._attend(step, groups, message.query, message)
         finally:
             self._on_busy(self._busy_s)
         return PartialReply(
@@ -83,35 +86,50 @@ class AttendSession:
         return held[1], held[2]
 
     def _append(self, step: PreparedStep, message: LayerMessage) -> None:
-        if message.key is None or message.value is None:
-            return
-        with self._turn():
+        if message.key is not None and message.value is not None:
             step.append(message.layer - 1, message.key, message.value)
 
-    def _attend(self, step: PreparedStep, groups: Sequence[Sequence[Span]], message: LayerMessage) -> Partial:
+    def _attend_at_once(
+        self, step: PreparedStep, groups: Sequence[Sequence[Span]], message: LayerMessage
+    ) -> Partial | None:
+        """All rows in the turn of their append, where they are few enough and there is something to see."""
         query = message.query
-        assert query is not None
+        if query is None:
+            return None
+        self._check_query(step, query, message.layer)
+        if len(groups) != 1 or not groups[0]:
+            return None
+        part = step.attend(message.layer, query, groups[0], self._kernel, message.window)
+        # Within the turn: where a GPU attends, the result is waited for only here.
+        return Partial(part.out.to(query.device), part.lse.to(query.device))
+
+    def _check_query(self, step: PreparedStep, query: Tensor, layer: int) -> None:
         geometry = self._arena.geometry
         if tuple(query.shape) != (step.rows, geometry.query_heads, geometry.head_size):
             raise InvalidRequest(f"a query of {tuple(query.shape)} where {step.rows} rows are due")
-        if not 0 <= message.layer < geometry.layers:
-            raise InvalidRequest(f"layer {message.layer} of {geometry.layers}")
+        if not 0 <= layer < geometry.layers:
+            raise InvalidRequest(f"layer {layer} of {geometry.layers}")
+
+    def _attend(
+        self, step: PreparedStep, groups: Sequence[Sequence[Span]], query: Tensor, message: LayerMessage
+    ) -> Partial:
+        """Slice by slice, each in a turn of its own."""
+        geometry = self._arena.geometry
         whole = empty(step.rows, geometry.query_heads, geometry.head_size, query.device)
         for group in groups:
             if group:
-                self._attend_slice(step, group, message, whole)
+                self._attend_slice(step, group, query, message, whole)
         return whole
 
     def _attend_slice(
-        self, step: PreparedStep, group: Sequence[Span], message: LayerMessage, whole: Partial
+        self, step: PreparedStep, group: Sequence[Span], query: Tensor, message: LayerMessage, whole: Partial
     ) -> None:
         """Attend some rows, consecutive in the step, into their part of the whole."""
-        assert message.query is not None
         first, last = group[0].row_start, group[-1].row_start + group[-1].row_count
         local = [_shifted(span, first) for span in group]
         with self._turn():
-            part = step.attend(message.layer, message.query[first:last], local, self._kernel, message.window)
-            # Within the turn: where a GPU attends, the result is waited for only here.
+            part = step.attend(message.layer, query[first:last], local, self._kernel, message.window)
+            # As above.
             whole.out[first:last] = part.out
             whole.lse[first:last] = part.lse
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 
+import torch
+
 from cluster.errors import AnabranchError, LaneBroken
 from workers.lanes.answer import answer
 from workers.lanes.codec import FrameCodec, Packed
@@ -104,7 +106,8 @@ def _respond(lane: LaneEnd, frame: Frame, moving: _Moving) -> Packed:
         raise LaneBroken(f"a {frame.header.kind.name} arrived at the attention side")
     message = lane.codec.read_message(frame)
     moving.end()
-    outcome = answer(lane.handler, message)
+    with torch.inference_mode():
+        outcome = answer(lane.handler, message)
     moving.begin()
     if outcome is None:
         return ()

@@ -65,11 +65,18 @@ class PackedLayout:
         )
 
     def append(self, cache: LayerCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """See `signature.CacheLayout.append`. Raises ValueError for slots outside the arena."""
+        """See `signature.CacheLayout.append`. Raises ValueError for slots outside the arena and for rows that
+        do not fit it.
+        """
         packed = packed_cache(cache)
-        dtype = _row_dtype(packed)
+        if slots.ndim != 1 or slots.dtype is not torch.int64 or not slots.is_cpu:
+            raise ValueError(f"slots {list(slots.shape)} of {slots.dtype} on {slots.device}")
+        places, count = slots.contiguous(), len(slots)
+        key, key_stride_bytes = _appended(packed, key, count)
+        value, value_stride_bytes = _appended(packed, value, count)
         _native.append(
-            packed.native, slots, key.to("cpu", dtype).contiguous(), value.to("cpu", dtype).contiguous()
+            *(packed.native, places.data_ptr(), count),
+            *(key.data_ptr(), key_stride_bytes, value.data_ptr(), value_stride_bytes),
         )
 
     def read(self, cache: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +93,18 @@ def packed_cache(cache: LayerCache) -> PackedCache:
     if not isinstance(cache, PackedCache):
         raise ValueError(f"the cpu kernel reads packed caches, not keys of {tuple(cache.key.shape)}")
     return cache
+
+
+def _appended(cache: PackedCache, rows: Tensor, count: int) -> tuple[Tensor, int]:
+    """Rows that C++ may read at their address, themselves where they are, and bytes from row to row."""
+    if rows.shape != (count, cache.kv_heads, cache.head_size):
+        fitting = f"{count} slots of {cache.kv_heads} heads of {cache.head_size}"
+        raise ValueError(f"rows {list(rows.shape)} for {fitting}")
+    rows = rows.to("cpu", _row_dtype(cache))
+    stride, head_stride, number_stride = rows.stride()
+    if number_stride != 1 or head_stride != cache.head_size:
+        rows, stride = rows.contiguous(), cache.kv_heads * cache.head_size
+    return rows, stride * rows.itemsize
 
 
 def _row_dtype(cache: PackedCache) -> torch.dtype:

@@ -76,6 +76,12 @@ class Layer {
   Cache cache_;
 };
 
+void check_slots(const Shape& shape, const int64_t* slots, int64_t count) {
+  for (int64_t row = 0; row < count; row++)
+    if (slots[row] < 0 || slots[row] >= shape.blocks * shape.block_tokens)
+      refuse("slot " + std::to_string(slots[row]) + " of " + std::to_string(shape.blocks * shape.block_tokens));
+}
+
 void check_rows(const Cache& cache, const Indices& slots, const Numbers& key, const Numbers& value) {
   const Shape& shape = cache.shape;
   for (const Numbers* rows : {&key, &value}) {
@@ -86,15 +92,17 @@ void check_rows(const Cache& cache, const Indices& slots, const Numbers& key, co
       refuse("rows " + shape_of(*rows) + " for " + std::to_string(slots.shape(0)) + " slots of " +
              std::to_string(shape.kv_heads) + " heads of " + std::to_string(shape.head_size));
   }
-  for (size_t row = 0; row < slots.shape(0); row++)
-    if (slots.data()[row] < 0 || slots.data()[row] >= shape.blocks * shape.block_tokens)
-      refuse("slot " + std::to_string(slots.data()[row]) + " of " + std::to_string(shape.blocks * shape.block_tokens));
+  check_slots(shape, slots.data(), slots.shape(0));
 }
 
-void append_rows(const Layer& layer, Indices slots, Numbers key, Numbers value) {
-  check_rows(layer.cache(), slots, key, value);
+// Rows at addresses, as in operators.cpp: layout.py, the only caller, checks their tensors.
+void append_rows(const Layer& layer, uintptr_t slots, int64_t count, uintptr_t key, int64_t key_stride_bytes,
+                 uintptr_t value, int64_t value_stride_bytes) {
+  const int64_t* places = reinterpret_cast<const int64_t*>(slots);
+  check_slots(layer.cache().shape, places, count);
   nb::gil_scoped_release released;
-  write_rows(layer.cache(), slots.data(), slots.shape(0), key.data(), value.data());
+  write_rows(layer.cache(), places, count, {reinterpret_cast<const uint8_t*>(key), key_stride_bytes},
+             {reinterpret_cast<const uint8_t*>(value), value_stride_bytes});
 }
 
 void gather_rows(const Layer& layer, Indices slots, nb::ndarray<nb::c_contig, nb::device::cpu> key,
@@ -170,7 +178,7 @@ NB_MODULE(_native, module) {
   module.def("attend", &attend, nb::arg("plan"), nb::arg("layer"), nb::arg("query"), nb::arg("out"), nb::arg("lse"),
              nb::arg("scale"), nb::arg("window"), nb::arg("threads"), nb::arg("level"));
   bind_operators(module);
-  module.def("append", &append_rows, nb::arg("layer"), nb::arg("slots"), nb::arg("key"), nb::arg("value"));
+  module.def("append", &append_rows);
   module.def("read", &gather_rows, nb::arg("layer"), nb::arg("slots"), nb::arg("key"), nb::arg("value"));
   module.def("read_probe", &read_probe, nb::arg("storage"), nb::arg("threads"), nb::arg("level"));
   module.def(

@@ -89,32 +89,37 @@ void read_row(const Shape& shape, const Row& row, uint8_t* to) {
   }
 }
 
-// Call each(key row, value row, byte offset of the row in the logical layout).
+int64_t row_bytes(const Shape& shape) {
+  return shape.head_size * (shape.type == CacheType::int8 ? 4 : element_bytes(shape.type));
+}
+
+// Call each(key row, value row, row, head).
 template <class Each>
 void each_row(const Cache& cache, const int64_t* slots, int64_t count, Each each) {
   const Shape& shape = cache.shape;
-  const int64_t row_bytes = shape.head_size * (shape.type == CacheType::int8 ? 4 : element_bytes(shape.type));
   for (int64_t row = 0; row < count; row++) {
     const int64_t block = slots[row] / shape.block_tokens, offset = slots[row] % shape.block_tokens;
     for (int64_t head = 0; head < shape.kv_heads; head++)
-      each(KeyRow(cache, block, head, offset), ValueRow(cache, block, head, offset),
-           (row * shape.kv_heads + head) * row_bytes);
+      each(KeyRow(cache, block, head, offset), ValueRow(cache, block, head, offset), row, head);
   }
 }
 
 }  // namespace
 
-void write_rows(const Cache& cache, const int64_t* slots, int64_t count, const void* key, const void* value) {
-  each_row(cache, slots, count, [&](const KeyRow& keys, const ValueRow& values, int64_t offset) {
-    write_row(cache.shape, keys, static_cast<const uint8_t*>(key) + offset);
-    write_row(cache.shape, values, static_cast<const uint8_t*>(value) + offset);
+void write_rows(const Cache& cache, const int64_t* slots, int64_t count, const Rows& key, const Rows& value) {
+  const int64_t bytes = row_bytes(cache.shape);
+  each_row(cache, slots, count, [&](const KeyRow& keys, const ValueRow& values, int64_t row, int64_t head) {
+    write_row(cache.shape, keys, key.first + row * key.stride_bytes + head * bytes);
+    write_row(cache.shape, values, value.first + row * value.stride_bytes + head * bytes);
   });
 }
 
 void read_rows(const Cache& cache, const int64_t* slots, int64_t count, void* key, void* value) {
-  each_row(cache, slots, count, [&](const KeyRow& keys, const ValueRow& values, int64_t offset) {
-    read_row(cache.shape, keys, static_cast<uint8_t*>(key) + offset);
-    read_row(cache.shape, values, static_cast<uint8_t*>(value) + offset);
+  const int64_t bytes = row_bytes(cache.shape);
+  each_row(cache, slots, count, [&](const KeyRow& keys, const ValueRow& values, int64_t row, int64_t head) {
+    const int64_t place = (row * cache.shape.kv_heads + head) * bytes;
+    read_row(cache.shape, keys, static_cast<uint8_t*>(key) + place);
+    read_row(cache.shape, values, static_cast<uint8_t*>(value) + place);
   });
 }
 
