@@ -188,4 +188,8 @@ class StepAttention:
 
 
 def _take(tensor: Tensor | None, rows: RowIndex | None) -> Tensor | None:
-    return tensor[rows] if tensor is not None and rows is not None else None
+    if tensor is None or rows is None:
+        return None
+    if isinstance(rows, slice) and rows.stop - rows.start == tensor.shape[0]:
+        return tensor  # every row: a view of them costs more than to ask
+    return tensor[rows]

@@ -85,7 +85,11 @@ class StepRunner:
         logits, busy_s = drive([one.run() for one in passes])
         sampling = [chunk for one in passes for chunk in one.sampling]
         rows = [chunk.sequence.sample_row() for chunk in sampling]
-        results = self._sampler.sample(torch.cat(logits), rows) if sampling else []
+        results = (
+            self._sampler.sample(logits[0] if len(logits) == 1 else torch.cat(logits), rows)
+            if sampling
+            else []
+        )
         if remote:
             for one, seconds in zip(passes, busy_s, strict=True):
                 one.tell(self._micro_batches, seconds)
