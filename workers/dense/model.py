@@ -70,9 +70,7 @@ class Decoder:
 
     def projections(self) -> Iterator[Linear]:
         """Every matrix product of a step, in order: what remains of it without attention and all else."""
-        for layer in self._weights.layers:
-            yield from (layer.query, layer.key_value, layer.output, layer.gate_up, layer.down)
-        yield self._weights.head
+        return self._weights.projections()
 
     def _begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Embeddings [rows, hidden], normed for the first layer, and the tables of rope for all layers."""

@@ -7,7 +7,7 @@ tensor, each source range being given back at once, so that loading peaks little
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import StoredTensor, read_stored_tensors
 from cluster.weight_shapes import require_shapes
+from workers.dense.large_pages import lay_on_large_pages
 from workers.dense.weight_mapping import WeightMapping
 
 Progress = Callable[[int, int], None]
@@ -45,6 +46,11 @@ class Linear:
             )
             return product
         return torch.nn.functional.linear(inputs, self.weight, self.bias)
+
+    def memory(self) -> tuple[int, int]:
+        """Where packed weights lie, and their bytes."""
+        assert self.is_packed, "a plain tensor knows it by itself"
+        return torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight)
 
     def packed(self) -> Linear:
         """The same projection with its weights in the order in which the processor reads them.
@@ -95,6 +101,12 @@ class DecoderWeights:
     head: Linear
     """hidden -> vocabulary; over the embedding itself where tied and not packed"""
 
+    def projections(self) -> Iterator[Linear]:
+        """Every matrix product of a step, in order."""
+        for layer in self.layers:
+            yield from (layer.query, layer.key_value, layer.output, layer.gate_up, layer.down)
+        yield self.head
+
 
 def load_weights(
     spec: ModelSpec,
@@ -144,9 +156,11 @@ class _Loader:
         )
         layers = tuple(self._take_layer(f"model.layers.{layer}") for layer in range(spec.layers))
         final_norm = self._take("model.norm.weight")
+        weights = DecoderWeights(embedding, layers, final_norm, head)
+        lay_on_large_pages(linear.memory() for linear in weights.projections() if linear.is_packed)
         if self._progress is not None:
             self._progress(self._bytes_total, self._bytes_total)
-        return DecoderWeights(embedding, layers, final_norm, head)
+        return weights
 
     def _take_layer(self, prefix: str) -> LayerWeights:
         biases, has_head_norms = self._spec.biases, self._spec.query_key_norm
