@@ -295,12 +295,14 @@ def test_spans_are_packed_once_and_never_confused() -> None:
     packed = packed_batch(8, torch.float32, shards=((1, 40), (1, 40)))
     batch, kernel = packed.batch, CpuKernel(threads=1)
     for index in range(100):
-        spans = [
+        spans: Sequence[Span] = [
             replace(span, blocks=tuple(span.blocks), visible_end=10 + index % 30) for span in batch.spans
         ]
+        if index % 2:
+            spans = tuple(spans)
         result = kernel.attend(batch.query, spans, packed.cache, batch.scale)
         again = kernel.attend(batch.query, spans, packed.cache, batch.scale)
-        expected = naive(replace(batch, spans=spans), None)[1]
+        expected = naive(replace(batch, spans=list(spans)), None)[1]
         torch.testing.assert_close(result.lse.double(), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(result.lse, again.lse)
 

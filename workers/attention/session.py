@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from torch import Tensor
@@ -41,6 +42,15 @@ class _CountedTurn:
         self._turns.__exit__(kind, error, trace)
 
 
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Consecutive rows of a step that are attended in one turn; rows of their spans count from its first."""
+
+    first: int
+    end: int
+    spans: tuple[Span, ...]
+
+
 class AttendSession:
     """Serves the messages of one lane in order (a `LaneHandler`); several lanes share store and arena.
 
@@ -63,7 +73,7 @@ class AttendSession:
         self._kernel = kernel
         self._slice_rows = slice_rows
         self._decoder = PlanDecoder()
-        self._steps: dict[int, tuple[int, PreparedStep, list[list[Span]]]] = {}
+        self._steps: dict[int, tuple[int, PreparedStep, tuple[_Slice, ...]]] = {}
         self._on_busy = on_busy
         self._turn = _CountedTurn(store.turns)
 
@@ -71,28 +81,27 @@ class AttendSession:
         """Append, then attend. Raises errors of the tree; what was appended by then stays uncommitted."""
         self._turn.busy_s = 0.0
         try:
-            step, groups = self._step(message)
+            step, parts = self._step(message)
             with self._turn:
                 self._append(step, message)
-                partial = self._attend_at_once(step, groups, message)
+                partial = self._attend_at_once(step, parts, message)
             if message.query is None:
                 return None
             if partial is None:
-                partial = self._attend(step, groups, message.query, message)
+                partial = self._attend(step, parts, message.query, message)
         finally:
             self._on_busy(self._turn.busy_s)
         return PartialReply(
             message.step, message.micro_batch, message.layer, partial.out, partial.lse, self._turn.busy_s
         )
 
-    def _step(self, message: LayerMessage) -> tuple[PreparedStep, list[list[Span]]]:
+    def _step(self, message: LayerMessage) -> tuple[PreparedStep, tuple[_Slice, ...]]:
         if message.plan is not None:
             self._steps.pop(message.micro_batch, None)
             rows = self._decoder.decode(message.micro_batch, message.plan)
             with self._turn:
                 prepared = PreparedStep(self._store, self._arena, rows)
-            groups = slices(prepared.spans, self._slice_rows)
-            self._steps[message.micro_batch] = (message.step, prepared, groups)
+            self._steps[message.micro_batch] = (message.step, prepared, _slices(prepared, self._slice_rows))
         held = self._steps.get(message.micro_batch)
         if held is None or held[0] != message.step:
             raise NeedFull(f"micro-batch {message.micro_batch} has no plan for step {message.step} here")
@@ -103,20 +112,20 @@ class AttendSession:
             step.append(message.layer - 1, message.key, message.value)
 
     def _attend_at_once(
-        self, step: PreparedStep, groups: Sequence[Sequence[Span]], message: LayerMessage
+        self, step: PreparedStep, parts: Sequence[_Slice], message: LayerMessage
     ) -> Partial | None:
         """All rows in the turn of their append, where they are few enough and there is something to see."""
         query = message.query
         if query is None:
             return None
         self._check_query(step, query, message.layer)
-        if len(groups) != 1 or not groups[0]:
+        if len(parts) != 1:
             return None
-        part = step.attend(message.layer, query, groups[0], self._kernel, message.window)
-        if part.out.device == query.device:
-            return part
+        found = step.attend(message.layer, query, parts[0].spans, self._kernel, message.window)
+        if found.out.device == query.device:
+            return found
         # Within the turn: where a GPU attends, the result is waited for only here.
-        return Partial(part.out.to(query.device), part.lse.to(query.device))
+        return Partial(found.out.to(query.device), found.lse.to(query.device))
 
     def _check_query(self, step: PreparedStep, query: Tensor, layer: int) -> None:
         geometry = self._arena.geometry
@@ -126,27 +135,33 @@ class AttendSession:
             raise InvalidRequest(f"layer {layer} of {geometry.layers}")
 
     def _attend(
-        self, step: PreparedStep, groups: Sequence[Sequence[Span]], query: Tensor, message: LayerMessage
+        self, step: PreparedStep, parts: Sequence[_Slice], query: Tensor, message: LayerMessage
     ) -> Partial:
         """Slice by slice, each in a turn of its own."""
         geometry = self._arena.geometry
         whole = empty(step.rows, geometry.query_heads, geometry.head_size, query.device)
-        for group in groups:
-            if group:
-                self._attend_slice(step, group, query, message, whole)
+        for part in parts:
+            rows = slice(part.first, part.end)
+            with self._turn:
+                found = step.attend(message.layer, query[rows], part.spans, self._kernel, message.window)
+                # As above.
+                whole.out[rows], whole.lse[rows] = found.out, found.lse
         return whole
 
-    def _attend_slice(
-        self, step: PreparedStep, group: Sequence[Span], query: Tensor, message: LayerMessage, whole: Partial
-    ) -> None:
-        """Attend some rows, consecutive in the step, into their part of the whole."""
-        first, last = group[0].row_start, group[-1].row_start + group[-1].row_count
-        local = [_shifted(span, first) for span in group]
-        with self._turn:
-            part = step.attend(message.layer, query[first:last], local, self._kernel, message.window)
-            # As above.
-            whole.out[first:last] = part.out
-            whole.lse[first:last] = part.lse
+
+def _slices(step: PreparedStep, rows_most: int) -> tuple[_Slice, ...]:
+    """Those of a step, made once for all its layers; without rows that see nothing."""
+    groups = [tuple(group) for group in slices(step.spans, rows_most) if group]
+    if len(groups) == 1:
+        return (_Slice(0, step.rows, groups[0]),)
+    return tuple(
+        _Slice(
+            group[0].row_start,
+            group[-1].row_start + group[-1].row_count,
+            tuple(_shifted(span, group[0].row_start) for span in group),
+        )
+        for group in groups
+    )
 
 
 def _shifted(span: Span, rows: int) -> Span:

@@ -65,11 +65,13 @@ class WorkerPart:
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """rows: tokens of the step; parts_most: the most shards any row sees. is_direct: one worker answers, for
-    all rows in their order, so that its reply needs no sorting.
+    """chunk_sizes: row counts of the consecutive chunks. rows: tokens of the step; parts_most: the most
+    shards any row sees. is_direct: one worker answers, for all rows in their order, so that its reply needs
+    no sorting.
     """
 
     chunks: tuple[Chunk, ...]
+    chunk_sizes: tuple[int, ...]
     rows: int
     parts_most: int
     workers: tuple[WorkerPart, ...]
@@ -79,11 +81,6 @@ class StepLayout:
     def are_single_rows(self) -> bool:
         """Whether every chunk is one row, which of its step's tokens sees only itself: a decoding step."""
         return self.rows == len(self.chunks)
-
-    @property
-    def chunk_sizes(self) -> list[int]:
-        """Row counts of the consecutive chunks."""
-        return [chunk.count for chunk in self.chunks]
 
     def token_ids(self, device: torch.device) -> Tensor:
         """int64 [rows]."""
@@ -115,7 +112,8 @@ def lay_out(
         parts_most = max(parts_most, seen)
     workers = tuple(draft.finish(worker, device) for worker, draft in drafts.items() if draft.plan)
     is_direct = len(workers) == 1 and workers[0].places.tolist() == list(range(rows))
-    return StepLayout(tuple(chunks), rows, parts_most, workers, is_direct)
+    sizes = tuple(chunk.count for chunk in chunks)
+    return StepLayout(tuple(chunks), sizes, rows, parts_most, workers, is_direct)
 
 
 def workers_of(chunks: Iterable[Chunk]) -> set[WorkerId]:

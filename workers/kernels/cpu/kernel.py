@@ -133,16 +133,16 @@ def levels() -> tuple[str, ...]:
 class _Plans:
     """Spans packed for C++, remembered because every layer of a step asks for the same ones.
 
-    Found by the identity of the spans, which are kept so that no other can take their place; only spans
-    whose blocks cannot change are remembered.
+    Found by the identity of the spans, or of their tuple, so that none is looked at; they are kept so that no
+    other can take their place. Only spans whose blocks cannot change are remembered.
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, ...], tuple[tuple[Span, ...], _native.Plan]] = OrderedDict()
+        self._kept: OrderedDict[int | tuple[int, ...], tuple[tuple[Span, ...], _native.Plan]] = OrderedDict()
 
     def of(self, spans: Sequence[Span]) -> _native.Plan:
         """The plan of these spans. Raises ValueError when they contradict themselves."""
-        key = tuple(map(id, spans))
+        key = id(spans) if isinstance(spans, tuple) else tuple(map(id, spans))
         known = self._kept.get(key)
         if known is not None:
             return known[1]
