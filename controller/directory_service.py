@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import sequence_key
 from cluster.blocks import HASH_BYTES, HASHES_MOST, BlockHash
 from cluster.errors import InvalidRequest
 from cluster.policies.directory import Capacity, Directory, Life, Report
-from cluster.types import Epoch, WorkerId
+from cluster.types import Epoch, SequenceKey, WorkerId
 from controller.membership import MembershipTable
 
 
@@ -58,6 +58,15 @@ class DirectoryKeeper:
         """Identities known."""
         with self._lock:
             return len(self._directory)
+
+    def placements(self) -> dict[Life, tuple[Capacity, Mapping[SequenceKey, int]]]:
+        """Of every life that has told all it holds: its capacity, and the blocks of each sequence there."""
+        with self._lock:
+            return {
+                life: (capacity, self._directory.sequences_at(life))
+                for life, capacity in self._directory.capacities().items()
+                if self._directory.is_whole(life)
+            }
 
     def sweep(self) -> None:
         """Forget the lives that membership no longer names. To be called now and then."""

@@ -12,7 +12,7 @@ from cluster.blocks import BlockHash
 from cluster.clock import ManualClock
 from cluster.config import TlsConfig
 from cluster.policies.directory import Life, Run
-from cluster.types import Epoch, WorkerId
+from cluster.types import Epoch, SequenceKey, WorkerId
 from tests.cluster_harness import (
     DenseCluster,
     Shape,
@@ -102,6 +102,28 @@ def test_what_is_known_here_is_completed_by_the_directory(folder: Path) -> None:
         pool.cluster.wait_all_free()
         output = pool.generate(request([*onward, 5], 4), pool.second)
         assert output.cached_tokens == 112
+
+
+def test_the_controller_knows_what_sequences_hold(folder: Path) -> None:
+    """While a sequence holds blocks the controller's map names it at its workers, with as many blocks as
+    these say; when it is gone the map is empty, and the capacities are those of the arenas.
+    """
+    with TwoDenseWorkers(folder, Shape(attention_workers=2)) as pool:
+        pool.cluster.listener.acknowledges = False
+        submission = request(SHORT, 4)
+        pool.generate(submission, pool.first)
+        stores = {worker: server.core.store for worker, server in pool.cluster.workers.items()}
+
+        def held() -> dict[WorkerId, dict[SequenceKey, int]]:
+            placements = pool.controller.service.directory.placements()
+            return {life.worker: dict(sequences) for life, (_, sequences) in placements.items()}
+
+        wait_until(lambda: held() == {worker: store.blocks_held() for worker, store in stores.items()})
+        assert sum(blocks for each in held().values() for blocks in each.values()) >= 5
+        pool.first.acknowledge(submission.key, submission.generation, 1.0)
+        wait_until(lambda: held() == {worker: {} for worker in stores})
+        for life, (capacity, _) in pool.controller.service.directory.placements().items():
+            assert capacity.blocks == capacity.available == stores[life.worker].account().capacity
 
 
 def test_requests_go_on_without_the_controller(folder: Path) -> None:

@@ -99,9 +99,7 @@ class AttentionCore:
             for key in self.store.expire():
                 _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
             self.account = self.store.account()
-            self.journal.holds(
-                {key: sum(shard.blocks for shard in held) for key, held, _ in self.store.holdings()}
-            )
+            self.journal.holds(self.store.blocks_held())
 
 
 def _kernel(config: AttentionConfig) -> Kernel:

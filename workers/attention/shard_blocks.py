@@ -42,6 +42,11 @@ class BlockAccount:
         """Blocks that can be reserved."""
         return self.free + self.sealed_cached
 
+    @property
+    def total(self) -> int:
+        """The blocks of all states."""
+        return self.available + self.reserved + self.open + self.sealed_referenced
+
 
 @dataclass(frozen=True, slots=True)
 class BlockChain:
@@ -188,6 +193,13 @@ class ShardBlocks:
             reserved += len(shard.blocks) - touched
         sealed -= self.ledger.shared_surplus  # only sealed blocks have more than one referrer
         return BlockAccount(self._capacity, self.ledger.free, reserved, opened, sealed, self.ledger.cached)
+
+    def held(self) -> dict[SequenceKey, int]:
+        """How many blocks each sequence holds, shared ones included."""
+        held: dict[SequenceKey, int] = {}
+        for shard in self._shards.values():
+            held[shard.key] = held.get(shard.key, 0) + len(shard.blocks)
+        return held
 
     def is_consistent(self) -> bool:
         """Whether shards and ledger agree about every block."""

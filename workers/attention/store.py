@@ -279,8 +279,7 @@ class Store:
     def forsake(self) -> int:
         """Nobody is left who could use what is held: end every lease now. Returns how many sequences go."""
         with self.turns:
-            held = tuple(self._holdings)
-            self._end_leases(held)
+            self._end_leases(held := tuple(self._holdings))
             return len(held)
 
     def account(self) -> BlockAccount:
@@ -288,13 +287,16 @@ class Store:
         with self.turns:
             return self._blocks.account()
 
+    def blocks_held(self) -> dict[SequenceKey, int]:
+        """How many blocks each sequence holds."""
+        with self.turns:
+            return self._blocks.held()
+
     def audit(self) -> BlockAccount:
         """The account, after a look at every block. Raises Internal where it does not add up."""
         with self.turns:
             account = self._blocks.account()
-            states = (account.free, account.reserved, account.open)
-            total = sum(states) + account.sealed_referenced + account.sealed_cached
-            if total != account.capacity or not self._blocks.is_consistent():
+            if account.total != account.capacity or not self._blocks.is_consistent():
                 raise Internal(f"the blocks of {self.worker} do not add up: {account}")
             return account
 
@@ -375,15 +377,13 @@ class Store:
         holding = self._holdings.pop(key, None)
         if holding is None:
             return 0
-        shards = reversed(holding.by_position)
-        freed = sum(self._free(holding, shard) for shard in shards)
+        freed = sum(self._free(holding, shard) for shard in reversed(holding.by_position))
         if not self._holdings:
             self.empty.set()
         return freed
 
     def _held(self, holding: Holding) -> tuple[HeldShard, ...]:
-        shards = holding.by_position
-        return tuple(self._held_shard(holding, shard) for shard in shards)
+        return tuple(self._held_shard(holding, shard) for shard in holding.by_position)
 
     def _held_shard(self, holding: Holding, shard: Shard) -> HeldShard:
         committed = shard.committed - shard.first

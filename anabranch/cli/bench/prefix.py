@@ -61,13 +61,15 @@ def measure(model: str, tokens: int, repeats: int) -> Results:
     with _serving(config, decoder) as pool:
         pool.request(pool.engines[0], pool.prompt(tokens, 0), 0)  # warms both up: compiled code, lanes
         pool.request(pool.engines[1], pool.prompt(tokens, 1), 0)
-        alone, found = [], []
+        alone, found, asked = [], [], []
         for round_number in range(2, repeats + 2):
             prefix = pool.prompt(tokens, round_number)
             alone.append(pool.request(pool.engines[0], prefix, 0))
             pool.wait_known(prefix)
+            asked.append(pool.ask(prefix))
             found.append(pool.request(pool.engines[1], prefix, 1))
     return {
+        "question": figure(asked, "s", settings=settings),
         "first_token_computed": figure(alone, "s", settings=settings),
         "first_token_found": figure(found, "s", settings=settings),
         "speedup": ratio(("computed", alone), ("found", found), "s", at_least=5.0, settings=settings),
@@ -99,6 +101,14 @@ class _Pool:
         engine.submit(submission, batch, _WAIT_S)
         batch.wait()
         return batch.prefill_s
+
+    def ask(self, prefix: tuple[int, ...]) -> float:
+        """Seconds of one call to the directory: what a request pays whose prefix lies nowhere."""
+        chain = BlockChain(self.geometry, "bench")
+        chain.grow(prefix)
+        began_s = monotonic()
+        self.finder.find(chain.hashes, 0)
+        return monotonic() - began_s
 
     def wait_known(self, prefix: tuple[int, ...]) -> None:
         """Until the directory knows the prefix. Raises DeadlineExceeded."""
