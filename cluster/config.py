@@ -173,6 +173,14 @@ class PlacementConfig(Section):
         description="Whose attention workers a dense worker uses: all alike; its own (attention i is at home "
         "at dense i modulo dense.replicas) and then what others lend; or its own alone.",
     )
+    plan_interval_s: float = Field(
+        2.0, ge=0, description="How often the controller looks for cache to move; 0 is never."
+    )
+    move_gain: float = Field(
+        0.01,
+        ge=0,
+        description="What a move must promise: tokens per second of those it concerns, as a share.",
+    )
     move_tokens: int = Field(256, ge=1, description="Tokens copied at once when a shard moves.")
     hardware: str | None = Field(None, description="A hardware catalogue instead of the built-in one.")
     dense_classes: tuple[str, ...] = Field((), description="Hardware classes for dense roles, best first.")

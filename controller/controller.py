@@ -20,6 +20,7 @@ from cluster.errors import AnabranchError, ConfigError, Unavailable
 from cluster.model_spec import ModelSpec
 from cluster.types import KvGeometry, draw_epoch
 from controller import ports, roles
+from controller.balancer import BalancerSettings
 from controller.events import ClusterReady, Observer, Opened, SlotChanged, Stopping
 from controller.fleet import RayFleet
 from controller.membership import MembershipTable, Terms
@@ -82,6 +83,7 @@ class Controller:
             self._slot_messages,
             self._on_shutdown,
             self._on_drain,
+            BalancerSettings.of(self._config),
         )
         with self._state.claim(), self._fleet(demands) as fleet, self._serving(service, fleet):
             place = Placer(self._config, demands, fleet.nodes)
@@ -166,7 +168,7 @@ class Controller:
                 sweep_next_s = time.monotonic() + self._table.terms.heartbeat_ms / 1000
                 for member in self._table.sweep():
                     supervisor.silent(member.worker_id)
-                service.directory.sweep()
+                service.sweep()
             supervisor.tick()
             if self._draining:
                 service.announce_stop()

@@ -53,20 +53,16 @@ class DirectoryKeeper:
                 holders=[control_pb2.Holder(worker_id=life.worker, epoch=life.epoch) for life in holders],
             )
 
+    def sequences_at(self, life: Life) -> Mapping[SequenceKey, int]:
+        """Blocks that each sequence holds at one life."""
+        with self._lock:
+            return self._directory.sequences_at(life)
+
     @property
     def entries(self) -> int:
         """Identities known."""
         with self._lock:
             return len(self._directory)
-
-    def placements(self) -> dict[Life, tuple[Capacity, Mapping[SequenceKey, int]]]:
-        """Of every life that has told all it holds: its capacity, and the blocks of each sequence there."""
-        with self._lock:
-            return {
-                life: (capacity, self._directory.sequences_at(life))
-                for life, capacity in self._directory.capacities().items()
-                if self._directory.is_whole(life)
-            }
 
     def sweep(self) -> None:
         """Forget the lives that membership no longer names. To be called now and then."""

@@ -13,6 +13,7 @@ from cluster import rpc
 from cluster.config import Config
 from cluster.errors import Fenced, NotFound
 from cluster.types import Epoch
+from controller.balancer import NO_MOVES, Balancer, BalancerSettings
 from controller.directory_service import DirectoryKeeper
 from controller.membership import MembershipTable
 
@@ -28,8 +29,8 @@ def _unsupervised(worker_id: str, _grace_ms: int) -> None:
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    """Answers roles and the command line. Owns the directory of what they report; table, slots and
-    shutdown are given.
+    """Answers roles and the command line. Owns the directory of what they report, and the plans of moves;
+    table, slots and shutdown are given.
 
     `slots` lists what should run; `shut_down` is told the grace in milliseconds and must not block; `drain`
     is told a worker and its grace, and raises what `Supervisor.retire` raises.
@@ -43,6 +44,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         slots: Callable[[], Sequence[control_pb2.Slot]],
         shut_down: Callable[[int], None],
         drain: Callable[[str, int], None] = _unsupervised,
+        balancing: BalancerSettings = NO_MOVES,
     ) -> None:
         self._table = table
         self._responder = types_pb2.Responder(worker_id=CONTROLLER_ID, epoch=epoch)
@@ -52,6 +54,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._shut_down = shut_down
         self._stopping = False
         self.directory = DirectoryKeeper(table)
+        self._balancer = Balancer(balancing, table, self.directory)
+
+    def sweep(self) -> None:
+        """Forget what membership no longer names, and plan moves where they are due. To be called every
+        heartbeat interval, after the table's own sweep.
+        """
+        self.directory.sweep()
+        self._balancer.tick()
 
     @rpc.unary
     def Register(
@@ -80,7 +90,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             )
         is_taken = self.directory.take(request)
         return control_pb2.HeartbeatResponse(
-            responder=self._responder, membership=news, wants_all=not is_taken
+            responder=self._responder,
+            membership=news,
+            wants_all=not is_taken,
+            moves=self._balancer.orders(request.worker_id),
         )
 
     @rpc.unary

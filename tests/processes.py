@@ -20,6 +20,7 @@ from cluster import rpc
 from cluster.config import Config
 from cluster.model_spec import ModelSpec
 from cluster.types import draw_epoch
+from controller.balancer import BalancerSettings
 from controller.membership import MembershipTable, Terms
 from controller.service import ControlServer, ControlService
 
@@ -61,7 +62,9 @@ class ProcessCluster:
             geometry_message(geometry),
             lambda: (),
             lambda _grace_ms: None,
+            balancing=BalancerSettings.of(config),
         )
+        self._service = service
         self._server = ControlServer(config, service)
         self._closing = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
@@ -175,6 +178,7 @@ class ProcessCluster:
     def _sweep(self) -> None:
         while not self._closing.wait(self.config.controller.heartbeat_ms / 1000):
             self._table.sweep()
+            self._service.sweep()
 
 
 def _all_ready(members: Sequence[inference_pb2.Member]) -> bool:

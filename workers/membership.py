@@ -53,7 +53,8 @@ class MembershipClient:
     asyncio, hand over with `loop.call_soon_threadsafe`. `on_change` receives the whole membership,
     this process included, after each change. A usual `on_fenced` is `context.stop.set`.
 
-    `load` leaves resident memory out: it is filled in here. `set_pool` lets heartbeats report on a pool too.
+    `load` leaves resident memory out: it is filled in here. `set_pool` lets heartbeats report on a pool
+    too, `set_mover` hears of moves.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class MembershipClient:
         self._membership = control_pb2.Membership()
         self._first: futures.Future[control_pb2.RegisterResponse] = futures.Future()
         self._pool: PoolReporter | None = None
+        self._move: Callable[[control_pb2.MoveOrder], None] = lambda _order: None
         self._closing = False
         self._wake = threading.Event()
         self._channel = rpc.channel(context.controller, context.config.security.tls)
@@ -102,6 +104,10 @@ class MembershipClient:
     def set_pool(self, pool: PoolReporter) -> None:
         """Report what changes there, from the next heartbeat on."""
         self._pool = pool
+
+    def set_mover(self, move: Callable[[control_pb2.MoveOrder], None]) -> None:
+        """Carry out what the controller plans; called on the client's thread, must not block."""
+        self._move = move
 
     def membership(self) -> control_pb2.Membership:
         """Everyone alive as last heard; never modified in place."""
@@ -208,6 +214,8 @@ class MembershipClient:
             pool.acknowledge(wants_all=response.wants_all)
         if response.HasField("membership"):
             self._learn(response.membership)
+        for order in response.moves:
+            self._move(order)
         return response.wants_all or (report is not None and report.has_more)
 
     def _loaded(self) -> inference_pb2.Load:

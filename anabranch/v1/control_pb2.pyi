@@ -293,6 +293,7 @@ class HeartbeatResponse(_message.Message):
     RESPONDER_FIELD_NUMBER: _builtins.int
     MEMBERSHIP_FIELD_NUMBER: _builtins.int
     WANTS_ALL_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
     wants_all: _builtins.bool
     """The pool's report did not follow the last one this controller took: the next one must start over."""
     @_builtins.property
@@ -303,22 +304,63 @@ class HeartbeatResponse(_message.Message):
     def membership(self) -> Global___Membership:
         """Set when the caller's version is old."""
 
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveOrder]:
+        """Cache to move, for dense workers: each carries out what concerns its own sequences, where it still can."""
+
     def __init__(
         self,
         *,
         responder: _types_pb2.Responder | None = ...,
         membership: Global___Membership | None = ...,
         wants_all: _builtins.bool = ...,
+        moves: _abc.Iterable[Global___MoveOrder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_membership", b"_membership", "membership", b"membership", "responder", b"responder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_membership", b"_membership", "membership", b"membership", "responder", b"responder", "wants_all", b"wants_all"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_membership", b"_membership", "membership", b"membership", "moves", b"moves", "responder", b"responder", "wants_all", b"wants_all"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__membership: _TypeAlias = _typing.Literal["membership"]  # noqa: Y015
     _WhichOneofArgType__membership: _TypeAlias = _typing.Literal["_membership", b"_membership"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__membership) -> _WhichOneofReturnType__membership | None: ...
 
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
+
+@_typing.final
+class MoveOrder(_message.Message):
+    """A part of a sequence's cache that would be of more use elsewhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Worker slot that holds it."""
+    target: _builtins.str
+    """Worker slot that should."""
+    tokens: _builtins.int
+    """How much of the first shard there."""
+    @_builtins.property
+    def sequence(self) -> _types_pb2.SequenceKey:
+        """Whose."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _types_pb2.SequenceKey | None = ...,
+        source: _builtins.str = ...,
+        target: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "source", b"source", "target", b"target", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveOrder: _TypeAlias = MoveOrder  # noqa: Y015
 
 @_typing.final
 class FindPrefixRequest(_message.Message):

@@ -106,7 +106,7 @@ def test_what_is_known_here_is_completed_by_the_directory(folder: Path) -> None:
 
 def test_the_controller_knows_what_sequences_hold(folder: Path) -> None:
     """While a sequence holds blocks the controller's map names it at its workers, with as many blocks as
-    these say; when it is gone the map is empty, and the capacities are those of the arenas.
+    these say; when it is gone the map is empty.
     """
     with TwoDenseWorkers(folder, Shape(attention_workers=2)) as pool:
         pool.cluster.listener.acknowledges = False
@@ -115,15 +115,14 @@ def test_the_controller_knows_what_sequences_hold(folder: Path) -> None:
         stores = {worker: server.core.store for worker, server in pool.cluster.workers.items()}
 
         def held() -> dict[WorkerId, dict[SequenceKey, int]]:
-            placements = pool.controller.service.directory.placements()
-            return {life.worker: dict(sequences) for life, (_, sequences) in placements.items()}
+            lives = [Life(worker, pool.cluster.epochs[worker]) for worker in stores]
+            directory = pool.controller.service.directory
+            return {life.worker: dict(directory.sequences_at(life)) for life in lives}
 
         wait_until(lambda: held() == {worker: store.blocks_held() for worker, store in stores.items()})
         assert sum(blocks for each in held().values() for blocks in each.values()) >= 5
         pool.first.acknowledge(submission.key, submission.generation, 1.0)
         wait_until(lambda: held() == {worker: {} for worker in stores})
-        for life, (capacity, _) in pool.controller.service.directory.placements().items():
-            assert capacity.blocks == capacity.available == stores[life.worker].account().capacity
 
 
 def test_requests_go_on_without_the_controller(folder: Path) -> None:

@@ -72,6 +72,7 @@ def _join_and_serve(context: RoleContext, worker: DenseWorker, stack: contextlib
         context.serve_metrics(worker.engine.metrics.registry, context.config.dense.host),
         _SERVING[context.config.dense.serves_at(context.index)],
     )
+    membership.set_mover(worker.move)
     stack.callback(membership.close)
     theirs = geometry_value(membership.start().geometry)
     if theirs != worker.geometry:

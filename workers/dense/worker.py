@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
+from anabranch.v1 import control_pb2, dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
+from anabranch.wire import sequence_key
 from cluster import rpc
 from cluster.config import Config, Serves
 from cluster.perfmodel import Line
@@ -123,6 +124,11 @@ class DenseWorker:
         A worker that takes sequences over before would find nothing of theirs, and compute them again.
         """
         return self.engine.pool.wait_connected(timeout_s)
+
+    def move(self, order: control_pb2.MoveOrder) -> None:
+        """Begin a move that the controller planned, if the sequence runs here. Does not block."""
+        source, target = WorkerId(order.source), WorkerId(order.target)
+        self.engine.move(sequence_key(order.sequence), source, target, order.tokens)
 
     def load(self) -> inference_pb2.Load:
         """What heartbeats report."""

@@ -1,0 +1,149 @@
+"""Moves of one round: DistKV-LLM's greedy plan with the performance model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.perfmodel import Line
+from cluster.policies.planner import ArenaView, InstanceView, Move, PlannerPolicy, plan
+from cluster.types import SequenceKey, WorkerId
+
+POLICY = PlannerPolicy(block_tokens=32)
+DENSE = Line(0.020, 0.001)
+"""A step of this model: 20 ms for the weights, 1 ms a sequence."""
+ATTENTION = Line(0.0, 1e-6)
+
+Cache = dict[WorkerId, dict[SequenceKey, int]]
+
+
+def instance(index: int, running: int, waiting: int = 0, waiting_tokens: float = 500.0) -> InstanceView:
+    """A dense worker whose steps take as the model above says."""
+    return InstanceView(WorkerId(f"dense-{index}"), running, waiting, waiting_tokens, DENSE, ATTENTION)
+
+
+def arena(index: int, home: int | None, free: int, capacity: int = 8192) -> ArenaView:
+    """An arena of one instance, or of all."""
+    owner = None if home is None else WorkerId(f"dense-{home}")
+    return ArenaView(WorkerId(f"attention-{index}"), owner, capacity, free)
+
+
+def held(**tokens: dict[str, int]) -> Cache:
+    """What lies where: a0={"r": 100} is 100 tokens of request r on attention-0."""
+    return {
+        WorkerId(f"attention-{name[1:]}"): {SequenceKey(key): count for key, count in cache.items()}
+        for name, cache in tokens.items()
+    }
+
+
+def moves(instances: list[InstanceView], arenas: list[ArenaView], cache: Cache) -> tuple[Move, ...]:
+    """A round."""
+
+    def at(worker: WorkerId) -> Mapping[SequenceKey, int]:
+        return cache.get(worker, {})
+
+    return plan(instances, arenas, at, POLICY)
+
+
+def test_a_debtor_gives_its_longest_sequence_to_the_roomiest_creditor() -> None:
+    """One long request fills an instance while short ones wait: it goes where most room is, and only it."""
+    instances = [instance(0, running=2, waiting=11), instance(1, running=8), instance(2, running=8)]
+    arenas = [arena(0, 0, free=100), arena(1, 1, free=4000), arena(2, 2, free=7000)]
+    cache = held(a0={"long": 7000, "short": 500}, a1={"other": 4000})
+    (move,) = moves(instances, arenas, cache)
+    assert (move.sequence, move.source, move.target) == (SequenceKey("long"), "attention-0", "attention-2")
+    assert move.tokens % POLICY.block_tokens == 0
+    assert 3500 <= move.tokens <= 7000 - 0.15 * 8192
+
+
+def test_who_has_the_smallest_batch_is_served_first() -> None:
+    """Debtors take turns in ascending order of their batches, as the paper has it."""
+    instances = [instance(0, 4, waiting=20), instance(1, 1, waiting=20), instance(2, 8)]
+    arenas = [arena(0, 0, free=0), arena(1, 1, free=0), arena(2, 2, free=8192)]
+    found = moves(instances, arenas, held(a0={"a": 6000}, a1={"b": 6000}))
+    assert found[0].sequence.request_id == "b"
+
+
+def test_nothing_moves_where_nobody_lacks_room() -> None:
+    """Instances with room enough for all that wait keep their caches."""
+    instances = [instance(0, 4, waiting=2), instance(1, 4)]
+    arenas = [arena(0, 0, free=4000), arena(1, 1, free=8000)]
+    assert moves(instances, arenas, held(a0={"a": 4000})) == ()
+
+
+def test_nothing_moves_where_the_model_sees_no_gain() -> None:
+    """A full instance for which nobody waits gains nothing from room, and its creditor would be slowed."""
+    instances = [instance(0, 4), instance(1, 4)]
+    arenas = [arena(0, 0, free=0), arena(1, 1, free=8192)]
+    assert moves(instances, arenas, held(a0={"a": 2000, "b": 2000, "c": 4000})) == ()
+
+
+def test_a_worker_that_joins_gets_its_part() -> None:
+    """Shared arenas are levelled where the fullest one holds steps up."""
+    slow = Line(0.0, 1e-5)
+    instances = [InstanceView(WorkerId("dense-0"), 8, 0, 0.0, DENSE, slow)]
+    arenas = [arena(0, None, free=1000), arena(1, None, free=1000), arena(2, None, free=8192)]
+    cache = held(a0={"a": 4000, "b": 3192}, a1={"c": 7192})
+    found = moves(instances, arenas, cache)
+    assert found, "nothing was levelled"
+    assert {move.target for move in found} == {"attention-2"}
+    assert {move.source for move in found} == {"attention-0", "attention-1"}
+
+
+@st.composite
+def _clusters(draw: st.DrawFn) -> tuple[list[InstanceView], list[ArenaView], Cache]:
+    count = draw(st.integers(1, 4))
+    is_shared = draw(st.booleans())
+    instances = [
+        instance(index, draw(st.integers(0, 16)), draw(st.integers(0, 16)), draw(st.floats(0, 4000)))
+        for index in range(count)
+    ]
+    arenas, cache = [], {}
+    for index in range(draw(st.integers(1, 6))):
+        sizes = draw(st.lists(st.integers(1, 3000), max_size=5))
+        capacity = draw(st.integers(max(1, sum(sizes)), 20_000))
+        arenas.append(arena(index, None if is_shared else index % count, capacity - sum(sizes), capacity))
+        cache[WorkerId(f"attention-{index}")] = {
+            SequenceKey(f"r{index}-{number}"): size for number, size in enumerate(sizes)
+        }
+    return instances, arenas, cache
+
+
+@settings(max_examples=300)
+@given(_clusters())
+def test_a_plan_can_always_be_carried_out(cluster: tuple[list[InstanceView], list[ArenaView], Cache]) -> None:
+    """Whatever the cluster: whole blocks that are there, no sequence twice, no target filled beyond its mark
+    or its room, no more moves than a round may have; and the same views give the same plan.
+    """
+    instances, arenas, cache = cluster
+    found = moves(instances, arenas, cache)
+    assert found == moves(instances, arenas, cache)
+    assert len(found) <= POLICY.moves_most
+    assert len({move.sequence for move in found}) == len(found)
+    views = {view.worker: view for view in arenas}
+    used = {view.worker: view.held_tokens for view in arenas}
+    for move in found:
+        assert move.tokens > 0
+        assert move.tokens % POLICY.block_tokens == 0
+        assert move.tokens <= cache[move.source][move.sequence]
+        assert move.source != move.target
+        used[move.source] -= move.tokens
+        used[move.target] += move.tokens
+    for target in {move.target for move in found}:
+        assert used[target] <= POLICY.full_use * views[target].capacity_tokens + 1
+
+
+def test_a_round_over_a_thousand_workers_takes_a_moment() -> None:
+    """1,000 workers with 100 sequences each, many of them short of room: far below a heartbeat's interval."""
+    instances = [instance(index, 2, waiting=8) for index in range(500)]
+    arenas = [arena(index, index // 2, free=50 if index < 800 else 8000) for index in range(1000)]
+    cache = {
+        view.worker: {SequenceKey(f"{view.worker}-{number}"): 60 + number for number in range(100)}
+        for view in arenas
+    }
+    began_s = time.perf_counter()
+    assert len(moves(instances, arenas, cache)) == POLICY.moves_most
+    assert time.perf_counter() - began_s < 2.0
