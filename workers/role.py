@@ -21,6 +21,7 @@ from types import FrameType
 from prometheus_client import CollectorRegistry
 
 from cluster import config as configuration
+from cluster import fault_points
 from cluster.config import Config
 from cluster.errors import AnabranchError, ConfigError, ModelError, VersionMismatch
 from cluster.telemetry import EventLogger, configure_logging, logger, serve_metrics
@@ -106,6 +107,7 @@ def parse(role: str, argv: Sequence[str] | None = None) -> RoleContext:
     epoch = draw_epoch()
     worker_id = WorkerId(arguments.worker_id or f"{role}-{arguments.index}")
     configure_logging(config.telemetry, role=role, worker=worker_id, epoch=f"{epoch:016x}")
+    fault_points.arm(worker_id)
     context = RoleContext(role, config, worker_id, arguments.index, epoch, arguments.controller)
     if threading.current_thread() is threading.main_thread():
         stop_on_signals(context.stop)

@@ -105,6 +105,23 @@ def test_a_shard_grows_under_the_generation_it_has() -> None:
     assert grown[0].generation == 1
 
 
+@pytest.mark.parametrize("is_named", [True, False], ids=["named by the map", "not named"])
+def test_a_take_over_forgets_the_generation_of_an_earlier_life(is_named: bool) -> None:
+    """A worker at which an earlier life here had room, but nothing certain, has nothing to adopt: room there is
+    asked for under the new generation, since the old one is fenced, and the old room is free.
+    """
+    workers = Workers(4)
+    placed = workers.reserve(0, 8)
+    if is_named:
+        workers.rooms.adopt(KEY, Generation(2), [1, 2, 3], [item.shard for item in placed])
+    else:
+        workers.rooms.adopt(KEY, Generation(2), [1, 2, 3], [])
+        workers.stores[0].adopt(KEY, Generation(2), [1, 2, 3])
+    assert workers.held() == [0]
+    again = workers.reserve(0, 4, generation=Generation(2))
+    assert [item.generation for item in again] == [2]
+
+
 def test_a_sequence_owned_by_another_is_fenced() -> None:
     """A lower generation than a worker knows is an error, not a refusal."""
     workers = Workers(4)

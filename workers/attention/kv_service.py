@@ -14,6 +14,7 @@ from cluster import rpc
 from cluster.blocks import BlockHash
 from cluster.config import TlsConfig
 from cluster.errors import Fenced, ResourceExhausted
+from cluster.fault_points import reach
 from cluster.types import Generation, KvGeometry, ShardId
 from workers.attention.arena import Arena
 from workers.attention.shard_blocks import BlockAccount
@@ -51,6 +52,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
             request.end_position,
             _prefix(request),
         )
+        reach("reserve-commit")
         return kv_pb2.ReserveResponse(
             responder=self._responder(),
             shard=shard_message(reservation.shard),

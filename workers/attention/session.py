@@ -10,6 +10,7 @@ from types import TracebackType
 from torch import Tensor
 
 from cluster.errors import InvalidRequest, NeedFull
+from cluster.fault_points import reach
 from workers.attention.arena import Arena
 from workers.attention.prepared_step import PreparedStep, slices
 from workers.attention.store import Store
@@ -84,6 +85,7 @@ class AttendSession:
             step, parts = self._step(message)
             with self._turn:
                 self._append(step, message)
+                reach("append-apply")
                 partial = self._attend_at_once(step, parts, message)
             if message.query is None:
                 return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cluster import blocks
 from cluster.blocks import BlockHash
+from cluster.fault_points import reach
 from cluster.types import KvGeometry, SequenceKey, ShardId
 from workers.attention.journal import Journal
 from workers.attention.ledger import BlockLedger
@@ -144,6 +145,7 @@ class ShardBlocks:
             if before is None:
                 return
             identity = blocks.child(before, shard.block_token_ids(index))
+            reach("seal-publish")
             prefix_blocks = shard.first // shard.block_tokens + index + 1
             shard.blocks[index] = self.ledger.publish(shard.blocks[index], identity, prefix_blocks)
             shard.hashes.append(identity)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from cluster.clock import Clock, monotonic
 from cluster.config import Config, Serves
 from cluster.errors import Fenced, Internal, NeedFull
+from cluster.fault_points import reach
 from cluster.perfmodel import Line
 from cluster.policies.placement import PlacementPolicy
 from cluster.policies.scheduler import Scheduler, SchedulerLimits, StepPlan
@@ -226,6 +227,7 @@ class Engine:
                     continue
                 outcome = self._run(plan)
                 if outcome is not None:
+                    reach("append-apply")
                     self._apply(plan, outcome)
             self._inbox.run(_OFFERS_MOST, _LAST_CALLS_BUDGET_S)
             self._table.hand_over_all()

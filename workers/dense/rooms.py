@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
+from cluster.fault_points import reach
 from cluster.policies.placement import Allotment, PlacementPolicy, place
 from cluster.policies.ranges import Range
 from cluster.telemetry import logger
@@ -124,6 +125,7 @@ class Rooms:
         Each worker confirms the tokens of its own shards. What lies behind a token that differs at any of
         them is given back, wherever it is.
         """
+        self._give_up_earlier_life(key, shard_map)
         found: list[HeldShard] = []
         differences: list[int] = []
         named = None if shard_map is None else {(shard.worker, shard.epoch) for shard in shard_map}
@@ -148,6 +150,21 @@ class Rooms:
         for held in void:
             self.release_shard(key, Placed(held.shard, held.generation))
         return _without_overlaps(held for held in found if held not in void)
+
+    def _give_up_earlier_life(self, key: SequenceKey, shard_map: Sequence[ShardRef] | None) -> None:
+        """Forget what an earlier life of a sequence, here, is known to hold: its generation is over, and nothing
+        may be asked for under it. Where a map does not name a worker nobody else will, so it is given back.
+        """
+        named = {shard.worker for shard in shard_map or ()}
+        for held in self._holders.take(key):
+            if shard_map is None or held.worker in named:
+                continue
+            try:
+                self._release_at(key, held)
+            except AnabranchError as error:  # another life holds it, or its lease ends by itself
+                _log.info(
+                    "release_failed", request_id=key.request_id, peer=held.worker, problem=error.message
+                )
 
     def pull(self, wanted: PullWanted) -> Placed | None:
         """Let the target copy from the source; the copy with all it has by now, None where nothing came.
@@ -263,6 +280,7 @@ class Rooms:
         prefix = wanted.chain.prefix(_known_start(grown, allotment))
         try:
             reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, prefix)
+            reach("reserve-commit")
             if not _is_meant(reservation.shard, grown, allotment):
                 raise InvalidRequest(f"{peer.worker} has a shard from {reservation.shard.first} on as well")
         except ResourceExhausted:

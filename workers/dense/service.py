@@ -15,6 +15,7 @@ from anabranch.wire import sequence_key, sequence_message
 from cluster import rpc
 from cluster.clock import Clock, monotonic
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, Unavailable, VersionMismatch
+from cluster.fault_points import reach
 from cluster.telemetry import logger
 from cluster.types import WIRE_VERSION, SequenceKey, WorkerId
 from workers.dense.admission import AdmissionLimits, check
@@ -82,6 +83,7 @@ class GatewayStream:
             if item is None:
                 return
             yield step_message(*item)
+            reach("sent-recorded")
 
 
 class DenseService(dense_pb2_grpc.DenseServiceServicer):

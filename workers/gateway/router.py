@@ -10,6 +10,7 @@ from anabranch.v1 import control_pb2, dense_pb2, types_pb2
 from cluster import rpc
 from cluster.config import Config
 from cluster.errors import AnabranchError, ResourceExhausted, Unavailable
+from cluster.fault_points import reach
 from cluster.telemetry import logger
 from cluster.types import SequenceKey
 from workers.gateway.choice import Choice, Gap, Phase, acknowledgement
@@ -142,6 +143,7 @@ class Router:
             _log.error("tokens_lost", error=gap, dense=link.worker_id)
             self._resubmit(choice, "gap", avoid=link)
             return
+        reach("record-send")
         choice.listener.on_news(choice, news)
         if choice.phase is Phase.FINISHED:
             return  # the listener ended it: its client was too slow
@@ -151,6 +153,7 @@ class Router:
         elif delta.finish_reason != types_pb2.FINISH_REASON_UNSPECIFIED:
             link.send(acknowledgement(delta))
             self.end(choice, abort=False)
+            reach("acknowledge-finish")
             choice.listener.on_finished(choice, delta)
         elif delta.handoff:
             link.hands_over |= not delta.worker_stays
