@@ -141,10 +141,10 @@ class SequenceState:
         if self.frozen:
             return None
         enough = min(self.length + enough_tokens, self.max_length)
-        gap = first_gap(self.room, self.computed, enough)
-        if gap is None or gap[1] < enough:
-            return gap
-        return gap[0], max(enough, min(self.length + goal_tokens, self.max_length))
+        if first_gap(self.room, self.computed, enough) is None:
+            return None
+        goal = max(enough, min(self.length + goal_tokens, self.max_length))
+        return first_gap(self.room, self.computed, goal)  # up to what has room already, ahead of a loss
 
     def row(self, budget_tokens: int) -> Row | None:
         """The next chunk within budget, one shard's room and the next hole; remembered as planned."""

@@ -34,6 +34,18 @@ def test_room_is_asked_for_ahead_and_not_for_every_token() -> None:
     assert 5 <= len(requests) <= 7
 
 
+def test_a_hole_is_asked_for_up_to_the_room_behind_it() -> None:
+    """Room reserved ahead outlives a loss before it: what is asked for ends there, however far ahead of the
+    known tokens that is, since no position is reserved twice.
+    """
+    subject = scheduler()
+    subject.submit(A, 10, 0, 1e9, 0.0, max_length=100, room=[(0, 8), (8, 16), (16, 20)], computed=[(0, 9)])
+    apply(subject, subject.plan(0.0))
+    assert not subject.lost(A, [(8, 16)])
+    requests = subject.plan(0.0).room
+    assert [(request.first, request.end) for request in requests] == [(8, 16)]
+
+
 def test_room_beyond_the_longest_output_is_never_asked_for() -> None:
     """`max_length` caps what is reserved ahead."""
     subject = scheduler()

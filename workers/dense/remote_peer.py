@@ -11,6 +11,7 @@ from anabranch import wire
 from anabranch.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 from cluster import rpc
 from cluster.config import TlsConfig
+from cluster.errors import Unavailable
 from cluster.types import Generation, SequenceKey, ShardId
 from workers.dense.members import AttentionMember
 from workers.lanes.dial import Caller, dial
@@ -164,6 +165,8 @@ def _call(call: Callable[[], _T]) -> _T:
         return call()
     except grpc.RpcError as error:
         raise rpc.from_rpc(error) from error
+    except ValueError as error:  # how gRPC refuses a call on a channel that another thread closed just now
+        raise Unavailable("the connection to the attention worker was given up") from error
 
 
 def _acquisition(response: kv_pb2.AcquireResponse | kv_pb2.PullResponse) -> Acquisition:
