@@ -12,7 +12,7 @@ import grpc
 from anabranch.answers import Health, Model, Tokenized, Topology
 from anabranch.async_stream import AsyncStream, ResponseCall, wait
 from anabranch.failover import Failover, next_pause_s
-from anabranch.gateways import HEALTH_CHECK, HEALTH_TIMEOUT_S, Gateways, health_of, health_request
+from anabranch.gateways import HEALTH_CHECK, HEALTH_TIMEOUT_S, SILENCE_S, Gateways, health_of, health_request
 from anabranch.requests import ChatMessages, GenerateOptions, generate_request, tokenize_request
 from anabranch.resume import Generation
 from anabranch.v1 import inference_pb2, inference_pb2_grpc
@@ -46,8 +46,11 @@ class AsyncClient:
         tls: TlsConfig | None = None,
         timeout_s: float = 600.0,
         outage_s: float = 30.0,
+        silence_s: float = SILENCE_S,
     ) -> None:
-        self._gateways = Gateways(addresses, api_key=api_key, tls=tls, timeout_s=timeout_s, outage_s=outage_s)
+        self._gateways = Gateways(
+            addresses, api_key=api_key, tls=tls, timeout_s=timeout_s, outage_s=outage_s, silence_s=silence_s
+        )
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closed = asyncio.Event()
 
@@ -155,7 +158,9 @@ class AsyncClient:
             raise Unavailable("the client is closed")
         if address not in self._channels:
             gateways = self._gateways
-            self._channels[address] = rpc.aio_channel(address, gateways.tls, gateways.message_bytes)
+            self._channels[address] = rpc.aio_channel(
+                address, gateways.tls, gateways.message_bytes, gateways.silence_ms
+            )
         return self._channels[address]
 
     def _stub(self, address: str) -> _Stub:

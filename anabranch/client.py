@@ -11,7 +11,7 @@ import grpc
 
 from anabranch.answers import Health, Model, Tokenized, Topology
 from anabranch.failover import Failover, next_pause_s
-from anabranch.gateways import HEALTH_CHECK, HEALTH_TIMEOUT_S, Gateways, health_of, health_request
+from anabranch.gateways import HEALTH_CHECK, HEALTH_TIMEOUT_S, SILENCE_S, Gateways, health_of, health_request
 from anabranch.requests import ChatMessages, GenerateOptions, generate_request, tokenize_request
 from anabranch.resume import Generation
 from anabranch.stream import ResponseCall, Stream
@@ -32,8 +32,9 @@ class Client:
 
     `addresses` are gateways of one cluster, host:port. Calls begin at one after the other. A call whose
     gateway goes away is made again at the next one, and a stream goes on where it broke: each token and
-    its text arrive exactly once. `timeout_s` is the deadline of a call that names none; after `outage_s`
-    without an answer from any gateway the last failure is raised. Errors are those of cluster.errors.
+    its text arrive exactly once. `timeout_s` is the deadline of a call that names none; a gateway that is
+    silent for `silence_s` is left; after `outage_s` without an answer from any gateway the last failure is
+    raised. Errors are those of cluster.errors.
 
     >>> from anabranch import Client
     >>> with Client("127.0.0.1:8650") as client:
@@ -50,8 +51,11 @@ class Client:
         tls: TlsConfig | None = None,
         timeout_s: float = 600.0,
         outage_s: float = 30.0,
+        silence_s: float = SILENCE_S,
     ) -> None:
-        self._gateways = Gateways(addresses, api_key=api_key, tls=tls, timeout_s=timeout_s, outage_s=outage_s)
+        self._gateways = Gateways(
+            addresses, api_key=api_key, tls=tls, timeout_s=timeout_s, outage_s=outage_s, silence_s=silence_s
+        )
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()  # over _channels and _closed
         self._closed = threading.Event()
@@ -167,7 +171,9 @@ class Client:
                 raise Unavailable("the client is closed")
             if address not in self._channels:
                 gateways = self._gateways
-                self._channels[address] = rpc.channel(address, gateways.tls, gateways.message_bytes)
+                self._channels[address] = rpc.channel(
+                    address, gateways.tls, gateways.message_bytes, gateways.silence_ms
+                )
             return self._channels[address]
 
     def _stub(self, address: str) -> inference_pb2_grpc.InferenceServiceStub:

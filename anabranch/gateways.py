@@ -24,6 +24,9 @@ HEALTH_CHECK = (
 )
 """Method, serializer and deserializer: health's own stub does not tell its methods' types."""
 
+SILENCE_S = 0.8
+"""Many round trips of any network; a stream that is left too early only costs a resumption."""
+
 HEALTH_TIMEOUT_S = 5.0
 """Longest wait for one gateway's answer about its health."""
 
@@ -31,7 +34,8 @@ HEALTH_TIMEOUT_S = 5.0
 class Gateways:
     """Immutable settings of a client, and a turn that moves on with each call.
 
-    `timeout_s` is the deadline of a call that names none; `outage_s` how long no gateway may answer.
+    `timeout_s` is the deadline of a call that names none; `outage_s` how long no gateway may answer;
+    `silence_s` after how long one that does not even answer to pings is left for the next.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Gateways:
         tls: TlsConfig | None,
         timeout_s: float,
         outage_s: float,
+        silence_s: float,
     ) -> None:
         self.addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         if not self.addresses or not all(self.addresses):
@@ -51,6 +56,7 @@ class Gateways:
         self.message_bytes = DEFAULT_MESSAGE_BYTES
         self.timeout_s = timeout_s
         self._outage_s = outage_s
+        self.silence_ms = max(1, round(1000 * silence_s))
         self._turns = itertools.count()
 
     def failover(self, timeout_s: float | None = None) -> Failover:

@@ -1,8 +1,8 @@
-"""Named points on a request's way at which a test holds a process, to kill, freeze or cut it off right there.
+"""Named points on a request's way at which a test holds a process, to kill, freeze or cut it off there.
 
-Off, which is always but in processes that a test or `anabranch chaos` starts for the purpose, a point costs one
-look at a name. Armed by the environment, a process tells whoever listens at a unix socket who it is, and then,
-one line at a time:
+Off, which is always but in processes that a test or `anabranch chaos` starts for the purpose, a point costs
+one look at a name. Armed by the environment, a process tells whoever listens at a unix socket who it is, and
+then, one line at a time:
 
     hold POINT -->  (the next thread that gets there stops)  --> reached POINT
     go         -->  (it goes on; so it does by itself after HOLD_MOST_S, or when the listener is gone)
@@ -80,7 +80,7 @@ _armed: FaultPoints | None = None
 
 def arm(worker: str) -> None:
     """Arm this process if its environment says so, which is logged loudly."""
-    global _armed  # noqa: PLW0603  a process is armed once, before it serves
+    global _armed
     path = os.environ.get(ENVIRONMENT)
     if path:
         _log.warning("fault_points_armed", listener=path, remark="a test may hold or kill this process")

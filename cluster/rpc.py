@@ -23,10 +23,10 @@ _STATUS_DETAILS = "grpc-status-details-bin"
 _DOMAIN = "anabranch"
 
 _KEEPALIVE_MS = 20_000
+SILENCE_MS = 30_000
+"""A peer that does not answer for this long is given up, unless a channel says otherwise."""
+
 _CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
-    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -49,9 +49,18 @@ def _sizes(message_bytes: int) -> list[tuple[str, Any]]:
     ]
 
 
-def channel_options(message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[tuple[str, Any]]:
-    """Options every channel of ours uses."""
-    return [*_CHANNEL_OPTIONS, *_sizes(message_bytes)]
+def channel_options(
+    message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+) -> list[tuple[str, Any]]:
+    """Options every channel of ours uses. The peer is asked after a third of the silence it is allowed; where
+    that is often, only while a call is open.
+    """
+    keepalive = [
+        ("grpc.keepalive_permit_without_calls", int(silence_ms >= SILENCE_MS)),
+        ("grpc.keepalive_time_ms", silence_ms // 3),
+        ("grpc.keepalive_timeout_ms", silence_ms - silence_ms // 3),
+    ]
+    return [*_CHANNEL_OPTIONS, *keepalive, *_sizes(message_bytes)]
 
 
 def server_options(message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[tuple[str, Any]]:
@@ -83,19 +92,23 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([pair], _read(tls.authority), tls.mutual)
 
 
-def channel(address: str, tls: TlsConfig, message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.Channel:
-    """A synchronous channel to host:port."""
+def channel(
+    address: str, tls: TlsConfig, message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+) -> grpc.Channel:
+    """A synchronous channel to host:port; its calls break when the peer has been silent for `silence_ms`."""
     credentials = channel_credentials(tls)
-    options = channel_options(message_bytes)
+    options = channel_options(message_bytes, silence_ms)
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, credentials, options)
 
 
-def aio_channel(address: str, tls: TlsConfig, message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """An asyncio channel to host:port."""
+def aio_channel(
+    address: str, tls: TlsConfig, message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+) -> grpc.aio.Channel:
+    """An asyncio channel to host:port; its calls break when the peer has been silent for `silence_ms`."""
     credentials = channel_credentials(tls)
-    options = channel_options(message_bytes)
+    options = channel_options(message_bytes, silence_ms)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options)
     return grpc.aio.secure_channel(address, credentials, options)

@@ -9,6 +9,7 @@ import typer
 
 from anabranch.cli import model
 from anabranch.cli.bench import command as bench
+from anabranch.cli.chaos.command import chaos
 from anabranch.cli.chat import chat_command
 from anabranch.cli.config import config_command
 from anabranch.cli.demo import demo
@@ -48,6 +49,7 @@ app.command()(down)
 app.command()(doctor)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
+app.command()(chaos)
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 

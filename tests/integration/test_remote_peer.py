@@ -16,8 +16,8 @@ GEOMETRY = KvGeometry(
 
 
 def test_a_call_on_a_connection_that_was_given_up_finds_nobody() -> None:
-    """Membership takes a worker away while a thread is about to ask it: the answer is that nobody is there, an
-    error of the tree, on which room is sought elsewhere.
+    """Membership takes a worker away while a thread is about to ask it: the answer is that nobody is there,
+    an error of the tree, on which room is sought elsewhere.
     """
     member = AttentionMember(WorkerId("attention-0"), Epoch(1), "127.0.0.1:1", 4, 4)
     peer = RemotePeer(member, Caller(WorkerId("dense-0"), Epoch(1), GEOMETRY, ("grpc",), 8), TlsConfig())

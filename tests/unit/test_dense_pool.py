@@ -107,8 +107,8 @@ def test_a_shard_grows_under_the_generation_it_has() -> None:
 
 @pytest.mark.parametrize("is_named", [True, False], ids=["named by the map", "not named"])
 def test_a_take_over_forgets_the_generation_of_an_earlier_life(is_named: bool) -> None:
-    """A worker at which an earlier life here had room, but nothing certain, has nothing to adopt: room there is
-    asked for under the new generation, since the old one is fenced, and the old room is free.
+    """A worker at which an earlier life here had room, but nothing certain, has nothing to adopt: room there
+    is asked for under the new generation, since the old one is fenced, and the old room is free.
     """
     workers = Workers(4)
     placed = workers.reserve(0, 8)

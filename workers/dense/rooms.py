@@ -152,8 +152,8 @@ class Rooms:
         return _without_overlaps(held for held in found if held not in void)
 
     def _give_up_earlier_life(self, key: SequenceKey, shard_map: Sequence[ShardRef] | None) -> None:
-        """Forget what an earlier life of a sequence, here, is known to hold: its generation is over, and nothing
-        may be asked for under it. Where a map does not name a worker nobody else will, so it is given back.
+        """Forget what an earlier life of a sequence, here, is known to hold: its generation is over, and
+        nothing may be asked for under it. What lies at workers that a map does not name is given back.
         """
         named = {shard.worker for shard in shard_map or ()}
         for held in self._holders.take(key):

@@ -10,7 +10,7 @@ import grpc
 
 from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
 from cluster import rpc
-from cluster.config import TlsConfig
+from cluster.config import Config
 from cluster.errors import AnabranchError, Unavailable, VersionMismatch
 from cluster.telemetry import logger
 from cluster.types import WIRE_VERSION, Epoch, WorkerId
@@ -55,7 +55,7 @@ class DenseLink:
     """
 
     def __init__(
-        self, member: inference_pb2.Member, identity: GatewayIdentity, tls: TlsConfig, events: LinkEvents
+        self, member: inference_pb2.Member, identity: GatewayIdentity, config: Config, events: LinkEvents
     ) -> None:
         self.worker_id = WorkerId(member.worker_id)
         self.epoch = Epoch(member.epoch)
@@ -67,7 +67,8 @@ class DenseLink:
         self._identity = identity
         self._events = events
         self._outbox: asyncio.Queue[dense_pb2.ServeRequest] = asyncio.Queue(_OUTBOX_MESSAGES)
-        self._channel = rpc.aio_channel(member.address, tls)
+        silence_ms = config.controller.expiry_ms  # a stream whose worker says nothing breaks, heard of or not
+        self._channel = rpc.aio_channel(member.address, config.security.tls, silence_ms=silence_ms)
         self._stream: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._keep_open(), name=f"link {self.worker_id}")
 

@@ -21,7 +21,7 @@ class DenseLinks:
     def __init__(self, identity: GatewayIdentity, config: Config, events: LinkEvents) -> None:
         self._loop = asyncio.get_running_loop()
         self._identity = identity
-        self._tls = config.security.tls
+        self._config = config
         self._events = events
         self._absence_s = config.controller.expiry_ms / 1000
         self._links: dict[WorkerId, DenseLink] = {}
@@ -78,7 +78,7 @@ class DenseLinks:
             return
         if link is not None:
             self._leave(worker_id)
-        self._links[worker_id] = DenseLink(member, self._identity, self._tls, self._events)
+        self._links[worker_id] = DenseLink(member, self._identity, self._config, self._events)
 
     def _leave(self, worker_id: WorkerId) -> None:
         self._absent.pop(worker_id, None)

@@ -1,0 +1,114 @@
+"""`anabranch chaos`: seeds run one after the other, a line for each, and a report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import InvalidRequest, Unavailable
+
+_KINDS = "kill,freeze,cut"
+
+
+def chaos(
+    seed: Annotated[int, typer.Option(help="The first seed: it decides requests, victims and moments.")] = 0,
+    seeds: Annotated[int, typer.Option(help="How many seeds, one after the other.", min=1)] = 1,
+    requests: Annotated[int, typer.Option(help="Requests of each run.", min=1)] = 200,
+    load: Annotated[
+        float, typer.Option(help="Share of what the fleet can serve, measured first.", min=0.01, max=1.0)
+    ] = 0.25,
+    faults: Annotated[int | None, typer.Option(help="No more faults than this in each run.", min=0)] = None,
+    kinds: Annotated[str, typer.Option(help="Of kill, freeze, cut, separated by commas.")] = _KINDS,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the whole report into FILE.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep the processes' logs, in a folder per seed.")
+    ] = None,
+) -> int:
+    """Kill, freeze and cut off processes of a small cluster under load, and compare every token.
+
+    Two gateways, two dense and three attention workers on a tiny random model serve the same requests twice:
+    undisturbed, and while a drawn process is lost again as soon as the fleet is whole. A request that
+    ends in an error, hangs, or has another token fails the run; so does a block that stays held.
+
+    \b
+    anabranch chaos --seed 7
+    anabranch chaos --seeds 50 --json chaos.json
+    """
+    from anabranch.cli.chaos.verdict import summary
+
+    chosen = _kinds(kinds)
+    console = Console()
+    reports = []
+    for number in range(seed, seed + seeds):
+        settings = {
+            "requests": requests, "load": load, "faults_most": faults, "kinds": chosen,
+        }  # fmt: skip
+        reports.append(_one(number, settings, keep, console))
+        if json_file is not None:
+            json_file.write_text(json.dumps({"summary": summary(reports), "seeds": reports}, indent=1) + "\n")
+    whole = summary(reports)
+    console.print(_table(whole))
+    return 1 if whole["failures"] else 0
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(word.strip() for word in text.split(","))
+    unknown = set(kinds) - set(_KINDS.split(","))
+    if unknown:
+        raise InvalidRequest(f"--kinds: {', '.join(sorted(unknown))} is none of {_KINDS}")
+    return kinds
+
+
+def _one(seed: int, settings: dict[str, Any], keep: Path | None, console: Console) -> dict[str, Any]:
+    """Run one seed and print its line; a fleet that does not recover is a failure of the seed."""
+    from anabranch.cli.chaos.near_ties import NEAR_TIE, gap_at
+    from anabranch.cli.chaos.run import Settings, run
+    from anabranch.cli.chaos.verdict import failed, verdict
+
+    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
+        folder = Path(scratch)
+        if keep is not None:
+            folder = keep / f"seed-{seed}"
+            folder.mkdir(parents=True)
+        with console.status("") as status:
+            tell = lambda doing: status.update(f"seed {seed}: {doing}")  # noqa: E731
+            try:
+                course = asyncio.run(run(Settings(seed, **settings), folder, tell))
+                report = verdict(course, partial(gap_at, folder / "model"), NEAR_TIE)
+            except Unavailable as error:
+                report = failed(seed, error.message)
+    line = f"seed {seed}: {report['requests']} requests, {len(report['faults'])} faults"
+    console.print(f"{line}, {len(report['failures'])} failures", highlight=False)
+    for failure in report["failures"]:
+        console.print(f"  {failure}", markup=False, highlight=False)
+    for tie in report["near_ties"]:
+        console.print(
+            f"  near-tie: {tie['request']}, token {tie['index']}: {tie['gap']:.2g}", highlight=False
+        )
+    return report
+
+
+def _table(whole: dict[str, Any]) -> Table:
+    """Per role and kind: how often, and how much longer than its own longest calm silence a stream waited."""
+    table = Table(
+        title=f"{whole['requests']} requests, load {whole['load_share_most']:.0%} of capacity at most"
+    )
+    for name in ("lost", "faults", "streams", "extra silence p50, s", "p95, s"):
+        table.add_column(name, justify="left" if name == "lost" else "right")
+    for name, extra in whole["extra_s"].items():
+        count = whole["faults"].get(name) or sum(
+            times for pair, times in whole["faults"].items() if pair.startswith(f"{name} ")
+        )
+        figures = ("-" if extra[key] is None else f"{extra[key]:.2f}" for key in ("p50", "p95"))
+        table.add_row(name, str(count), str(extra["streams"]), *figures)
+    return table

@@ -1,0 +1,110 @@
+"""The load: every request of a schedule through the public client, with the time of each token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from time import monotonic
+
+from anabranch import AsyncClient
+from anabranch.cli.chaos.schedule import Request
+from anabranch.events import Finished, TokenDelta
+from cluster.errors import AnabranchError
+
+_DEADLINE_S = 60.0
+"""Of each request; far beyond what recovery takes, so one that meets it hung."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What became of one request. Times are monotonic seconds; `resumes` how often its stream was opened anew
+    before each arrival.
+    """
+
+    request: Request
+    sent_s: float = 0.0
+    ended_s: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    arrivals_s: list[float] = field(default_factory=list)
+    resumes: list[int] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it ended well, with all its tokens."""
+        return not self.error and len(self.tokens) == self.request.max_tokens
+
+    def longest_gap_s(self) -> float:
+        """The longest silence, the one before the first token included."""
+        times = [self.sent_s, *self.arrivals_s]
+        return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
+
+    def silence_at(self, moment_s: float) -> tuple[float, bool] | None:
+        """The silence around a moment while it was open: how long, and whether the stream was opened anew in
+        it. None where it was not open, or no token came after it.
+        """
+        before_s, resumes = self.sent_s, 0
+        if moment_s < before_s:
+            return None
+        for arrival_s, resumed in zip(self.arrivals_s, self.resumes, strict=True):
+            if arrival_s > moment_s:
+                return arrival_s - before_s, resumed > resumes
+            before_s, resumes = arrival_s, resumed
+        return None
+
+
+class Load:
+    """One run of a schedule. `open` counts the requests under way."""
+
+    def __init__(self, schedule: Sequence[Request], gateways: Sequence[str], suffix: str) -> None:
+        """`suffix` tells the request ids of this run from another's."""
+        self.answers = [Answer(request) for request in schedule]
+        self._client = AsyncClient(gateways)
+        self._suffix = suffix
+        self.open = 0
+        self.ended = 0
+
+    async def run(self) -> list[Answer]:
+        """Send every request when it is due, and read all to their ends; never raises for a request."""
+        began_s = monotonic()
+        async with self._client, asyncio.TaskGroup() as tasks:
+            for answer in self.answers:
+                await asyncio.sleep(max(0.0, began_s + answer.request.at_s - monotonic()))
+                tasks.create_task(self._read(answer))
+        return self.answers
+
+    def tokens_per_second(self) -> float:
+        """Over the whole run, from the first request to the last token."""
+        seconds = max(a.ended_s for a in self.answers) - min(a.sent_s for a in self.answers)
+        return sum(len(answer.tokens) for answer in self.answers) / seconds
+
+    async def _read(self, answer: Answer) -> None:
+        request = answer.request
+        answer.sent_s = monotonic()
+        self.open += 1
+        try:
+            stream = self._client.generate(
+                token_ids=request.prompt,
+                request_id=f"{request.name}{self._suffix}",
+                deadline_s=_DEADLINE_S,
+                max_tokens=request.max_tokens,
+                ignore_eos=True,
+                **request.sampling,
+            )
+            finished = False
+            async for event in stream:
+                if isinstance(event, TokenDelta) and event.token_ids:
+                    answer.tokens += event.token_ids
+                    answer.arrivals_s.append(monotonic())
+                    answer.resumes.append(stream.resumes)
+                finished |= isinstance(event, Finished)
+            if not finished:
+                answer.error = "the stream ended without an end"
+        except AnabranchError as error:
+            answer.error = f"{error.reason}: {error.message}"
+        finally:
+            answer.ended_s = monotonic()
+            self.open -= 1
+            self.ended += 1

@@ -1,0 +1,170 @@
+"""One seed: a fleet, the load once undisturbed and once under faults, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, time
+from typing import Any
+
+from anabranch.cli.chaos import model, schedule
+from anabranch.cli.chaos.fleet import Fleet
+from anabranch.cli.chaos.load import Answer, Load
+from anabranch.cli.chaos.network import Network
+from anabranch.cli.chaos.orders import Orders
+from anabranch.cli.chaos.schedule import Request
+from anabranch.cli.chaos.strike import Striker, Struck
+from cluster import config as configuration
+from cluster.config import Config
+
+_FREE_S = 20.0
+"""Time after the load in which every block must be free again: leases of lost sequences run out in it."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is run. load: share of what the fleet can serve. faults_most: no more than this many, None: as
+    many as the load's time allows.
+    """
+
+    seed: int
+    requests: int = 200
+    load: float = 0.25
+    faults_most: int | None = None
+    kinds: tuple[schedule.Kind, ...] = schedule.KINDS
+    gateways: int = 2
+    dense_workers: int = 2
+    attention_workers: int = 3
+
+
+@dataclass(slots=True)
+class Course:
+    """How a run went; times are monotonic seconds."""
+
+    settings: Settings
+    calm: list[Answer] = field(default_factory=list)
+    disturbed: list[Answer] = field(default_factory=list)
+    struck: list[Struck] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    starts: int = 0
+    load_share: float = 0.0
+    """The load's tokens per second, over what the fleet gave when it was asked for as much as it can."""
+    clock_offset_s: float = 0.0
+    """What to add to monotonic seconds for those of the logs."""
+
+
+def configured(settings: Settings, folder: Path) -> Config:
+    """The configuration of the fleet under test: small steps and blocks, quick to notice a loss."""
+    overrides: dict[str, Any] = {
+        "model.path": str(folder),
+        "model.name": "chaos",
+        "gateway.replicas": settings.gateways,
+        "gateway.port": 0,
+        "gateway.http_port": None,
+        "dense.replicas": settings.dense_workers,
+        "dense.step_tokens": 64,
+        "dense.max_batch": 32,
+        "attention.replicas": settings.attention_workers,
+        "attention.arena": "32MiB",
+        "attention.block_tokens": 16,
+        "attention.lease_ms": 6000,
+        "placement.shard_tokens": 64,
+        "lanes.transports": [schedule.transport(settings.seed)],
+        "lanes.deadline_floor_ms": 1000,
+        "controller.port": 0,
+        "controller.heartbeat_ms": 100,
+        "controller.expiry_ms": 1000,
+        "controller.drain_grace_s": 5.0,
+        "telemetry.log_level": "debug",
+    }
+    return configuration.load(None, overrides)
+
+
+async def run(settings: Settings, folder: Path, tell: Tell) -> Course:
+    """Run one seed in `folder`. Raises Unavailable when the fleet does not come up, or does not recover."""
+    course = Course(settings, clock_offset_s=time() - monotonic())
+    model_folder, logs = folder / "model", folder / "logs"
+    model_folder.mkdir()
+    logs.mkdir()
+    model.write(model_folder)
+    with contextlib.closing(Network()) as network:
+        orders = Orders(folder / "orders")
+        await orders.start()
+        fleet = Fleet(configured(settings, model_folder), logs, network, orders.path)
+        try:
+            tell("starting")
+            await fleet.start()
+            await _serve(course, fleet, network, orders, tell)
+            await _settle(course, fleet, tell)
+            fleet.close()
+        finally:
+            fleet.kill_all()
+            await orders.close()
+            course.problems += fleet.problems
+            course.logs, course.starts = fleet.logs(), fleet.starts
+    return course
+
+
+async def _serve(course: Course, fleet: Fleet, network: Network, orders: Orders, tell: Tell) -> None:
+    settings = course.settings
+    asked = schedule.requests(settings.seed, settings.requests)
+    watching = asyncio.create_task(fleet.watch())
+    try:
+        tell("measuring what the fleet can serve")
+        most = await _tokens_per_second(schedule.rush(asked), fleet, "-rush")
+        asked = schedule.paced(asked, settings.load * most)
+        tell("undisturbed")
+        calm = Load(asked, fleet.gateways, "-calm")
+        course.calm = await calm.run()
+        course.load_share = calm.tokens_per_second() / most
+        load = Load(asked, fleet.gateways, "-chaos")
+        running = asyncio.create_task(load.run())
+        striker = Striker(fleet, network, orders, running.done)
+        await _strike_all(course, striker, running, tell)
+        course.disturbed = await running
+        await fleet.wait_whole()
+    finally:
+        watching.cancel()
+
+
+async def _tokens_per_second(asked: Sequence[Request], fleet: Fleet, suffix: str) -> float:
+    load = Load(asked, fleet.gateways, suffix)
+    await load.run()
+    return load.tokens_per_second()
+
+
+async def _strike_all(
+    course: Course, striker: Striker, running: asyncio.Task[list[Answer]], tell: Tell
+) -> None:
+    for number, fault in enumerate(schedule.faults(course.settings.seed, course.settings.kinds)):
+        if number == course.settings.faults_most or running.done():
+            return
+        tell(f"fault {number + 1}: {fault.role} {fault.kind} {fault.point or ''}")
+        struck = await striker.strike(fault)
+        if struck is not None:
+            course.struck.append(struck)
+
+
+async def _settle(course: Course, fleet: Fleet, tell: Tell) -> None:
+    """Every block becomes free; the accounts add up."""
+    tell("waiting for every block")
+    end_s = monotonic() + _FREE_S
+    while True:
+        accounts = await asyncio.to_thread(fleet.audits)
+        held = {
+            slot: [holding.sequence.request_id for holding in account.holdings]
+            for slot, account in accounts.items()
+            if account.blocks.free + account.blocks.sealed_cached != account.blocks.capacity
+        }
+        if not held:
+            return
+        if monotonic() > end_s:
+            course.problems.append(f"blocks are still held after {_FREE_S:g} s: {held}")
+            return
+        await asyncio.sleep(0.2)

@@ -1,0 +1,177 @@
+"""What a course says: which promises held, and how long each kind of loss kept clients waiting. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from anabranch.cli.chaos.load import Answer
+from anabranch.cli.chaos.run import Course
+from anabranch.cli.chaos.schedule import Request
+from anabranch.cli.chaos.strike import Struck
+
+NEAR_TIES_MOST = 0.005
+"""Share of requests whose comparison may end at a near-tie."""
+
+LOAD_MOST = 0.3
+"""Share of what the fleet can serve that the load may take."""
+
+Gap = Callable[[Request, Sequence[int]], float]
+"""How close the choice behind some output tokens of a request was; see `near_ties`."""
+
+
+def verdict(course: Course, gap_at: Gap, near_tie: float) -> dict[str, Any]:
+    """One seed's result. `failures` is empty where every promise held."""
+    failures = list(course.problems)
+    ties: list[dict[str, Any]] = []
+    for calm, disturbed in zip(course.calm, course.disturbed, strict=True):
+        failures += _answer_failures(calm, disturbed)
+        difference = _first_difference(calm, disturbed)
+        if difference is not None:
+            gap = gap_at(calm.request, calm.tokens[:difference])
+            found = {"request": calm.request.name, "index": difference, "gap": gap}
+            if gap < near_tie:
+                ties.append(found)
+            else:
+                failures.append(f"{calm.request.name}: token {difference} differs, by no near-tie: {gap:.3g}")
+    if len(ties) > NEAR_TIES_MOST * len(course.calm):
+        failures.append(f"{len(ties)} near-ties in {len(course.calm)} requests")
+    faults = [_fault(course, struck) for struck in course.struck]
+    recomputed = sum(fault["prompt_tokens_recomputed"] for fault in faults)
+    if recomputed:
+        failures.append(f"{recomputed} prompt tokens were computed again without an attention worker's loss")
+    return {
+        "seed": course.settings.seed,
+        "requests": len(course.disturbed),
+        "tokens": sum(len(answer.tokens) for answer in course.disturbed),
+        "resumes": sum(answer.resumes[-1] for answer in course.disturbed if answer.resumes),
+        "starts": course.starts,
+        "load_share": course.load_share,
+        "near_ties": ties,
+        "failures": failures,
+        "faults": faults,
+    }
+
+
+def failed(seed: int, problem: str) -> dict[str, Any]:
+    """The result of a seed that could not be run to its end."""
+    empty: dict[str, Any] = {"near_ties": [], "failures": [problem], "faults": []}
+    return {"seed": seed, "requests": 0, "tokens": 0, "resumes": 0, "starts": 0, "load_share": 0.0, **empty}
+
+
+def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Over all seeds: per role and kind how often, and p50 and p95 of the silence of streams it touched."""
+    faults = [fault for seed in seeds for fault in seed["faults"]]
+    groups: dict[str, list[float]] = {}
+    for fault in faults:
+        for name in (fault["role"], f"{fault['role']} {fault['kind']}"):
+            groups.setdefault(name, []).extend(fault["extra_s"])
+    return {
+        "seeds": len(seeds),
+        "requests": sum(seed["requests"] for seed in seeds),
+        "faults": dict(sorted(Counter(f"{fault['role']} {fault['kind']}" for fault in faults).items())),
+        "faults_at_points": dict(sorted(Counter(f["point"] for f in faults if f["point"]).items())),
+        "near_ties": sum(len(seed["near_ties"]) for seed in seeds),
+        "load_share_most": max((seed["load_share"] for seed in seeds), default=0.0),
+        "failures": sum(len(seed["failures"]) for seed in seeds),
+        "extra_s": {
+            name: {"streams": len(values), "p50": percentile(values, 0.5), "p95": percentile(values, 0.95)}
+            for name, values in sorted(groups.items())
+        },
+    }
+
+
+def percentile(values: Iterable[float], share: float) -> float | None:
+    """The smallest value that at least this share of them does not exceed; None of nothing."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+
+
+def _answer_failures(calm: Answer, disturbed: Answer) -> list[str]:
+    name = calm.request.name
+    runs = (("undisturbed", calm), ("disturbed", disturbed))
+    return [
+        f"{name}, {run}: {answer.error or f'{len(answer.tokens)} of {answer.request.max_tokens} tokens'}"
+        for run, answer in runs
+        if not answer.is_whole
+    ]
+
+
+def _first_difference(calm: Answer, disturbed: Answer) -> int | None:
+    pairs = zip(calm.tokens, disturbed.tokens, strict=False)
+    return next((index for index, (one, other) in enumerate(pairs) if one != other), None)
+
+
+def _fault(course: Course, struck: Struck) -> dict[str, Any]:
+    """A fault as the report names it, with the extra silence of every stream it touched."""
+    until_s = struck.at_s + struck.whole_again_s
+    events = _events_between(course, struck.at_s, until_s)
+    touched = _touched(course, struck, events)
+    recomputed = 0 if struck.fault.role == "attention" else _recomputed(course, events)
+    return {
+        "role": struck.fault.role,
+        "kind": struck.fault.kind,
+        "point": struck.fault.point,
+        "lasted_s": struck.fault.lasts_s,
+        "slot": struck.slot,
+        "streams": struck.streams,
+        "replaced": struck.replaced,
+        "whole_again_s": round(struck.whole_again_s, 3),
+        "extra_s": [round(extra_s, 4) for extra_s in touched],
+        "prompt_tokens_recomputed": recomputed,
+    }
+
+
+def _touched(course: Course, struck: Struck, events: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Per stream that was at the victim: the silence around the fault, beyond its own longest when calm.
+
+    A gateway's streams were opened anew, a dense worker's sequences resubmitted; an attention worker's lost a
+    shard. Where a fault was over before anybody gave the victim up, all open streams count.
+    """
+    named = {
+        "gateway": None,
+        "dense": {event["request_id"] for event in events if event["event"] == "resubmit"},
+        "attention": {
+            event["request_id"]
+            for event in events
+            if event["event"] == "shards_lost" and event["peer"] == struck.slot
+        },
+    }[struck.fault.role]
+    found: list[tuple[float, bool]] = []
+    for calm, disturbed in zip(course.calm, course.disturbed, strict=True):
+        silence = disturbed.silence_at(struck.at_s)
+        if silence is not None:
+            seconds, reopened = silence
+            is_named = reopened if named is None else f"{disturbed.request.name}-chaos" in named
+            found.append((seconds - calm.longest_gap_s(), is_named))
+    if any(is_named for _, is_named in found):
+        return [extra_s for extra_s, is_named in found if is_named]
+    return [extra_s for extra_s, _ in found]
+
+
+def _recomputed(course: Course, events: Sequence[Mapping[str, Any]]) -> int:
+    """Prompt tokens that a take-over did not find though an output token shows that they were computed."""
+    prompts = {f"{answer.request.name}-chaos": len(answer.request.prompt) for answer in course.disturbed}
+    lost = {event["request_id"] for event in events if event["event"] == "shards_lost"}
+    return sum(
+        max(0, prompts[event["request_id"]] - event["found"])
+        for event in events
+        if event["event"] == "admitted"
+        and event["request_id"] in prompts
+        and event["request_id"] not in lost
+        and event["tokens"] > prompts[event["request_id"]] + 1
+    )
+
+
+def _events_between(course: Course, from_s: float, until_s: float) -> list[Mapping[str, Any]]:
+    """What any process logged in a stretch of monotonic time."""
+    offset_s = course.clock_offset_s
+    return [
+        event
+        for events in course.logs.values()
+        for event in events
+        if from_s <= datetime.fromisoformat(event["time"]).timestamp() - offset_s <= until_s
+    ]
