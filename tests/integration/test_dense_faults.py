@@ -163,6 +163,35 @@ def test_another_dense_worker_takes_over_without_recomputing(folder: Path, expec
         assert counted(cluster.engine, "anabranch_dense_tokens_adopted") >= len(PROMPT)
 
 
+def test_a_take_over_back_finds_what_came_since(folder: Path) -> None:
+    """A sequence goes to another dense worker, grows there onto further workers, and comes back to the first,
+    which still has its early life in mind: what came since is found, and not computed again.
+    """
+    prompt = random_prompt(10, 5)
+    with DenseCluster(folder, Shape(attention_workers=3)) as cluster:
+        (whole,) = cluster.generate([request(prompt, COUNT)])
+        first, other = cluster.engine, cluster.new_engine()
+        cluster.attach(other)
+        cluster.listener.acknowledges = False  # the end of its early life is not heard of
+        early = cluster.submit(request(prompt, 4))
+        seen = cluster.listener.wait(early)
+        cluster.listener.acknowledges = True
+        later = request(
+            prompt, COUNT, key=early.key, generation=2, output=seen.token_ids, shard_map=seen.maps[-1]
+        )
+        cluster.submit(later, other)
+        cluster.listener.wait(later, lambda output: len(output.token_ids) >= 100)
+        other.stop()
+        grown = cluster.listener.output(later)
+        assert {shard.worker for shard in grown.maps[-1]} > {shard.worker for shard in seen.maps[-1]}
+        before = computed_tokens(first)
+        back = request(
+            prompt, COUNT, key=early.key, generation=3, output=grown.token_ids, shard_map=grown.maps[-1]
+        )
+        assert cluster.listener.wait(cluster.submit(back)).token_ids == whole.token_ids
+        assert computed_tokens(first) - before <= COUNT - len(back.output) + 2
+
+
 def test_a_take_over_without_a_map_finds_the_shards(folder: Path, expected: list[int]) -> None:
     """Without a map every attention worker is asked."""
     with DenseCluster(folder, Shape(attention_workers=3)) as cluster:

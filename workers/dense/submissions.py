@@ -231,8 +231,14 @@ class Submissions:
         self._door.metrics.prefix_hits.inc(sequence.cached_tokens)
 
     def _adopt(self, sequence: LiveSequence, before: LiveSequence | None) -> None:
-        """Ask the pool for what survives. The last known token is computed in any case, for its logits."""
-        known_map = before.shard_map() if before is not None else sequence.submission.shard_map
+        """Ask the pool for what survives. The last known token is computed in any case, for its logits.
+
+        Of two maps neither need be the newer one: a life here may have gone on where the gateway did not hear
+        of it, or another dense worker may have had the sequence since.
+        """
+        known_map = sequence.submission.shard_map
+        if known_map is not None and before is not None:
+            known_map = (*known_map, *before.shard_map())
         self._looking.add(sequence)
         self._door.pool.adopt(
             sequence.key,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from anabranch.cli.chaos.load import Answer
@@ -112,6 +112,7 @@ def _fault(course: Course, struck: Struck) -> dict[str, Any]:
     touched = _touched(course, struck, events)
     recomputed = 0 if struck.fault.role == "attention" else _recomputed(course, events)
     return {
+        "at": datetime.fromtimestamp(struck.at_s + course.clock_offset_s, UTC).isoformat(),
         "role": struck.fault.role,
         "kind": struck.fault.kind,
         "point": struck.fault.point,
