@@ -54,11 +54,16 @@ def channel_options(
 ) -> list[tuple[str, Any]]:
     """Options every channel of ours uses. The peer is asked after a third of the silence it is allowed; where
     that is often, only while a call is open.
+
+    gRPC sends pings of its own, to measure, and none to keep alive while one of those is unanswered: theirs
+    have a time limit of a minute unless told otherwise.
     """
+    answer_ms = silence_ms - silence_ms // 3
     keepalive = [
         ("grpc.keepalive_permit_without_calls", int(silence_ms >= SILENCE_MS)),
         ("grpc.keepalive_time_ms", silence_ms // 3),
-        ("grpc.keepalive_timeout_ms", silence_ms - silence_ms // 3),
+        ("grpc.keepalive_timeout_ms", answer_ms),
+        ("grpc.http2.ping_timeout_ms", answer_ms),
     ]
     return [*_CHANNEL_OPTIONS, *keepalive, *_sizes(message_bytes)]
 
