@@ -41,6 +41,8 @@ class FaultPoints:
         self._wanted = ""
         self._lock = threading.Lock()
         self._go = threading.Event()
+        self.closed = threading.Event()
+        """Set once the listener is gone."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
         self._say(f"{worker} {os.getpid()}")
@@ -63,7 +65,7 @@ class FaultPoints:
 
     def _listen(self) -> None:
         orders: IO[str]
-        with self._socket.makefile("r") as orders:
+        with self._socket, self._socket.makefile("r") as orders:
             for order in orders:
                 word, _, point = order.strip().partition(" ")
                 if word == "hold":
@@ -73,6 +75,7 @@ class FaultPoints:
                     self._go.set()
         self._wanted = ""
         self._go.set()
+        self.closed.set()
 
 
 _armed: FaultPoints | None = None

@@ -71,6 +71,7 @@ class Fleet:
     def __init__(self, config: Config, folder: Path, network: Network, fault_listener: Path) -> None:
         self.problems: list[str] = []
         self.starts = 0
+        self._overloaded = ""
         self._config = config
         self._folder = folder
         self._network = network
@@ -132,8 +133,10 @@ class Fleet:
                     self.table.remove(slot)
                 self._launch(life.role, life.index)
             elif life.process_id in silent:
-                if not life.struck:
-                    self.problems.append(f"{slot} gave no sign of life though nothing had struck it")
+                if not life.struck:  # to start processes where there is no time for those that run ends badly
+                    self._overloaded = (
+                        f"{slot} gave no sign of life though nothing had struck it: is the machine busy?"
+                    )
                 self._strays.append(life)
                 self._launch(life.role, life.index)
         for stray in list(self._strays):
@@ -157,6 +160,8 @@ class Fleet:
         """Until something holds of the fleet. Raises Unavailable when that takes too long."""
         end_s = monotonic() + _START_S
         while not holds():
+            if self._overloaded:
+                raise Unavailable(self._overloaded)
             if monotonic() > end_s:
                 words = [f"{life.slot}: {self._last_words(life)}" for life in self._lives.values()]
                 raise Unavailable("the fleet is not whole:\n" + "\n".join(words))

@@ -19,6 +19,7 @@ from anabranch.cli.chaos.schedule import Request
 from anabranch.cli.chaos.strike import Striker, Struck
 from cluster import config as configuration
 from cluster.config import Config
+from cluster.errors import Unavailable
 
 _FREE_S = 20.0
 """Time after the load in which every block must be free again: leases of lost sequences run out in it."""
@@ -29,7 +30,7 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What is run. load: share of what the fleet can serve. faults_most: no more than this many, None: as
-    many as the load's time allows.
+    many as the load's time allows. expiry_ms: silence after which a process is taken for dead.
     """
 
     seed: int
@@ -40,6 +41,7 @@ class Settings:
     gateways: int = 2
     dense_workers: int = 2
     attention_workers: int = 3
+    expiry_ms: int = 1000
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ def configured(settings: Settings, folder: Path) -> Config:
         "lanes.deadline_floor_ms": 1000,
         "controller.port": 0,
         "controller.heartbeat_ms": 100,
-        "controller.expiry_ms": 1000,
+        "controller.expiry_ms": settings.expiry_ms,
         "controller.drain_grace_s": 5.0,
         "telemetry.log_level": "debug",
     }
@@ -87,7 +89,7 @@ def configured(settings: Settings, folder: Path) -> Config:
 
 
 async def run(settings: Settings, folder: Path, tell: Tell) -> Course:
-    """Run one seed in `folder`. Raises Unavailable when the fleet does not come up, or does not recover."""
+    """Run one seed in `folder`. That the fleet does not come up, or does not recover, is a problem of it."""
     course = Course(settings, clock_offset_s=time() - monotonic())
     model_folder, logs = folder / "model", folder / "logs"
     model_folder.mkdir()
@@ -103,6 +105,8 @@ async def run(settings: Settings, folder: Path, tell: Tell) -> Course:
             await _serve(course, fleet, network, orders, tell)
             await _settle(course, fleet, tell)
             fleet.close()
+        except Unavailable as error:
+            course.problems.append(error.message)
         finally:
             fleet.kill_all()
             await orders.close()
@@ -124,10 +128,11 @@ async def _serve(course: Course, fleet: Fleet, network: Network, orders: Orders,
         course.calm = await calm.run()
         course.load_share = calm.tokens_per_second() / most
         load = Load(asked, fleet.gateways, "-chaos")
+        course.disturbed = load.answers
         running = asyncio.create_task(load.run())
         striker = Striker(fleet, network, orders, running.done)
         await _strike_all(course, striker, running, tell)
-        course.disturbed = await running
+        await running
         await fleet.wait_whole()
     finally:
         watching.cancel()

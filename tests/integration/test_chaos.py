@@ -1,0 +1,31 @@
+"""A short seed of `anabranch chaos`: real processes of every role are lost, and no token changes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from anabranch.cli.chaos.near_ties import NEAR_TIE, gap_at
+from anabranch.cli.chaos.run import Course, Settings, run
+from anabranch.cli.chaos.verdict import verdict
+
+pytestmark = pytest.mark.timeout(240)
+
+SHORT = Settings(seed=25, requests=24, load=0.4, faults_most=4, expiry_ms=2500)
+"""Lanes over gRPC, so that everything can be cut off; expiry as by default, for machines that are busy."""
+
+
+def test_no_token_changes_while_processes_of_every_role_are_lost(tmp_path: Path) -> None:
+    """Processes are killed, frozen and cut off, some at named points, while requests run through the public
+    client: every answer is that of the undisturbed run, nothing hangs, every block is free at the end, and
+    what was replaced leaves by itself when it comes back.
+    """
+    course: Course = asyncio.run(run(SHORT, tmp_path, lambda _doing: None))
+    report = verdict(course, partial(gap_at, tmp_path / "model"), NEAR_TIE)
+    assert report["failures"] == [], json.dumps(report, indent=1)
+    assert report["faults"], "the load was over before anybody was struck"
+    assert all(fault["streams"] > 0 for fault in report["faults"])

@@ -1,0 +1,138 @@
+"""The pure parts of `anabranch chaos`: what a seed means, and what a course says."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from anabranch.cli.chaos import schedule
+from anabranch.cli.chaos.load import Answer
+from anabranch.cli.chaos.run import Course, Settings
+from anabranch.cli.chaos.schedule import Fault, Kind, Request, Role
+from anabranch.cli.chaos.strike import Struck
+from anabranch.cli.chaos.verdict import percentile, summary, verdict
+
+TIE = 1e-3
+
+
+def _request(number: int, tokens: int = 4) -> Request:
+    return Request(f"chaos-0-{number}", float(number), (1, 2, 3), tokens, {"temperature": 0.0, "seed": 0})
+
+
+def _answer(request: Request, arrivals_s: Sequence[float], tokens: Sequence[int] = (7, 8, 9, 10)) -> Answer:
+    answer = Answer(request, sent_s=arrivals_s[0] - 0.1, ended_s=arrivals_s[-1])
+    answer.tokens, answer.arrivals_s = list(tokens), list(arrivals_s)
+    answer.resumes = [0] * len(arrivals_s)
+    return answer
+
+
+def _course(calm: Answer, disturbed: Answer, *struck: Struck) -> Course:
+    return Course(Settings(0), calm=[calm], disturbed=[disturbed], struck=list(struck))
+
+
+def _struck(role: Role, kind: Kind, at_s: float) -> Struck:
+    return Struck(Fault(role, kind, None, 0, None), f"{role}-0", at_s, 1, False, True, 1.0)
+
+
+def _never(_request: Request, _tokens: Sequence[int]) -> float:
+    raise AssertionError("nothing differs")
+
+
+def test_a_seed_always_means_the_same() -> None:
+    """Requests and faults are functions of the seed, and differ between seeds."""
+    assert schedule.requests(3, 50) == schedule.requests(3, 50)
+    assert schedule.requests(3, 50) != schedule.requests(4, 50)
+    first, second = (list(itertools.islice(schedule.faults(3), 40)) for _ in range(2))
+    assert first == second
+
+
+def test_rounds_hold_every_role_and_kind_and_half_at_points() -> None:
+    """Two rounds strike each role in each way twice, once of them at a named point; where lanes are sockets
+    of this machine only a gateway can be cut off.
+    """
+    for seed, pairs in ((1, 9), (2, 7)):
+        drawn = list(itertools.islice(schedule.faults(seed), 2 * pairs))
+        assert set(Counter((fault.role, fault.kind) for fault in drawn).values()) == {2}
+        assert sum(fault.point is not None for fault in drawn) == pairs
+
+
+def test_a_pace_makes_the_load_that_is_asked_for() -> None:
+    """Requests are spread so that their outputs make so many tokens per second until the last one is sent."""
+    asked = schedule.requests(5, 100)
+    paced = schedule.paced(asked, tokens_per_second=50.0)
+    assert sum(request.max_tokens for request in paced) / paced[-1].at_s == pytest.approx(50.0)
+    assert [request.prompt for request in paced] == [request.prompt for request in asked]
+
+
+def test_a_calm_course_has_no_failures() -> None:
+    """Same tokens, no error: nothing to say."""
+    request = _request(0)
+    course = _course(_answer(request, [1, 2, 3, 4]), _answer(request, [11, 12, 13, 14]))
+    assert verdict(course, _never, TIE)["failures"] == []
+
+
+@pytest.mark.parametrize(
+    ("gap", "failures", "ties"), [(1e-4, 1, 1), (0.5, 1, 0)], ids=["near-tie", "another token"]
+)
+def test_a_difference_is_a_failure_unless_rounding_may_decide(gap: float, failures: int, ties: int) -> None:
+    """The gap at the first differing token decides; near-ties are listed, and too many of them (one in one
+    request here) fail as well.
+    """
+    request = _request(0)
+    course = _course(_answer(request, [1, 2, 3, 4]), _answer(request, [1, 2, 3, 4], [7, 8, 5, 5]))
+    asked: list[Sequence[int]] = []
+
+    def gap_at(_request: Request, tokens: Sequence[int]) -> float:
+        asked.append(tokens)
+        return gap
+
+    report = verdict(course, gap_at, TIE)
+    assert asked == [[7, 8]]
+    assert (len(report["failures"]), len(report["near_ties"])) == (failures, ties)
+
+
+def test_errors_and_missing_tokens_are_failures() -> None:
+    """In either run, and by the request's name."""
+    request = _request(0)
+    broken = _answer(request, [1, 2, 3, 4])
+    broken.error = "UNAVAILABLE: nobody is there"
+    short = _answer(request, [1, 2, 3], [7, 8, 9])
+    report = verdict(_course(short, broken), _never, TIE)
+    assert len(report["failures"]) == 2
+    assert all("chaos-0-0" in failure for failure in report["failures"])
+
+
+def test_the_extra_silence_is_that_around_the_fault_beyond_the_own_calm_one() -> None:
+    """A request's longest calm gap is subtracted from the gap in which the fault struck."""
+    request = _request(0)
+    calm = _answer(request, [1, 2, 3.5, 4])
+    disturbed = _answer(request, [11, 12, 15, 16])
+    report = verdict(_course(calm, disturbed, _struck("dense", "kill", 12.5)), _never, TIE)
+    assert report["faults"][0]["extra_s"] == [pytest.approx(1.5)]
+
+
+def test_what_a_resubmission_found_less_than_the_prompt_was_computed_again() -> None:
+    """A dense worker was lost: prompt tokens that had been computed and were not found are a failure."""
+    request = _request(0)
+    calm = _answer(request, [1, 2, 3, 4])
+    course = _course(calm, _answer(request, [11, 12, 15, 16]), _struck("dense", "kill", 12.5))
+    admitted = {"time": "1970-01-01T00:00:13Z", "event": "admitted", "request_id": "chaos-0-0-chaos"}
+    course.logs = {"dense-1": [{**admitted, "tokens": 5, "found": 1}]}
+    report = verdict(course, _never, TIE)
+    assert report["faults"][0]["prompt_tokens_recomputed"] == 2
+    assert report["failures"] == ["2 prompt tokens were computed again without an attention worker's loss"]
+
+
+def test_a_summary_counts_and_ranks() -> None:
+    """Faults per role and kind, and nearest-rank percentiles over the streams of all seeds."""
+    fault: dict[str, Any] = {"role": "dense", "kind": "kill", "point": "append-apply"}
+    seed: dict[str, Any] = {"requests": 2, "near_ties": [], "failures": [], "load_share": 0.2}
+    whole = summary([{**seed, "faults": [{**fault, "extra_s": [float(i)]}]} for i in range(20)])
+    assert whole["faults"] == {"dense kill": 20}
+    assert whole["faults_at_points"] == {"append-apply": 20}
+    assert whole["extra_s"]["dense"] == {"streams": 20, "p50": 9.0, "p95": 18.0}
+    assert percentile([], 0.5) is None
