@@ -1,6 +1,10 @@
 """Errors, TLS and binding over real gRPC servers."""
 
 import asyncio
+import multiprocessing
+import os
+import signal
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -175,6 +179,49 @@ def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     tls = TlsConfig(certificate=str(tmp_path / "gone.pem"), key=str(tmp_path / "gone.key"))
     with pytest.raises(errors.ConfigError, match=r"gone\."):
         rpc.server_credentials(tls)
+
+
+class Endless(inference_pb2_grpc.InferenceServiceServicer):
+    """Sends an event again and again, so that gRPC measures the connection with pings of its own."""
+
+    def Generate(  # the name of the RPC
+        self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        """One event after the other."""
+        while context.is_active():
+            yield inference_pb2.GenerateResponse(request_id="one")
+
+
+def _serve_for_ever(ports: "multiprocessing.SimpleQueue[int]") -> None:
+    server = rpc.server(threads=2)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Endless(), server)
+    ports.put(rpc.bind(server, "127.0.0.1", 0, PLAIN))
+    server.start()
+    server.wait_for_termination()
+
+
+def test_a_silent_server_is_left_when_its_time_is_over() -> None:
+    """A process is frozen in the middle of a stream: the call breaks as UNAVAILABLE after the silence that
+    its channel allows, not when the system gives the connection up.
+    """
+    spawning = multiprocessing.get_context("spawn")
+    ports = spawning.SimpleQueue()
+    process = spawning.Process(target=_serve_for_ever, args=(ports,))
+    process.start()
+    try:
+        with rpc.channel(f"127.0.0.1:{ports.get()}", TlsConfig(), silence_ms=600) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            events = stub.Generate(inference_pb2.GenerateRequest(), timeout=40)
+            for _ in range(1000):
+                next(events)
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGSTOP)
+            with pytest.raises(grpc.RpcError) as caught:
+                deque(events, maxlen=0)
+        assert type(rpc.from_rpc(caught.value)) is errors.Unavailable  # and not DeadlineExceeded
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_oversized_messages_are_refused(closing: list[grpc.Server]) -> None:
