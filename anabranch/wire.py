@@ -7,7 +7,16 @@ from collections.abc import Iterable
 from anabranch.v1 import types_pb2
 from cluster.errors import VersionMismatch
 from cluster.sampling import SamplingParameters
-from cluster.types import Epoch, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
+from cluster.types import (
+    LAYOUT_VERSION,
+    WIRE_VERSION,
+    Epoch,
+    KvGeometry,
+    SequenceKey,
+    ShardId,
+    ShardRef,
+    WorkerId,
+)
 
 _DATA_TYPES = {
     "float32": types_pb2.DATA_TYPE_FLOAT32,
@@ -94,3 +103,8 @@ def sampling_value(message: types_pb2.SamplingParameters) -> SamplingParameters:
     return SamplingParameters(
         **given, logit_bias=dict(message.logit_bias), stop_token_ids=tuple(message.stop_token_ids)
     )
+
+
+def agreement(config_digest: str) -> str:
+    """What two processes of one cluster must have in common, as one text to compare."""
+    return f"wire {WIRE_VERSION}, layout {LAYOUT_VERSION}, configuration {config_digest}"

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from cluster.config_errors import explain
+from cluster.config_section import Section
 from cluster.errors import ConfigError
+from cluster.registry.settings import RegistryConfig
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -40,12 +42,6 @@ Device = Literal["cpu", "cuda"]
 Cores = Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...]
 Serves = Literal["both", "prefill", "decode"]
 _CORES = "Cores the role's processes are kept on; auto: own ones where roles share a machine; []: any."
-
-
-class Section(BaseModel):
-    """A part of the file; frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelConfig(Section):
@@ -286,7 +282,7 @@ class TelemetryConfig(Section):
     )
     metrics_port: Port | None = Field(
         None,
-        description="Prometheus: gateway i adds i, dense worker i 100 + i, attention worker i 2000 + i. A "
+        description="Prometheus: gateway i adds i, controller 99, dense i 100 + i, attention i 2000 + i. A "
         "taken port is replaced by a free one; `anabranch status --json` names it. 0 draws one; null is off.",
     )
 
@@ -301,12 +297,30 @@ class Config(Section):
     placement: PlacementConfig = PlacementConfig()
     lanes: LaneConfig = LaneConfig()
     controller: ControllerConfig = ControllerConfig()
+    registry: RegistryConfig = RegistryConfig()
     ray: RayConfig = RayConfig()
     security: SecurityConfig = SecurityConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     state_dir: str | None = Field(
         None, description="Logs, sockets and addresses; default: a folder per user."
     )
+
+    @field_validator("registry", mode="before")
+    @classmethod
+    def _address_alone(cls, value: object) -> object:
+        return {"url": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _registry_is_safe(self) -> Config:
+        if self.registry.url is None or self.security.insecure:
+            return self
+        address = self.registry.parts
+        if not (address.is_encrypted or is_loopback(address.host)):
+            raise ValueError(
+                f"registry.url: plain text to {address.host}; use rediss://, or security.insecure: true "
+                "where the network is private"
+            )
+        return self
 
     @model_validator(mode="after")
     def _limits_agree(self) -> Config:

@@ -24,7 +24,9 @@ from controller.balancer import BalancerSettings
 from controller.events import ClusterReady, Observer, Opened, SlotChanged, Stopping
 from controller.fleet import RayFleet
 from controller.membership import MembershipTable, Terms
+from controller.metrics import serve_metrics
 from controller.placing import Demands, Placer
+from controller.registry_writer import RegistryWriter, registered
 from controller.service import ControlServer, ControlService
 from controller.slots import Limits, Order, Phase, Slot
 from controller.state import ClusterRecord, StateFolder, process_start
@@ -85,13 +87,18 @@ class Controller:
             self._on_drain,
             BalancerSettings.of(self._config),
         )
-        with self._state.claim(), self._fleet(demands) as fleet, self._serving(service, fleet):
+        with (
+            self._state.claim(),
+            self._fleet(demands) as fleet,
+            self._serving(service, fleet),
+            self._registered(service) as writer,
+        ):
             place = Placer(self._config, demands, fleet.nodes)
             if self._config.ray.address is None:
                 place.require_room(self._slots)  # no node will join: waiting for one would not help
             self._supervisor = Supervisor(self._slots, self._limits(), place, fleet, self._on_slot)
             fleet.listener = self._supervisor
-            self._supervise(self._supervisor, stop, service)
+            self._supervise(self._supervisor, stop, service, writer)
             if self._failure is not None:
                 raise self._failure
             return 1 if self._supervisor.killed else 0
@@ -131,6 +138,16 @@ class Controller:
         finally:
             server.stop()
 
+    @contextmanager
+    def _registered(self, service: ControlService) -> Iterator[RegistryWriter]:
+        # The processes of a private Ray cluster ended with the controller that started it.
+        inherits = self._config.ray.address is not None
+        with registered(
+            self._config, self._table, service.welcome(), self.address, inherits=inherits
+        ) as writer:
+            serve_metrics(self._config, writer.metrics)
+            yield writer
+
     def _require_safe_hosts(self) -> None:
         """What each role would refuse to bind is refused before anything starts."""
         config = self._config
@@ -157,7 +174,13 @@ class Controller:
                 "up --host 0.0.0.0`), with security.tls or, in a private network, --insecure"
             )
 
-    def _supervise(self, supervisor: Supervisor, stop: threading.Event, service: ControlService) -> None:
+    def _supervise(
+        self,
+        supervisor: Supervisor,
+        stop: threading.Event,
+        service: ControlService,
+        writer: RegistryWriter,
+    ) -> None:
         """The loop: what was posted, who fell silent, what is due."""
         sweep_next_s = 0.0
         if stop.is_set():  # told while Ray started
@@ -166,7 +189,7 @@ class Controller:
             self._run_calls()
             if time.monotonic() >= sweep_next_s:
                 sweep_next_s = time.monotonic() + self._table.terms.heartbeat_ms / 1000
-                for member in self._table.sweep():
+                for member in self._table.sweep(frozen=writer.is_away):
                     supervisor.silent(member.worker_id)
                 service.sweep()
             supervisor.tick()

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from anabranch.v1 import control_pb2, inference_pb2
 from cluster.clock import Clock, monotonic
 from cluster.errors import Fenced, InvalidRequest, NotFound, ResourceExhausted, VersionMismatch
-from cluster.types import LAYOUT_VERSION, WIRE_VERSION
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, WorkerId
 
 MEMBERS_MOST = 8192
 _PAST_EPOCHS_MOST = 64
 """Dead incarnations remembered per slot; older ones are told to register and lose to the newest."""
+RESTORED_GRACE_S = 5.0
+"""What a member known from an earlier controller gets beyond the expiry, in order to find this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,14 @@ class Terms:
 
 @dataclass(slots=True)
 class _Entry:
-    """One live member. The message is never handed out while it lives; copies are."""
+    """One live member. The message is never handed out while it lives; copies are.
+
+    A restored one was admitted by an earlier controller, and has not spoken to this one yet.
+    """
 
     member: inference_pb2.Member
     heard_s: float
+    is_restored: bool = False
 
 
 @dataclass(slots=True)
@@ -62,7 +68,8 @@ class MembershipTable:
 
     The version grows with each change, loads included; loads are published by `sweep`, so that many
     heartbeats cost one version. An incarnation unknown here gets NotFound and registers again: that
-    is how the table is rebuilt after a restart of the controller.
+    is how the table is rebuilt after a restart of the controller. Those that `restore` brought back count
+    as members until then.
 
     `on_change` is called, outside the lock, with each member that joined or changed its state.
     """
@@ -122,27 +129,51 @@ class MembershipTable:
             self._on_change(told)
         return news
 
-    def sweep(self) -> tuple[inference_pb2.Member, ...]:
-        """Remove and return members silent for longer than the expiry; publish changed loads.
+    def sweep(self, *, frozen: bool = False) -> tuple[inference_pb2.Member, ...]:
+        """Remove members silent for longer than the expiry and return those that ever spoke here; publish
+        changed loads.
 
         To be called every heartbeat interval. Time during which the controller itself did not run
-        is nobody's silence: what exceeds two intervals since the last sweep is forgiven.
+        is nobody's silence: what exceeds two intervals since the last sweep is forgiven. With `frozen`
+        nobody's time passes.
         """
         with self._lock:
             now_s = self._clock()
-            forgiven_s = max(0.0, now_s - self._swept_s - 2 * self.terms.heartbeat_ms / 1000)
+            passed_s = now_s - self._swept_s
+            forgiven_s = passed_s if frozen else max(0.0, passed_s - 2 * self.terms.heartbeat_ms / 1000)
             self._swept_s = now_s
-            silent = []
-            for slot in self._slots.values():
-                if slot.entry is None:
-                    continue
-                slot.entry.heard_s = min(now_s, slot.entry.heard_s + forgiven_s)
-                if now_s - slot.entry.heard_s > self.terms.expiry_ms / 1000:
-                    silent.append(slot.retire())
+            silent = list(self._retire_silent(now_s, forgiven_s))
             if silent or self._loads_changed:
                 self._version += 1
                 self._loads_changed = False
-            return tuple(silent)
+            return tuple(entry.member for entry in silent if not entry.is_restored)
+
+    def restore(
+        self,
+        registrations: Sequence[control_pb2.RegisterRequest],
+        past: Mapping[WorkerId, Iterable[Epoch]],
+        version: int,
+    ) -> int:
+        """Take over what an earlier controller knew; returns how many members that brought back.
+
+        Whoever registered here in the meantime stays, unless that life had ended before. Whoever does
+        not agree with the terms is left out. `version` is that of the earlier membership.
+        """
+        with self._lock:
+            for worker_id, epochs in past.items():
+                slot = self._slot(worker_id)
+                slot.past.extend(epoch for epoch in epochs if epoch not in slot.past)
+                if slot.entry is not None and slot.entry.member.epoch in slot.past:
+                    slot.retire()
+            restored = sum(self._bring_back(registration) for registration in registrations)
+            self._version = max(self._version, version) + 1
+            return restored
+
+    def registrations(self) -> tuple[int, list[control_pb2.RegisterRequest]]:
+        """The version, and every member as it would register now, load and condition included."""
+        with self._lock:
+            membership = self._snapshot()
+        return membership.version, [self._registration(member) for member in membership.members]
 
     def remove(self, worker_id: str) -> None:
         """Forget a member whose process is known to have ended; nothing if there is none."""
@@ -168,8 +199,37 @@ class MembershipTable:
             raise ResourceExhausted(f"this controller knows {MEMBERS_MOST} slots, and takes no more")
         return self._slots.setdefault(worker_id, _Slot())
 
+    def _retire_silent(self, now_s: float, forgiven_s: float) -> Iterable[_Entry]:
+        for slot in self._slots.values():
+            entry = slot.entry
+            if entry is None:
+                continue
+            # A restored member's grace lies ahead of now.
+            entry.heard_s = max(entry.heard_s, min(now_s, entry.heard_s + forgiven_s))
+            if now_s - entry.heard_s > self.terms.expiry_ms / 1000:
+                slot.retire()
+                yield entry
+
+    def _bring_back(self, registration: control_pb2.RegisterRequest) -> bool:
+        member = registration.member
+        slot = self._slot(member.worker_id)
+        if slot.entry is not None or member.epoch in slot.past or _differences(registration, self.terms):
+            return False
+        slot.entry = _Entry(_copy(member), self._clock() + RESTORED_GRACE_S, is_restored=True)
+        return True
+
+    def _registration(self, member: inference_pb2.Member) -> control_pb2.RegisterRequest:
+        return control_pb2.RegisterRequest(
+            member=member,
+            wire_version=WIRE_VERSION,
+            layout_version=LAYOUT_VERSION,
+            config_digest=self.terms.config_digest,
+        )
+
     def _living(self, worker_id: str, epoch: int) -> _Entry:
         slot = self._slots.get(worker_id)
+        if slot is not None and slot.entry is not None and slot.entry.is_restored and epoch not in slot.past:
+            raise NotFound(f"{worker_id} is known from an earlier controller only; register again")
         if slot is not None and slot.entry is not None and slot.entry.member.epoch == epoch:
             return slot.entry
         if slot is not None and (epoch in slot.past or slot.entry is not None):
@@ -183,17 +243,23 @@ class MembershipTable:
 
 
 def _require_agreement(request: control_pb2.RegisterRequest, terms: Terms) -> None:
-    facts = (
+    for name, theirs, ours in _differences(request, terms):
+        raise VersionMismatch(
+            f"{request.member.worker_id}: {name} {theirs} differs from the controller's {ours}; start "
+            "it with the same version and the same configuration file"
+        )
+
+
+def _differences(
+    request: control_pb2.RegisterRequest, terms: Terms
+) -> list[tuple[str, int | str, int | str]]:
+    """What the two do not agree on: name, theirs, ours."""
+    facts: tuple[tuple[str, int | str, int | str], ...] = (
         ("wire version", request.wire_version, WIRE_VERSION),
         ("block layout version", request.layout_version, LAYOUT_VERSION),
         ("configuration digest", request.config_digest, terms.config_digest),
     )
-    for name, theirs, ours in facts:
-        if theirs != ours:
-            raise VersionMismatch(
-                f"{request.member.worker_id}: {name} {theirs} differs from the controller's {ours}; start "
-                "it with the same version and the same configuration file"
-            )
+    return [fact for fact in facts if fact[1] != fact[2]]
 
 
 def _checked(given: inference_pb2.Member) -> inference_pb2.Member:

@@ -68,13 +68,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.RegisterRequest, _context: grpc.ServicerContext
     ) -> control_pb2.RegisterResponse:
         """See control.proto."""
-        return control_pb2.RegisterResponse(
-            responder=self._responder,
-            membership=self._table.register(request),
-            heartbeat_ms=self._table.terms.heartbeat_ms,
-            expiry_ms=self._table.terms.expiry_ms,
-            geometry=self._geometry,
-        )
+        membership = self._table.register(request)
+        welcome = self.welcome()
+        welcome.membership.CopyFrom(membership)
+        return welcome
 
     @rpc.unary
     def Heartbeat(
@@ -126,6 +123,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self.announce_stop()
         self._shut_down(request.grace_ms)
         return control_pb2.ShutdownResponse(responder=self._responder)
+
+    def welcome(self) -> control_pb2.RegisterResponse:
+        """What a new member is told, but for the membership."""
+        return control_pb2.RegisterResponse(
+            responder=self._responder,
+            heartbeat_ms=self._table.terms.heartbeat_ms,
+            expiry_ms=self._table.terms.expiry_ms,
+            geometry=self._geometry,
+        )
 
     def fleet(self) -> control_pb2.GetFleetResponse:
         """The fleet at this moment."""

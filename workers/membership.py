@@ -17,9 +17,10 @@ import grpc
 
 from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2, types_pb2
 from cluster import rpc
-from cluster.errors import AnabranchError, Cancelled, Fenced, NotFound
+from cluster.errors import AnabranchError, Cancelled, Fenced, NotFound, VersionMismatch
 from cluster.telemetry import logger
 from cluster.types import LAYOUT_VERSION, WIRE_VERSION
+from workers.registry_reader import RegistryReader
 from workers.role import RoleContext, read_memory
 
 _log = logger("membership")
@@ -48,7 +49,9 @@ class MembershipClient:
            ^                      |
            +------NOT_FOUND-------+      (a restarted controller knows nobody)
 
-    While the controller is away the last known members stay valid: the data path does not need it.
+    While the controller is away the last known members stay valid: the data path does not need it. Where a
+    registry is configured, it is asked meanwhile: for newer members, for where the controller is now, and by
+    a process that starts for its welcome.
     `load`, `on_change` and `on_fenced` are called on the client's thread and must not block; from
     asyncio, hand over with `loop.call_soon_threadsafe`. `on_change` receives the whole membership,
     this process included, after each change. A usual `on_fenced` is `context.stop.set`.
@@ -84,12 +87,14 @@ class MembershipClient:
         self._move: Callable[[control_pb2.MoveOrder], None] = lambda _order: None
         self._closing = False
         self._wake = threading.Event()
-        self._channel = rpc.channel(context.controller, context.config.security.tls)
+        self._reader = RegistryReader(context.config)
+        self._controller = context.controller
+        self._channel = rpc.channel(self._controller, context.config.security.tls)
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
 
     def start(self) -> control_pb2.RegisterResponse:
-        """Join; blocks, trying again while the controller is not there, until joined.
+        """Join; blocks, trying again while neither controller nor registry is there, until joined.
 
         Raises VersionMismatch or Fenced when refused, Cancelled when the role is told to stop first.
         """
@@ -120,6 +125,7 @@ class MembershipClient:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
         self._channel.close()
+        self._reader.close()
 
     def _run(self) -> None:
         try:
@@ -143,7 +149,8 @@ class MembershipClient:
                 self._end(error)
                 return
             except AnabranchError as error:
-                _log.warning("controller_away", controller=self._context.controller, problem=error.message)
+                _log.warning("controller_away", controller=self._controller, problem=error.message)
+                self._ask_registry()
                 pause_s, retry_s = retry_s, min(2 * retry_s, _RETRY_MOST_S)
             self._wake.wait(pause_s)
             self._wake.clear()
@@ -168,6 +175,21 @@ class MembershipClient:
             return 0.0
         return max(0.0, self._welcome.heartbeat_ms / 1000 - (time.monotonic() - began_s))
 
+    def _ask_registry(self) -> None:
+        """Learn what the controller wrote, and look for it where it was last."""
+        news = self._reader.look(self._membership.version)
+        if news is not None:
+            _log.info("membership_from_registry", members=len(news.membership.members))
+            if not self._first.done():
+                self._first.set_result(news)
+            self._learn(news.membership)
+        places = {self._context.controller, self._reader.controller or self._context.controller}
+        for place in places - {self._controller}:
+            self._controller = place
+            self._channel.close()
+            self._channel = rpc.channel(place, self._context.config.security.tls)
+            self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
+
     def _register(self) -> None:
         context = self._context
         member = inference_pb2.Member(
@@ -189,10 +211,12 @@ class MembershipClient:
             config_digest=context.config.digest,
         )
         welcome = self._stub.Register(request, timeout=_REGISTER_TIMEOUT_S)
-        _log.info("registered", controller=context.controller, members=len(welcome.membership.members))
+        _log.info("registered", controller=self._controller, members=len(welcome.membership.members))
         self._welcome = welcome
         if not self._first.done():
             self._first.set_result(welcome)
+        elif self._first.result().geometry != welcome.geometry:
+            raise VersionMismatch("this controller serves another model than the one that was joined; end")
         self._learn(welcome.membership)
 
     def _heartbeat(self, welcome: control_pb2.RegisterResponse) -> bool:

@@ -1,0 +1,113 @@
+"""What a registry keeps, and what it answers; one interface, an embedded and a shared implementation.
+
+The controller is the only writer. Everyone else reads, and only while the controller does not answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.blocks import BlockHash
+from cluster.types import Epoch, WorkerId
+
+PAST_EPOCHS_MOST = 64
+"""Lives remembered per worker after another one took their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerRecord:
+    """The writer: its life, host:port, what members must agree to, and its welcome without membership.
+
+    `welcome` is an `anabranch.v1.RegisterResponse`.
+    """
+
+    epoch: Epoch
+    address: str
+    agreement: str
+    welcome: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRecord:
+    """One live process. `body` is the `anabranch.v1.RegisterRequest` of this moment: role, addresses,
+    condition, load, versions.
+    """
+
+    worker: WorkerId
+    epoch: Epoch
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryView:
+    """What the registry holds at one moment. `past`: lives that ended or were replaced, by worker.
+
+    `controller` is None, and `version` 0, where nobody has written yet or the lease ran out.
+    """
+
+    version: int
+    controller: ControllerRecord | None
+    members: tuple[MemberRecord, ...]
+    past: Mapping[WorkerId, tuple[Epoch, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A life that holds a block; `position` is the block's index in its chain."""
+
+    worker: WorkerId
+    epoch: Epoch
+    position: int
+
+
+class Registry(Protocol):
+    """Membership and prefix directory. Safe to call from several threads; no call outlasts its deadline.
+
+    Every method raises Unavailable when the registry does not answer, ResourceExhausted when it answers
+    but refuses writes, Unauthenticated when it refuses the password. What is not written again within
+    the lease is forgotten.
+    """
+
+    def claim(self, controller: ControllerRecord, *, take_over: bool) -> None:
+        """Be the writer, or stay it. Raises Fenced if another life is and `take_over` is not set."""
+        ...
+
+    def publish(
+        self,
+        writer: Epoch,
+        version: int,
+        present: Sequence[MemberRecord],
+        gone: Sequence[tuple[WorkerId, Epoch]],
+    ) -> frozenset[WorkerId]:
+        """Write changes of the membership at once, and the version they lead to; renews their leases.
+
+        A worker's other life is replaced for ever, and `gone` ends one. Returns whose record was refused,
+        because that life had ended or been replaced before. Raises Fenced where `writer` is not it.
+        """
+        ...
+
+    def version(self) -> int:
+        """The version of the membership; cheap."""
+        ...
+
+    def read(self) -> RegistryView:
+        """The whole membership."""
+        ...
+
+    def put(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
+        """Add holders of blocks; a worker's entry replaces its earlier one. Raises Fenced as `publish`."""
+        ...
+
+    def remove(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
+        """Remove holders of blocks, of these lives only. Raises Fenced as `publish`."""
+        ...
+
+    def holders(self, hashes: Sequence[BlockHash]) -> Mapping[BlockHash, tuple[Holder, ...]]:
+        """Who holds each of these blocks, in order of names; lives that are not members are left out."""
+        ...
+
+    def close(self) -> None:
+        """Let connections go. Idempotent."""
+        ...

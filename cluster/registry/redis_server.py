@@ -1,0 +1,210 @@
+"""The registry in Redis: outlives the controller, and is read by whoever does not reach it.
+
+The one file that imports `redis`, and its one translator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from cluster.blocks import BlockHash
+from cluster.errors import AnabranchError, Fenced, Internal, ResourceExhausted, Unauthenticated, Unavailable
+from cluster.registry import scripts
+from cluster.registry.interface import (
+    PAST_EPOCHS_MOST,
+    ControllerRecord,
+    Holder,
+    MemberRecord,
+    RegistryView,
+)
+from cluster.registry.settings import RegistryConfig
+from cluster.types import Epoch, WorkerId
+
+_REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
+_BATCH_MOST = 500
+"""Members or blocks in one call: Redis does nothing else meanwhile."""
+
+
+class RedisRegistry:
+    """Owns a pool of connections to one Redis; keeps nothing else. See `Registry` and `scripts`."""
+
+    def __init__(self, config: RegistryConfig) -> None:
+        """Connects when first used. Raises ConfigError for a password file that cannot be read."""
+        self._prefix = f"anabranch:{scripts.FORMAT_VERSION}:{{{config.cluster}}}:"
+        self._lease_ms = int(config.lease_s * 1000)
+        self._place = config.place
+        self._client = _client(config)
+        script = self._client.register_script
+        self._claim = script(scripts.CLAIM)
+        self._publish = script(scripts.PUBLISH.replace("{past_most}", str(PAST_EPOCHS_MOST)))
+        self._read = script(scripts.READ)
+        self._put = script(scripts.PUT)
+        self._remove = script(scripts.REMOVE)
+        self._holders = script(scripts.HOLDERS)
+
+    def claim(self, controller: ControllerRecord, *, take_over: bool) -> None:
+        """See `Registry`."""
+        record = (controller.address, controller.agreement, controller.welcome, int(take_over))
+        self._write(self._claim, controller.epoch, record)
+
+    def publish(
+        self,
+        writer: Epoch,
+        version: int,
+        present: Sequence[MemberRecord],
+        gone: Sequence[tuple[WorkerId, Epoch]],
+    ) -> frozenset[WorkerId]:
+        """See `Registry`. More members than fit one call are written in parts, the version with the last."""
+        refused: set[WorkerId] = set()
+        ended = [word for worker, epoch in gone for word in (worker, _hexadecimal(epoch))]
+        *first, last = _parts(present) or [()]
+        for part, name in (*((part, "") for part in first), (last, version)):
+            words = [word for each in part for word in (each.worker, _hexadecimal(each.epoch), each.body)]
+            answer = self._write(self._publish, writer, (name, len(ended) // 2, *ended, *words))
+            refused.update(WorkerId(worker.decode()) for worker in answer)
+            ended = []
+        return frozenset(refused)
+
+    def version(self) -> int:
+        """See `Registry`."""
+        with self._translated():
+            return int(self._client.get(f"{self._prefix}version") or 0)
+
+    def read(self) -> RegistryView:
+        """See `Registry`."""
+        version, controller, members, past = self._run(self._read, ())
+        return RegistryView(
+            int(version),
+            _controller(controller),
+            tuple(
+                MemberRecord(WorkerId(worker.decode()), _epoch(epoch), body)
+                for worker, epoch, body in members
+            ),
+            {WorkerId(worker.decode()): tuple(map(_epoch, reversed(epochs))) for worker, epochs in past},
+        )
+
+    def put(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
+        """See `Registry`."""
+        for words in _entry_words(entries):
+            self._write(self._put, writer, words)
+
+    def remove(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
+        """See `Registry`."""
+        for words in _entry_words(entries):
+            self._write(self._remove, writer, words)
+
+    def holders(self, hashes: Sequence[BlockHash]) -> Mapping[BlockHash, tuple[Holder, ...]]:
+        """See `Registry`."""
+        found: dict[BlockHash, tuple[Holder, ...]] = {}
+        for part in _parts(hashes):
+            answers = self._run(self._holders, part)
+            found |= {block: _read_holders(raw) for block, raw in zip(part, answers, strict=True)}
+        return found
+
+    def close(self) -> None:
+        """See `Registry`."""
+        self._client.close()
+
+    def _write(self, script: Any, writer: Epoch, words: Iterable[Any]) -> Any:
+        answer = self._run(script, (_hexadecimal(writer), self._lease_ms, *words))
+        if answer == b"FENCED":
+            raise Fenced(f"the registry at {self._place} has no controller, or another one")
+        return answer
+
+    def _run(self, script: Any, words: Iterable[Any]) -> Any:
+        with self._translated():
+            return script(keys=[f"{self._prefix}controller"], args=[self._prefix, *words])
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Errors of the library and of Redis, as ours."""
+        where = f"the registry at {self._place}"
+        try:
+            yield
+        except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+            raise Unauthenticated(f"{where} refuses this user or password: {error}") from error
+        except redis.exceptions.BusyLoadingError as error:
+            raise Unavailable(f"{where} still loads its data") from error
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
+            raise Unavailable(f"{where} does not answer: {error}") from error
+        except redis.exceptions.ResponseError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: redis.exceptions.ResponseError) -> AnabranchError:
+        """Memory or disk full, or a replica: it answers, but takes nothing."""
+        where, text = f"the registry at {self._place}", str(error)
+        is_full = isinstance(error, redis.exceptions.OutOfMemoryError | redis.exceptions.ReadOnlyError)
+        if is_full or text.startswith(_REFUSALS):
+            return ResourceExhausted(f"{where} refuses writes: {text}")
+        if text.startswith("NOAUTH"):
+            return Unauthenticated(f"{where} asks for a password")
+        return Internal(f"{where} does not understand: {text}")
+
+
+def _client(config: RegistryConfig) -> redis.Redis:
+    deadline_s = config.deadline_ms / 1000
+    address = config.parts
+    options: dict[str, Any] = {}
+    if address.is_encrypted:
+        options = {
+            "ssl": True,
+            "ssl_cert_reqs": "required",
+            "ssl_check_hostname": True,
+            "ssl_ca_certs": config.authority,
+        }
+    # A connection that Redis closed meanwhile is opened anew; a call that took too long is not repeated.
+    retry = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
+    return redis.Redis(
+        host=address.host,
+        port=address.port,
+        db=address.database,
+        username=address.username,
+        password=config.password(),
+        socket_timeout=deadline_s,
+        socket_connect_timeout=deadline_s,
+        retry=retry,
+        **options,
+    )
+
+
+def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[at : at + _BATCH_MOST] for at in range(0, len(items), _BATCH_MOST)]
+
+
+def _hexadecimal(epoch: Epoch) -> str:
+    return f"{epoch:016x}"
+
+
+def _epoch(raw: bytes) -> Epoch:
+    return Epoch(int(raw, 16))
+
+
+def _controller(raw: Sequence[bytes | None]) -> ControllerRecord | None:
+    epoch, address, agreement, welcome = raw
+    if epoch is None or address is None or agreement is None or welcome is None:
+        return None
+    return ControllerRecord(_epoch(epoch), address.decode(), agreement.decode(), welcome)
+
+
+def _entry_words(entries: Mapping[BlockHash, Sequence[Holder]]) -> Iterator[list[Any]]:
+    flat = [(block, holder) for block, holders in entries.items() for holder in holders]
+    for part in _parts(flat):
+        yield [
+            word
+            for block, holder in part
+            for word in (block, holder.worker, _hexadecimal(holder.epoch), holder.position)
+        ]
+
+
+def _read_holders(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Holder, ...]:
+    found = []
+    for worker, place in raw:
+        epoch, _, position = place.partition(b":")
+        found.append(Holder(WorkerId(worker.decode()), _epoch(epoch), int(position)))
+    return tuple(sorted(found, key=lambda holder: holder.worker))
