@@ -33,7 +33,7 @@ test: $(STAMP)  ## all tests that need no root
 
 test-system: $(STAMP)  ## tests with network namespaces and servers (root; installs what it needs)
 	.ci/install-system
-	$(BIN)/pytest tests -m system
+	$(BIN)/pytest tests -m 'system or redis'
 
 check: $(STAMP)  ## style, types, import contracts, proto lint and stub drift
 	.ci/check

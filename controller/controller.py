@@ -26,7 +26,7 @@ from controller.fleet import RayFleet
 from controller.membership import MembershipTable, Terms
 from controller.metrics import serve_metrics
 from controller.placing import Demands, Placer
-from controller.registry_writer import RegistryWriter, registered
+from controller.registry_writer import RegistryWriter, registry_writer
 from controller.service import ControlServer, ControlService
 from controller.slots import Limits, Order, Phase, Slot
 from controller.state import ClusterRecord, StateFolder, process_start
@@ -90,8 +90,8 @@ class Controller:
         with (
             self._state.claim(),
             self._fleet(demands) as fleet,
-            self._serving(service, fleet),
-            self._registered(service) as writer,
+            self._registry() as writer,
+            self._serving(service, fleet, writer),
         ):
             place = Placer(self._config, demands, fleet.nodes)
             if self._config.ray.address is None:
@@ -125,7 +125,7 @@ class Controller:
             fleet.close()
 
     @contextmanager
-    def _serving(self, service: ControlService, fleet: RayFleet) -> Iterator[None]:
+    def _serving(self, service: ControlService, fleet: RayFleet, writer: RegistryWriter) -> Iterator[None]:
         # After Ray: starting Ray forks, and a fork among busy gRPC threads can hang its child.
         nodes = fleet.nodes()
         host = self._config.controller.host
@@ -133,18 +133,18 @@ class Controller:
         server = ControlServer(self._config, service)
         try:
             self.address = f"{fleet.address if roles.is_wildcard(host) else host}:{server.port}"
+            writer.claim(service.welcome(), self.address, self._config.digest)
+            writer.start()
             self._observe(Opened(self.address, len(nodes)))
             yield
         finally:
             server.stop()
 
     @contextmanager
-    def _registered(self, service: ControlService) -> Iterator[RegistryWriter]:
+    def _registry(self) -> Iterator[RegistryWriter]:
         # The processes of a private Ray cluster ended with the controller that started it.
         inherits = self._config.ray.address is not None
-        with registered(
-            self._config, self._table, service.welcome(), self.address, inherits=inherits
-        ) as writer:
+        with registry_writer(self._config, self._table, inherits=inherits) as writer:
             serve_metrics(self._config, writer.metrics)
             yield writer
 

@@ -17,7 +17,7 @@ from anabranch.wire import agreement
 from cluster.clock import Clock, monotonic
 from cluster.config import Config
 from cluster.errors import AnabranchError, Fenced, ResourceExhausted, Unauthenticated
-from cluster.registry.interface import ControllerRecord, MemberRecord, Registry
+from cluster.registry.interface import ControllerRecord, MemberRecord, Registry, RegistryView
 from cluster.registry.opening import open_registry
 from cluster.telemetry import logger
 from cluster.types import Epoch, WorkerId
@@ -56,14 +56,13 @@ class RegistryWriter:
         self,
         registry: Registry,
         table: MembershipTable,
-        controller: ControllerRecord,
         *,
         inherits: bool = True,
         clock: Clock = monotonic,
     ) -> None:
         self._registry = registry
         self._table = table
-        self._controller = controller
+        self._controller: ControllerRecord | None = None
         self._inherits = inherits
         self._clock = clock
         self._state: RegistryState | None = None
@@ -87,12 +86,28 @@ class RegistryWriter:
         """Whether nobody's silence may be taken for death: this side may be the one that is cut off."""
         return self.state in (RegistryState.AWAY, RegistryState.TAKEN)
 
-    def start(self) -> None:
-        """Write, and read, for the first time, then go on by itself. A registry that is away is no error.
+    def inherit(self) -> None:
+        """Tell the table who lived, before anybody asks it. A registry that is away is no error.
 
         Raises Unauthenticated when it refuses the password.
         """
+        try:
+            self._restore(self._registry.read())
+        except Unauthenticated:
+            raise
+        except AnabranchError as error:
+            self._enter(RegistryState.AWAY, error)
+
+    def claim(self, welcome: control_pb2.RegisterResponse, address: str, config_digest: str) -> None:
+        """Be the one that writes from now on: a controller at host:port that welcomes its members so."""
+        epoch = Epoch(welcome.responder.epoch)
+        self._controller = ControllerRecord(
+            epoch, address, agreement(config_digest), welcome.SerializeToString()
+        )
         self.write()
+
+    def start(self) -> None:
+        """Go on writing by itself; after `claim`."""
         self._thread.start()
 
     def close(self) -> None:
@@ -103,16 +118,15 @@ class RegistryWriter:
         self._registry.close()
 
     def write(self) -> None:
-        """One round: make the registry equal to the table. Raises Unauthenticated in the first one only."""
+        """One round: make the registry equal to the table. After `claim`."""
+        assert self._controller is not None
         try:
-            self._write()
+            self._write(self._controller)
         except Fenced as error:
             self._enter(RegistryState.TAKEN, error)
         except ResourceExhausted as error:
             self._enter(RegistryState.READ_ONLY, error)
         except AnabranchError as error:
-            if self._state is None and isinstance(error, Unauthenticated):
-                raise
             self._enter(RegistryState.AWAY, error)
         else:
             self._enter(RegistryState.UP)
@@ -127,12 +141,12 @@ class RegistryWriter:
         if self.state is RegistryState.UP:
             self.write()
 
-    def _write(self) -> None:
+    def _write(self, controller: ControllerRecord) -> None:
         if self._state is not RegistryState.UP:
-            self._begin_again()
+            self._begin_again(controller)
         now_s = self._clock()
         is_refresh = now_s >= self._refresh_next_s
-        self._registry.claim(self._controller, take_over=False)
+        self._registry.claim(controller, take_over=False)
         version, living = self._table.registrations()
         records = {WorkerId(each.member.worker_id): each for each in living}
         core = {worker: _core(each) for worker, each in records.items()}
@@ -140,28 +154,30 @@ class RegistryWriter:
         present = [_record(records[worker]) for worker in due]
         gone = [(worker, epoch) for worker, (epoch, _) in self._written.items() if worker not in records]
         if present or gone or is_refresh:
-            refused = self._registry.publish(self._controller.epoch, version, present, gone)
+            refused = self._registry.publish(controller.epoch, version, present, gone)
             if refused:
                 _log.warning("registry_refused_members", members=sorted(refused))
         self._written = core
         if is_refresh:
             self._refresh_next_s = now_s + _REFRESH_S
 
-    def _begin_again(self) -> None:
+    def _begin_again(self, controller: ControllerRecord) -> None:
         """Nothing is certain of what is in there: look, and mark all of it for writing."""
         if not self._has_claimed:
-            self._registry.claim(self._controller, take_over=True)
+            self._registry.claim(controller, take_over=True)
         view = self._registry.read()
-        if not self._has_claimed and self._inherits:
-            restored = self._table.restore(
-                [control_pb2.RegisterRequest.FromString(record.body) for record in view.members],
-                view.past,
-                view.version,
-            )
-            _log.info("membership_restored", members=restored, version=view.version)
+        if not self._has_claimed:
+            self._restore(view)  # again: an earlier controller may have written since
         self._has_claimed = True
         self._written = {record.worker: (record.epoch, b"") for record in view.members}
         self._refresh_next_s = 0.0
+
+    def _restore(self, view: RegistryView) -> None:
+        if not self._inherits:
+            return
+        bodies = [control_pb2.RegisterRequest.FromString(record.body) for record in view.members]
+        if restored := self._table.restore(bodies, view.past, view.version):
+            _log.info("membership_restored", members=restored, version=view.version)
 
     def _enter(self, state: RegistryState, error: AnabranchError | None = None) -> None:
         """Note the state; a change of it is logged once."""
@@ -176,24 +192,13 @@ class RegistryWriter:
 
 
 @contextmanager
-def registered(
-    config: Config,
-    table: MembershipTable,
-    welcome: control_pb2.RegisterResponse,
-    address: str,
-    *,
-    inherits: bool,
+def registry_writer(
+    config: Config, table: MembershipTable, *, inherits: bool = True
 ) -> Iterator[RegistryWriter]:
-    """A writer at work, for the controller that welcomes members so at host:port.
-
-    Raises ConfigError, Unauthenticated.
-    """
-    record = ControllerRecord(
-        Epoch(welcome.responder.epoch), address, agreement(config.digest), welcome.SerializeToString()
-    )
-    writer = RegistryWriter(open_registry(config.registry), table, record, inherits=inherits)
+    """A writer that has told the table who lived; stopped at the end. Raises ConfigError, Unauthenticated."""
+    writer = RegistryWriter(open_registry(config.registry), table, inherits=inherits)
     try:
-        writer.start()
+        writer.inherit()
         yield writer
     finally:
         writer.close()

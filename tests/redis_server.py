@@ -19,6 +19,7 @@ from cluster.config import TlsConfig
 from cluster.registry.settings import RegistryConfig
 
 _START_S = 20.0
+_GIVEN = "TEST_REDIS_URL"
 _ENGINE_SOCKET = Path("/var/run/docker.sock")
 BINARY = next(filter(None, map(shutil.which, ("redis-server", "valkey-server"))), None)
 MISSING = "no Redis: no container engine answers and neither redis-server nor valkey-server is installed"
@@ -38,7 +39,7 @@ class LocalRedis:
     def start(self) -> None:
         """Start, and wait until it answers."""
         assert BINARY is not None, MISSING
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         with (self.folder / "redis.log").open("ab") as log:
             self.process = subprocess.Popen([BINARY, *self._arguments()], stdout=log, stderr=log)
         end_s = time.monotonic() + _START_S
@@ -109,6 +110,11 @@ def local_redis(
             server.process.wait(_START_S)
 
 
+def is_given() -> bool:
+    """Whether whoever runs the tests names a server, which needs no password."""
+    return _GIVEN in os.environ
+
+
 def engine_answers() -> bool:
     """Whether containers can be started here."""
     if "DOCKER_HOST" not in os.environ and not _ENGINE_SOCKET.exists():
@@ -124,7 +130,10 @@ def engine_answers() -> bool:
 
 @contextmanager
 def any_redis(folder: Path) -> Iterator[RegistryConfig]:
-    """A server in a container where an engine answers, else a local one."""
+    """The server of TEST_REDIS_URL, else one in a container where an engine answers, else a local one."""
+    if is_given():
+        yield RegistryConfig(url=os.environ[_GIVEN])
+        return
     if not engine_answers():
         with local_redis(folder) as server:
             yield server.config()
@@ -136,7 +145,8 @@ def any_redis(folder: Path) -> Iterator[RegistryConfig]:
         yield RegistryConfig(url=f"redis://{host}:{port}/0")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -17,13 +17,15 @@ from cluster.registry.opening import open_registry
 from cluster.registry.settings import RegistryConfig
 from cluster.types import Epoch, WorkerId
 from tests import certificates
-from tests.redis_server import BINARY, MISSING, LocalRedis, any_redis, engine_answers, local_redis
+from tests.redis_server import BINARY, MISSING, LocalRedis, any_redis, engine_answers, is_given, local_redis
 
 WRITER = Epoch(0xA)
 CONTROLLER = ControllerRecord(WRITER, "127.0.0.1:8600", "wire 2", b"\x00welcome")
 DENSE, ATTENTION = WorkerId("dense-0"), WorkerId("attention-0")
 LEASE_S = 3600.0
 SHORT_S = 0.2
+KINDS = ("embedded", *(pytest.param(kind, marks=pytest.mark.redis) for kind in ("redis", "secure")))
+LOCAL = pytest.mark.skipif(BINARY is None, reason=MISSING)
 DEADLINE_S = 20.0
 
 
@@ -62,7 +64,7 @@ def _wait_until(holds: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RegistryConfig]]:
     """A Redis of each kind."""
-    if BINARY is None and not engine_answers():
+    if BINARY is None and not is_given() and not engine_answers():
         pytest.skip(MISSING)
     with any_redis(tmp_path_factory.mktemp("redis")) as plain:
         if BINARY is None:
@@ -74,7 +76,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Regi
             yield {"redis": plain, "secure": secure.config()}
 
 
-@pytest.fixture(params=["embedded", "redis", "secure"])
+@pytest.fixture(
+    params=["embedded", *(pytest.param(kind, marks=pytest.mark.redis) for kind in ("redis", "secure"))]
+)
 def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     """A registry of each kind; those in Redis under a name of their own."""
     if request.param == "embedded":
@@ -236,7 +240,8 @@ def test_thousands_of_members_and_blocks(registry: Registry) -> None:
     assert registry.holders(list(blocks)) == blocks
 
 
-@pytest.mark.skipif(BINARY is None, reason=MISSING)
+@pytest.mark.redis
+@LOCAL
 def test_every_key_has_a_time_to_live_and_the_clusters_name(tmp_path: Path) -> None:
     """Nothing is left for ever in a Redis that others use too, and two clusters do not meet."""
     with local_redis(tmp_path) as server, server.client() as client:
@@ -255,7 +260,8 @@ def test_every_key_has_a_time_to_live_and_the_clusters_name(tmp_path: Path) -> N
         assert [key for key in client.scan_iter() if client.pttl(key) <= 0] == []
 
 
-@pytest.mark.skipif(BINARY is None, reason=MISSING)
+@pytest.mark.redis
+@LOCAL
 def test_a_wrong_password_is_named_but_not_shown(tmp_path: Path) -> None:
     """The error says who refuses; neither it nor the configuration holds a password, right or wrong."""
     with local_redis(tmp_path, password="right-secret") as server:
@@ -270,7 +276,8 @@ def test_a_wrong_password_is_named_but_not_shown(tmp_path: Path) -> None:
             assert "secret" not in told
 
 
-@pytest.mark.skipif(BINARY is None, reason=MISSING)
+@pytest.mark.redis
+@LOCAL
 def test_the_password_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable that the configuration names is read where the process runs."""
     monkeypatch.setenv("REGISTRY_PASSWORD_OF_THIS_TEST", "right-secret")
@@ -282,7 +289,8 @@ def test_the_password_may_come_from_the_environment(tmp_path: Path, monkeypatch:
         registry.close()
 
 
-@pytest.mark.skipif(BINARY is None, reason=MISSING)
+@pytest.mark.redis
+@LOCAL
 def test_a_server_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
     """With TLS a certificate of another authority is no registry."""
     for name in ("theirs", "ours"):

@@ -1,6 +1,7 @@
 """The configuration file: what it accepts, what it refuses, and how it says so."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from cluster.config import Config, load
 from cluster.config_text import commented, default_of
 from cluster.errors import ConfigError
+from cluster.registry.opening import open_registry
 
 
 def test_defaults_load_and_survive_a_round_trip(tmp_path: Path) -> None:
@@ -150,3 +152,52 @@ def test_the_printed_file_explains_every_key_and_loads_to_itself(tmp_path: Path)
 def test_a_default_is_named_as_the_file_shows_it(key: str, default: str) -> None:
     """Sizes in their unit, the rest in YAML."""
     assert default_of(key) == default
+
+
+@pytest.mark.parametrize(
+    ("given", "host", "port", "database", "encrypted"),
+    [
+        ("redis://127.0.0.1", "127.0.0.1", 6379, 0, False),
+        ("redis://someone@localhost:6380/3", "localhost", 6380, 3, False),
+        ("rediss://registry.example:6381/1", "registry.example", 6381, 1, True),
+        ({"url": "redis://[::1]:6390", "deadline_ms": 50}, "::1", 6390, 0, False),
+    ],
+)
+def test_a_registry_is_named_by_its_address(
+    given: object, host: str, port: int, database: int, encrypted: bool
+) -> None:
+    """An address alone is short for the section; it is taken apart as Redis clients do."""
+    registry = load(None, {"registry": given}).registry
+    parts = registry.parts
+    assert (parts.host, parts.port, parts.database, parts.is_encrypted) == (host, port, database, encrypted)
+    assert Config().registry.url is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("http://127.0.0.1", "redis://HOST:PORT/DB is expected"),
+        ("redis://127.0.0.1:port", "redis://HOST:PORT/DB is expected"),
+        ("redis://127.0.0.1/zero", "redis://HOST:PORT/DB is expected"),
+        ("redis://127.0.0.1/0?db=1", "options have keys of their own"),
+        ("redis://:hush@127.0.0.1", "use password_file or password_variable"),
+        ("redis://registry.example", "use rediss://, or security.insecure"),
+        (6379, "registry: must be a section"),
+        ({"url": "redis://127.0.0.1", "cluster": "a b"}, "registry.cluster"),
+    ],
+)
+def test_a_registry_that_cannot_be_used_is_refused(given: object, said: str) -> None:
+    """By key and with a remedy; a secret in the address is not repeated."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"registry": given})
+    assert said in caught.value.message
+    assert "registry" in caught.value.message
+    assert "hush" not in caught.value.message
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis without its client: the error says what to install."""
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.delitem(sys.modules, "cluster.registry.redis_server", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'anabranch\[redis\]'"):
+        open_registry(load(None, {"registry": "redis://127.0.0.1"}).registry)

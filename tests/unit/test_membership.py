@@ -9,8 +9,8 @@ import pytest
 from anabranch.v1 import control_pb2, inference_pb2
 from cluster.clock import ManualClock
 from cluster.errors import Fenced, InvalidRequest, NotFound, VersionMismatch
-from cluster.types import LAYOUT_VERSION, WIRE_VERSION
-from controller.membership import MembershipTable, Terms
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, WorkerId
+from controller.membership import RESTORED_GRACE_S, MembershipTable, Terms
 
 DIGEST = "digest-of-the-file"
 HEARTBEAT_S = 0.5
@@ -223,3 +223,63 @@ def test_what_the_table_hands_out_is_a_copy() -> None:
     cluster = Cluster()
     cluster.register().members[0].worker_id = "somebody-else"
     assert cluster.names == ["dense-0"]
+
+
+def test_nobody_falls_silent_while_time_is_frozen() -> None:
+    """What passes in frozen sweeps is nobody's silence, and ends no earlier silence either."""
+    cluster = Cluster()
+    cluster.register()
+    assert cluster.pass_time(EXPIRY_S) == []
+    for _ in range(100):
+        cluster.clock.advance(HEARTBEAT_S)
+        assert cluster.table.sweep(frozen=True) == ()
+    assert cluster.pass_time(HEARTBEAT_S) == ["dense-0"]
+
+
+def test_what_an_earlier_controller_knew_is_a_member_until_it_speaks() -> None:
+    """Restored members are named at once and asked to register again; past lives stay past."""
+    cluster = Cluster()
+    before = [registration("dense-0", 10), registration("dense-1", 11)]
+    cluster.register("dense-1", 21)
+    assert cluster.table.restore(before, {WorkerId("dense-0"): [Epoch(9)]}, version=70) == 1
+    membership = cluster.table.membership()
+    assert [(each.worker_id, each.epoch) for each in membership.members] == [("dense-0", 10), ("dense-1", 21)]
+    assert membership.version == 71
+    with pytest.raises(NotFound):
+        cluster.beat("dense-0", 10)
+    with pytest.raises(Fenced):
+        cluster.register("dense-0", 9)
+    cluster.register("dense-0", 10)
+    cluster.beat("dense-0", 10)
+
+
+def test_a_life_that_ended_under_an_earlier_controller_does_not_stay() -> None:
+    """Who registered before the table heard that this life is over, leaves when it does."""
+    cluster = Cluster()
+    cluster.register("dense-0", 10)
+    cluster.table.restore([registration("dense-0", 12)], {WorkerId("dense-0"): [Epoch(10)]}, version=1)
+    assert [each.epoch for each in cluster.table.membership().members] == [12]
+    with pytest.raises(NotFound):
+        cluster.beat("dense-0", 12)
+    with pytest.raises(Fenced):
+        cluster.beat("dense-0", 10)
+
+
+def test_a_restored_member_that_never_speaks_leaves_after_its_grace() -> None:
+    """It is nobody's process here: the sweep that ends it returns it to nobody."""
+    cluster = Cluster()
+    cluster.table.restore([registration("dense-0", 10)], {}, version=1)
+    assert cluster.pass_time(RESTORED_GRACE_S + EXPIRY_S) == []
+    assert cluster.names == ["dense-0"]
+    assert cluster.pass_time(HEARTBEAT_S) == []
+    assert cluster.names == []
+
+
+def test_registrations_are_what_another_table_restores() -> None:
+    """A table's own account of its members, condition and load included, builds an equal table."""
+    cluster, other = Cluster(), Cluster()
+    cluster.register("dense-0", 10)
+    cluster.beat("dense-0", 10, load=inference_pb2.Load(sequences_running=2))
+    version, registrations = cluster.table.registrations()
+    other.table.restore(registrations, {}, version)
+    assert list(other.table.membership().members) == list(cluster.table.membership().members)
