@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from anabranch.v1 import types_pb2
-from cluster.errors import VersionMismatch
+from google.protobuf.message import DecodeError
+
+from anabranch.v1 import control_pb2, types_pb2
+from cluster.errors import Internal, VersionMismatch
 from cluster.sampling import SamplingParameters
 from cluster.types import (
     LAYOUT_VERSION,
@@ -103,6 +105,14 @@ def sampling_value(message: types_pb2.SamplingParameters) -> SamplingParameters:
     return SamplingParameters(
         **given, logit_bias=dict(message.logit_bias), stop_token_ids=tuple(message.stop_token_ids)
     )
+
+
+def registration(body: bytes) -> control_pb2.RegisterRequest:
+    """A member as the registry keeps it. Raises Internal for bytes that are none."""
+    try:
+        return control_pb2.RegisterRequest.FromString(body)
+    except DecodeError as error:
+        raise Internal("a member's record cannot be read") from error
 
 
 def agreement(config_digest: str) -> str:

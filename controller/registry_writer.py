@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Gauge
 
 from anabranch.v1 import control_pb2
-from anabranch.wire import agreement
+from anabranch.wire import agreement, registration
 from cluster.clock import Clock, monotonic
 from cluster.config import Config
-from cluster.errors import AnabranchError, Fenced, ResourceExhausted, Unauthenticated
+from cluster.errors import AnabranchError, Fenced, Internal, ResourceExhausted, Unauthenticated
 from cluster.registry.interface import ControllerRecord, MemberRecord, Registry, RegistryView
 from cluster.registry.opening import open_registry
 from cluster.telemetry import logger
@@ -175,8 +175,13 @@ class RegistryWriter:
     def _restore(self, view: RegistryView) -> None:
         if not self._inherits:
             return
-        bodies = [control_pb2.RegisterRequest.FromString(record.body) for record in view.members]
-        if restored := self._table.restore(bodies, view.past, view.version):
+        known = []
+        for record in view.members:
+            try:
+                known.append(registration(record.body))
+            except Internal as error:  # whoever it is will register here
+                _log.warning("member_not_restored", member=record.worker, problem=error.message)
+        if restored := self._table.restore(known, view.past, view.version):
             _log.info("membership_restored", members=restored, version=view.version)
 
     def _enter(self, state: RegistryState, error: AnabranchError | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anabranch.v1 import control_pb2
-from anabranch.wire import agreement
+from anabranch.wire import agreement, registration
 from cluster.config import Config
 from cluster.errors import AnabranchError
 from cluster.registry.interface import Registry, RegistryView
@@ -61,9 +61,7 @@ class RegistryReader:
             return None
         welcome = control_pb2.RegisterResponse.FromString(controller.welcome)
         welcome.membership.version = view.version
-        for record in view.members:
-            registration = control_pb2.RegisterRequest.FromString(record.body)
-            welcome.membership.members.append(registration.member)
+        welcome.membership.members.extend(registration(record.body).member for record in view.members)
         return welcome
 
     def _complain(self, problem: str) -> None:

@@ -63,7 +63,8 @@ class Holder:
 
 
 class Registry(Protocol):
-    """Membership and prefix directory. Safe to call from several threads; no call outlasts its deadline.
+    """Membership and prefix directory. Safe to call from several threads; a call takes a few
+    deadlines at most.
 
     Every method raises Unavailable when the registry does not answer, ResourceExhausted when it answers
     but refuses writes, Unauthenticated when it refuses the password. What is not written again within
@@ -93,7 +94,9 @@ class Registry(Protocol):
         ...
 
     def read(self) -> RegistryView:
-        """The whole membership."""
+        """The whole membership. What is written meanwhile may be in it already: its version is that of the
+        beginning, so that whoever compares versions looks again.
+        """
         ...
 
     def put(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:

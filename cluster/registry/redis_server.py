@@ -43,7 +43,8 @@ class RedisRegistry:
         script = self._client.register_script
         self._claim = script(scripts.CLAIM)
         self._publish = script(scripts.PUBLISH.replace("{past_most}", str(PAST_EPOCHS_MOST)))
-        self._read = script(scripts.READ)
+        self._head = script(scripts.HEAD)
+        self._members = script(scripts.MEMBERS)
         self._put = script(scripts.PUT)
         self._remove = script(scripts.REMOVE)
         self._holders = script(scripts.HOLDERS)
@@ -77,17 +78,17 @@ class RedisRegistry:
             return int(self._client.get(f"{self._prefix}version") or 0)
 
     def read(self) -> RegistryView:
-        """See `Registry`."""
-        version, controller, members, past = self._run(self._read, ())
-        return RegistryView(
-            int(version),
-            _controller(controller),
-            tuple(
-                MemberRecord(WorkerId(worker.decode()), _epoch(epoch), body)
-                for worker, epoch, body in members
-            ),
-            {WorkerId(worker.decode()): tuple(map(_epoch, reversed(epochs))) for worker, epochs in past},
-        )
+        """See `Registry`. Many members are read in parts."""
+        version, controller, names = self._run(self._head, ())
+        members: list[MemberRecord] = []
+        past: dict[WorkerId, tuple[Epoch, ...]] = {}
+        for part in _parts(sorted(WorkerId(name.decode()) for name in names)):
+            for worker, (epoch, body, ended) in zip(part, self._run(self._members, part), strict=True):
+                if epoch is not None:
+                    members.append(MemberRecord(worker, _epoch(epoch), body))
+                if ended:
+                    past[worker] = tuple(map(_epoch, reversed(ended)))
+        return RegistryView(int(version), _controller(controller), tuple(members), past)
 
     def put(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
         """See `Registry`."""
@@ -135,6 +136,8 @@ class RedisRegistry:
             raise Unavailable(f"{where} does not answer: {error}") from error
         except redis.exceptions.ResponseError as error:
             raise self._refusal(error) from error
+        except redis.exceptions.RedisError as error:
+            raise Internal(f"{where} and its client do not understand each other: {error}") from error
 
     def _refusal(self, error: redis.exceptions.ResponseError) -> AnabranchError:
         """Memory or disk full, or a replica: it answers, but takes nothing."""

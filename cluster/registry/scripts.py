@@ -72,20 +72,24 @@ return refused
 members as worker, epoch and body. FENCED, or the workers refused.
 """
 
-READ = """
+HEAD = """
 local prefix = ARGV[1]
 local names = redis.call('SMEMBERS', prefix .. 'names')
-table.sort(names)
-local members, past = {}, {}
-for _, worker in ipairs(names) do
-  local member = redis.call('HMGET', prefix .. 'member:' .. worker, 'epoch', 'body')
-  if member[1] then members[#members + 1] = {worker, member[1], member[2]} end
-  past[#past + 1] = {worker, redis.call('LRANGE', prefix .. 'past:' .. worker, 0, -1)}
-end
 local controller = redis.call('HMGET', KEYS[1], 'epoch', 'address', 'agreement', 'welcome')
-return {redis.call('GET', prefix .. 'version') or '0', controller, members, past}
+return {redis.call('GET', prefix .. 'version') or '0', controller, names}
 """
-"""Version, controller, members and past lives of all workers that ever were."""
+"""Version, controller, and all workers that ever were."""
+
+MEMBERS = """
+local prefix, found = ARGV[1], {}
+for at = 2, #ARGV do
+  local worker = ARGV[at]
+  local member = redis.call('HMGET', prefix .. 'member:' .. worker, 'epoch', 'body')
+  found[#found + 1] = {member[1], member[2], redis.call('LRANGE', prefix .. 'past:' .. worker, 0, -1)}
+end
+return found
+"""
+"""Also: workers. For each, epoch and body if it is a member, and its past epochs."""
 
 PUT = (
     _REQUIRE_WRITER

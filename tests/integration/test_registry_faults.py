@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from anabranch import Client
+from cluster.registry.interface import ControllerRecord, MemberRecord
+from cluster.registry.opening import open_registry
+from cluster.types import Epoch, WorkerId
 from tests.controlled import JOINING, ControlledCluster, await_, controlled
+from tests.integration.clusters import configured, joining, running
 from tests.models import Reference, random_prompt, reference_tokens, tiny_model
 from tests.redis_server import BINARY, MISSING, LocalRedis, free_port, local_redis
 
@@ -187,3 +191,25 @@ def test_new_processes_find_the_cluster_while_the_controller_is_away(
         cluster.start_controller()
         cluster.await_ready(*ROLES, *newcomers)
         assert cluster.epochs() | lives == cluster.epochs()
+
+
+def test_a_cluster_under_ray_writes_who_lives_and_leaves_nobody(tmp_path: Path, server: LocalRedis) -> None:
+    """The whole controller: its members are in Redis while it serves, and not when it has stopped; what an
+    earlier one left there is not believed, since its processes ended with its Ray.
+    """
+    registry = open_registry(server.config())
+    dead = MemberRecord(WorkerId("dense-7"), Epoch(7), b"")
+    registry.claim(ControllerRecord(Epoch(1), "127.0.0.1:1", "", b""), take_over=True)
+    registry.publish(Epoch(1), 1, [dead], ())
+    config = configured(tmp_path, attention__replicas=1, registry=server.config().model_dump())
+    with running(config, joining()) as cluster:
+        cluster.await_ready()
+        lives = {member.worker_id: member.epoch for member in cluster.controller.fleet().membership.members}
+        assert set(lives) == set(ROLES)
+        await_(lambda: {each.worker: each.epoch for each in registry.read().members} == lives)
+        found = registry.read().controller
+        assert found is not None
+        assert found.address == cluster.controller.address
+    assert registry.read().members == ()
+    assert registry.read().past[dead.worker] == (dead.epoch,)
+    registry.close()

@@ -10,9 +10,9 @@ import pytest
 from anabranch.v1 import control_pb2, inference_pb2, types_pb2
 from cluster.clock import ManualClock
 from cluster.errors import Fenced, NotFound, Unauthenticated
-from cluster.registry.interface import Registry
+from cluster.registry.interface import MemberRecord, Registry
 from cluster.registry.opening import open_registry
-from cluster.types import LAYOUT_VERSION, WIRE_VERSION
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, WorkerId
 from controller.membership import RESTORED_GRACE_S, MembershipTable, Terms
 from controller.registry_writer import RegistryState, RegistryWriter
 from tests.redis_server import BINARY, MISSING, LocalRedis, local_redis
@@ -229,6 +229,19 @@ def test_members_of_another_configuration_are_not_taken_over(
     controllers.append(second)
     second.begin()
     assert second.lives == {}
+
+
+def test_what_cannot_be_read_costs_nobody_else(
+    server: LocalRedis, first: Controller, controllers: list[Controller]
+) -> None:
+    """A member's record that is no registration is left out, and written over or away."""
+    broken = MemberRecord(WorkerId("dense-1"), Epoch(11), b"\xff\xff")
+    first.registry.publish(Epoch(1), 9, [broken], ())
+    second = Controller(server, 2)
+    controllers.append(second)
+    second.begin()
+    assert second.lives == {"dense-0": 10}
+    assert _written(second.registry) == second.lives
 
 
 def test_the_registry_answers_late(
