@@ -66,16 +66,21 @@ def place(
     The allotments are in order, touch, and cover exactly first..end, each as much as its worker reports
     free. A local worker is filled first, then those at home; the rest overflows. Otherwise the shard before
     `first` grows to `shard_tokens`, and then the worker follows that holds fewest shards of this sequence
-    and, among those, has most space. When that takes too many shards, the largest spaces are filled whole.
+    and, among those, has most space. Of the shards left one is kept for each worker with space (half of all
+    shards at most), so that a sequence may grow until every worker is full. When that is too many, the
+    largest spaces are filled whole.
     """
     assert 0 <= first < end
     shards_left = policy.max_shards - len(shards)
     stride = policy.whole_blocks(max(policy.shard_tokens, _spread(end - first, shards_left)))
-    for stride_tokens, prefer in ((stride, _spreading), (policy.whole_blocks(end), _compacting)):
-        cover = _Cover(first, shards, workers, policy.block_tokens)
-        if cover.extend(end, stride_tokens, prefer) and cover.new_shards <= shards_left:
-            return tuple(cover.allotments)
-    return ()
+    spread = _Cover(first, shards, workers, policy.block_tokens)
+    if spread.extend(end, stride, _spreading):
+        kept = min(spread.workers_left(), policy.max_shards // 2)
+        if spread.new_shards + kept <= shards_left:
+            return tuple(spread.allotments)
+    compact = _Cover(first, shards, workers, policy.block_tokens)
+    fits = compact.extend(end, policy.whole_blocks(end), _compacting) and compact.new_shards <= shards_left
+    return tuple(compact.allotments) if fits else ()
 
 
 def inadmissible(tokens: int, workers: Sequence[WorkerSpace], policy: PlacementPolicy) -> str | None:
@@ -83,9 +88,11 @@ def inadmissible(tokens: int, workers: Sequence[WorkerSpace], policy: PlacementP
     largest = sorted((w.capacity_tokens for w in workers), reverse=True)[: policy.max_shards]
     if policy.whole_blocks(tokens) <= sum(largest):
         return None
+    holders = "1 attention worker holds" if len(largest) == 1 else f"{len(largest)} attention workers hold"
     return (
-        f"the sequence may take {tokens} tokens of KV cache; "
-        f"{len(largest)} attention workers hold {sum(largest)} in all: ask for fewer, or add workers or arena"
+        f"the sequence may take {tokens} tokens of KV cache, prompt and max_tokens together; {holders} "
+        f"{sum(largest)} in all: shorten the prompt, lower max_tokens, or give the cluster more attention "
+        "workers or larger arenas"
     )
 
 
@@ -147,6 +154,11 @@ class _Cover:
                 return False
             self._take(min(end - self.position, self._tail_room(stride_tokens)))
         return True
+
+    def workers_left(self) -> int:
+        """Workers beside the tail's that could take another shard."""
+        spaces = self.spaces.values()
+        return sum(item.free_tokens >= self.block_tokens for item in spaces if item is not self.tail)
 
     def _slack(self) -> int:
         """Tokens the open shard's last block still takes."""

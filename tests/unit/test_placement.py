@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.policies.placement import Allotment, PlacementPolicy, WorkerSpace, inadmissible, place
@@ -110,7 +111,43 @@ def test_what_can_never_fit_is_named() -> None:
     assert "2001 tokens" in str(inadmissible(2001, workers, POLICY))
     assert "2 attention workers hold 2000" in str(inadmissible(2001, workers, POLICY))
     single = PlacementPolicy(block_tokens=16, shard_tokens=64, max_shards=1)
-    assert inadmissible(1001, workers, single) is not None
+    assert "1 attention worker holds 1000" in str(inadmissible(1001, workers, single))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    st.integers(1, 9),
+    st.integers(1, 60),
+    st.integers(0, 8),
+    st.lists(st.integers(1, 100), min_size=1, max_size=20),
+)
+def test_a_sequence_grows_until_every_worker_is_full(
+    arenas_blocks: list[int], block_tokens: int, shard_tokens: int, shards_more: int, pieces: list[int]
+) -> None:
+    """However a sequence grows, piece by piece: where shards are twice the workers, no block stays unused."""
+    policy = PlacementPolicy(block_tokens, shard_tokens, 2 * len(arenas_blocks) + shards_more)
+    capacity = block_tokens * sum(arenas_blocks)
+    held: list[ShardRef] = []
+    position = 0
+    for piece in itertools.cycle(pieces):
+        if position == capacity:
+            return
+        end = min(capacity, position + piece)
+        used = Counter[str]()
+        for each in held:
+            used[each.worker] += blocks(each.end - each.first, policy)
+        workers = [
+            space(f"w{index}", (size - used[f"w{index}"]) * block_tokens)
+            for index, size in enumerate(arenas_blocks)
+        ]
+        placed = place(position, end, held, workers, policy)
+        assert placed, (position, held)
+        for item in placed:
+            grown = next((s for s in held if s.end == item.first and s.worker == item.worker), None)
+            held = [each for each in held if each is not grown]
+            held.append(shard(item.worker, grown.first if grown else item.first, item.end))
+        position = end
 
 
 @st.composite
