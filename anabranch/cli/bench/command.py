@@ -6,6 +6,7 @@ returned to `report`. Benches are imported when called: they need torch, whose i
 
 from __future__ import annotations
 
+import enum
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,14 @@ from anabranch.cli.bench import results_file
 from anabranch.cli.bench.records import Results, differences, records
 from anabranch.cli.bench.table import results_table
 from cluster.errors import InvalidRequest
+
+
+class LongDtype(enum.Enum):
+    """Types `long-decode` has a bound for."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
 
 app = typer.Typer(
     help="Measure the hot path, in turn with what it is compared to.",
@@ -172,6 +181,52 @@ def prefix(
     from anabranch.cli.model import resolve
 
     report({"prefix": measure(str(resolve(model)), tokens, repeats)}, json_file)
+
+
+@app.command()
+def long_prefill(
+    json_file: JsonFile = None,
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1024)] = 2**18,
+    workers: Annotated[int, typer.Option(help="Attention workers.", min=1, max=16)] = 2,
+    step_tokens: Annotated[int, typer.Option(help="Token budget of a step.", min=64, max=65536)] = 1024,
+) -> None:
+    """A prompt of 262,144 tokens computed whole, on a tiny random model of 2 layers over attention workers.
+
+    Takes some minutes on two cores, and at most 2 GiB of memory with all its processes.
+
+    \b
+    anabranch bench long-prefill --tokens 32768
+    anabranch bench long-prefill --json bench/long.json
+    """
+    from anabranch.cli.bench.long_prefill import measure
+
+    with Console(stderr=True).status("starting") as status:
+        results = measure(tokens, workers, step_tokens, status.update)
+    report(results, json_file)
+
+
+@app.command()
+def long_decode(
+    json_file: JsonFile = None,
+    tokens: Annotated[int, typer.Option(help="Cached tokens before the first one.", min=4096)] = 1_900_000,
+    steps: Annotated[int, typer.Option(help="Tokens decoded.", min=2, max=1024)] = 16,
+    workers: Annotated[int, typer.Option(help="Attention workers.", min=1, max=16)] = 4,
+    dtype: Annotated[LongDtype, typer.Option(help="Of cache and model.")] = LongDtype.BFLOAT16,
+) -> None:
+    """Decoding behind 1,900,000 tokens of a cache with generated contents, every output checked in float64.
+
+    A check of the attention path (scheduler, lanes, attention workers, merging), not of a model's quality.
+    Takes some minutes; with all its processes at most 8 GiB of memory, of which the cache is 3.6 GiB.
+
+    \b
+    anabranch bench long-decode --tokens 20000
+    anabranch bench long-decode --json bench/long.json
+    """
+    from anabranch.cli.bench.long_decode import measure
+
+    with Console(stderr=True).status("starting") as status:
+        results = measure(tokens, steps, workers, dtype.value, status.update)
+    report(results, json_file)
 
 
 @app.command()

@@ -1,8 +1,9 @@
-"""A model of SmolLM2's shape with random weights: as fast and as large as the real one, made in seconds."""
+"""Models with random weights, made in seconds: of SmolLM2's shape, as fast and large as it, or of others."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,12 +31,14 @@ _CONFIG = {
 _SCALE = 0.02
 
 
-def write(folder: Path) -> None:
-    """Write config.json and model.safetensors."""
+def write(folder: Path, changes: Mapping[str, object] | None = None, scale: float = _SCALE) -> None:
+    """Write config.json, SmolLM2's with `changes`, and model.safetensors: matrices are normal with this
+    `scale`, norms 1.
+    """
     generator = torch.Generator().manual_seed(0)
-    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    (folder / "config.json").write_text(json.dumps({**_CONFIG, **(changes or {})}))
     tensors = {
-        name: (torch.randn(shape, generator=generator) * _SCALE if len(shape) > 1 else torch.ones(shape)).to(
+        name: (torch.randn(shape, generator=generator) * scale if len(shape) > 1 else torch.ones(shape)).to(
             torch.bfloat16
         )
         for name, shape in weight_shapes(ModelSpec.from_folder(folder))

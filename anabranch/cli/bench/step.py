@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from anabranch.cli.bench import random_model, step_attention, step_dense
+from anabranch.cli.bench.children import next_line, start
 from anabranch.cli.bench.records import Record, Results, extreme, figure, prediction, ratio
 from anabranch.cli.bench.step_settings import StepSettings, Turn
 from anabranch.cli.bench.timeline import draw
@@ -196,7 +195,7 @@ def _modes(stack: contextlib.ExitStack, model: str, cores: Sequence[int]) -> dic
     """Start all processes; each mode answers turns."""
     first, second = cores[0], cores[1]
     split = StepSettings(model, (first,), (second,))
-    port = int(_start(stack, step_attention.__name__, split)[1])
+    port = int(start(stack, step_attention.__name__, split)[1])
     # Two micro-batches wherever there are two sequences: staggering is measured, not the choice of it.
     remote = StepSettings(model, (first,), (second,), attention_port=port, micro_batches=2)
     return {
@@ -207,38 +206,13 @@ def _modes(stack: contextlib.ExitStack, model: str, cores: Sequence[int]) -> dic
 
 
 def _dense(stack: contextlib.ExitStack, settings: StepSettings) -> Answer:
-    process, _ = _start(stack, step_dense.__name__, settings)
+    process, _ = start(stack, step_dense.__name__, settings)
 
     def answer(turn: Turn) -> dict[str, Any]:
         assert process.stdin is not None
         process.stdin.write(json.dumps(asdict(turn)) + "\n")
         process.stdin.flush()
-        found: dict[str, Any] = json.loads(_line(process))
+        found: dict[str, Any] = json.loads(next_line(process))
         return found
 
     return answer
-
-
-def _start(
-    stack: contextlib.ExitStack, module: str, settings: StepSettings
-) -> tuple[subprocess.Popen[str], str]:
-    """A process that ends when its standard input does; and its first line."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, settings.to_json()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[3],
-    )
-    stack.enter_context(process)
-    assert process.stdin is not None
-    stack.callback(process.stdin.close)
-    return process, _line(process)
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise ConfigError("a process of the bench ended; what it wrote stands above")
-    return line

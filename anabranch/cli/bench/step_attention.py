@@ -1,4 +1,4 @@
-"""The attention worker of `anabranch bench step`: a real one in a process and on a core of its own.
+"""An attention worker of `anabranch bench step` and the long benches: a real one, in a process of its own.
 
     python -m anabranch.cli.bench.step_attention SETTINGS
 
@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, ATTENTION_WORKER, StepSettings
+from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, StepSettings
 from cluster.model_spec import ModelSpec
 from workers.attention.worker import AttentionWorker
 
@@ -22,7 +22,7 @@ def main(settings: StepSettings) -> None:
     os.sched_setaffinity(0, settings.attention_cores)
     torch.set_num_threads(len(settings.attention_cores))
     config = settings.config()
-    worker = AttentionWorker(config, ATTENTION_WORKER, ATTENTION_EPOCH, settings.spin_us / 1e6)
+    worker = AttentionWorker(config, settings.attention_worker, ATTENTION_EPOCH, settings.spin_us / 1e6)
     try:
         spec = ModelSpec.from_folder(settings.model)
         worker.start(spec.geometry(config.model.dtype, config.attention.block_tokens))

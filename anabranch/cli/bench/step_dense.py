@@ -23,7 +23,6 @@ from anabranch.cli.bench import filling
 from anabranch.cli.bench.filling import Filler
 from anabranch.cli.bench.step_settings import (
     ATTENTION_EPOCH,
-    ATTENTION_WORKER,
     DENSE_EPOCH,
     DENSE_WORKER,
     LOCAL_WORKER,
@@ -176,7 +175,7 @@ class DenseBench:
             return AttentionMember(LOCAL_WORKER, ATTENTION_EPOCH, "", blocks, blocks, is_local=True)
         blocks = self._settings.arena_bytes // self._geometry.block_bytes
         address = f"127.0.0.1:{self._settings.attention_port}"
-        return AttentionMember(ATTENTION_WORKER, ATTENTION_EPOCH, address, blocks, blocks)
+        return AttentionMember(self._settings.attention_worker, ATTENTION_EPOCH, address, blocks, blocks)
 
     def _peer(self) -> AttentionPeer:
         """A connection to the attention worker."""

@@ -1,19 +1,21 @@
-"""What the processes of `anabranch bench step` are told."""
+"""What the processes of `anabranch bench step` and of the long benches are told."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from cluster.config import Config
 from cluster.types import Epoch, WorkerId
 
-ATTENTION_WORKER = WorkerId("attention-0")
 ATTENTION_EPOCH = Epoch(2)
 DENSE_WORKER = WorkerId("dense-0")
 LOCAL_WORKER = WorkerId("dense-0-local")
 DENSE_EPOCH = Epoch(1)
+
+_LEASE_MS = 3_600_000
+"""Nobody renews what is filled before a dense worker takes it over, and filling gigabytes may take minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,19 @@ class StepSettings:
     spin_us: int = 50
     arena_bytes: int = 2**31
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attention_workers: int = 1
+    attention_index: int = 0
+    step_tokens: int = 256
+    shard_tokens: int = 2**20
+
+    @property
+    def attention_worker(self) -> WorkerId:
+        """The name of the attention worker that is told this."""
+        return WorkerId(f"attention-{self.attention_index}")
+
+    def of_worker(self, index: int, cores: tuple[int, ...]) -> StepSettings:
+        """What one of several attention workers is told."""
+        return replace(self, attention_index=index, attention_cores=cores)
 
     @property
     def is_monolithic(self) -> bool:
@@ -40,16 +55,18 @@ class StepSettings:
             {
                 "model": {"path": self.model, "dtype": self.dtype},
                 "dense": {
-                    "threads": len(self.dense_cores),
+                    "threads": max(1, len(self.dense_cores)),
                     "micro_batches": self.micro_batches,
+                    "step_tokens": self.step_tokens,
                     "local_arena": self.arena_bytes if self.is_monolithic else 0,
                 },
                 "attention": {
-                    "replicas": 0 if self.is_monolithic else 1,
+                    "replicas": 0 if self.is_monolithic else self.attention_workers,
                     "threads": max(1, len(self.attention_cores)),
                     "arena": self.arena_bytes,
+                    "lease_ms": _LEASE_MS,
                 },
-                "placement": {"shard_tokens": 2**20},
+                "placement": {"shard_tokens": self.shard_tokens},
             }
         )
 
