@@ -10,7 +10,7 @@ RESULTS := bench/results.json
 # The demo does without what tests and checks need; where that is installed, it has all.
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),.venv/.installed-demo)
 
-.PHONY: demo test test-system check proto oracle-full bench bench-peers gpu-bundle clean help
+.PHONY: demo demo-long test test-system check proto oracle-full bench bench-peers gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -27,6 +27,9 @@ $(STAMP) .venv/.installed-demo: pyproject.toml $(wildcard workers/kernels/cpu/*.
 
 demo: $(DEMO_STAMP)  ## serve a real model from a cluster on this machine and ask it two questions
 	$(BIN)/anabranch demo
+
+demo-long: $(DEMO_STAMP)  ## one request that no worker could hold, over eight of them
+	$(BIN)/anabranch demo --long
 
 test: $(STAMP)  ## all tests that need no root
 	$(BIN)/pytest tests

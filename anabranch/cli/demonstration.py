@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,25 +20,21 @@ from rich.table import Table
 
 from anabranch.answers import Member, ShardUsage
 from anabranch.cli import model as models
-from anabranch.cli.awaited import Awaited
 from anabranch.cli.invocation import invocation
-from anabranch.cli.live import SlotLines
 from anabranch.cli.models.catalogue import DEFAULT_MODEL
 from anabranch.cli.models.progress import ConsoleProgress
 from anabranch.cli.pulse import pulse
+from anabranch.cli.running_cluster import running_cluster
 from anabranch.client import Client
 from anabranch.events import Finished, Started, TokenDelta
 from cluster import config as configuration
-from cluster.errors import AnabranchError, Internal, Unavailable
-from controller.controller import Controller
-from controller.events import ClusterReady, Event, SlotChanged
+from cluster.errors import AnabranchError
 from controller.state import ClusterRecord
 
 SHORT_QUESTION = "What is the capital of France?"
 LONG_QUESTION = "What is the name of the larger boat of the survey?"
 LONG_TEXT = "river_survey.txt"
-_START_TIMEOUT_S = 120.0
-_STOP_TIMEOUT_S = 60.0
+_STARTS = "starting Ray, controller, gateway, dense worker and two attention workers ..."
 _ANSWER_TOKENS = 32
 _LONG_TOKENS_LEAST = 3000
 _LOOKS = 3  # what the last step wrote is committed by the next one: look again
@@ -63,7 +58,7 @@ def run(console: Console) -> int:
             folder = models.fetch(DEFAULT_MODEL, progress)
         with (
             tempfile.TemporaryDirectory(prefix="anabranch-") as state,
-            _cluster(console, folder, state) as record,
+            running_cluster(console, _config(folder, state), _STARTS) as record,
         ):
             problem = _ask_both(console, record)
     except AnabranchError as error:
@@ -92,71 +87,6 @@ def _config(folder: Path, state: str) -> configuration.Config:
     )
 
 
-class _Watcher:
-    """Tells what becomes of the cluster, and notes when it is ready; a `controller.Observer`."""
-
-    def __init__(self, console: Console) -> None:
-        self.records: list[ClusterRecord] = []
-        self.came_up = threading.Event()
-        self._console = console
-        self._lines = SlotLines()
-        self._awaited = Awaited()
-
-    def __call__(self, event: Event) -> None:
-        self._awaited(event)
-        if isinstance(event, ClusterReady):
-            self.records.append(event.record)
-            self.came_up.set()
-        elif isinstance(event, SlotChanged):
-            self._tell(self._lines.line(event.slot))
-
-    def pulse(self, passed_s: float) -> None:
-        """Say what is waited for."""
-        if words := self._awaited.words():
-            self._tell(f"{passed_s:.0f} s: {words}")
-
-    def _tell(self, words: str | None) -> None:
-        if words:
-            self._console.print(f"  {words}", style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _cluster(console: Console, folder: Path, state: str) -> Iterator[ClusterRecord]:
-    """A running cluster; drained and stopped at the end, whatever happens inside."""
-    config = _config(folder, state)
-    controller = Controller(config)
-    stop = threading.Event()
-    watcher = _Watcher(console)
-    failed: list[BaseException] = []
-
-    def serve() -> None:
-        try:
-            controller.run(stop, watcher)
-        except AnabranchError as error:
-            failed.append(error)
-        finally:
-            watcher.came_up.set()
-
-    thread = threading.Thread(target=serve, name="controller")
-    console.print("starting Ray, controller, gateway, dense worker and two attention workers ...")
-    thread.start()
-    try:
-        with pulse(watcher.pulse):
-            is_up = watcher.came_up.wait(_START_TIMEOUT_S)
-        if not is_up:
-            raise Unavailable(f"the cluster was not ready within {_START_TIMEOUT_S:.0f} s; see {state}/logs")
-        if failed:
-            raise failed[0]
-        yield watcher.records[-1]
-    finally:
-        console.print("stopping ...")
-        stop.set()
-        with pulse(watcher.pulse):
-            thread.join(_STOP_TIMEOUT_S)
-    if thread.is_alive():
-        raise Internal(f"the cluster did not stop within {_STOP_TIMEOUT_S:.0f} s")
-
-
 def _ask_both(console: Console, record: ClusterRecord) -> str | None:
     """Ask both questions and show what they cost; returns what is not as promised, if anything."""
     text = resources.files("anabranch.cli").joinpath("data", LONG_TEXT).read_text()
@@ -165,7 +95,7 @@ def _ask_both(console: Console, record: ClusterRecord) -> str | None:
         shown = f"[{LONG_TEXT}, {len(text.split())} words] {LONG_QUESTION}"
         long = _ask(console, client, f"{text}\n\n{LONG_QUESTION}", shown)
         members = client.topology().members
-    console.print(_cache_table(long), _speed_table(short, long), _memory_table(members))
+    console.print(_cache_table(long), _speed_table(short, long), memory_table(members))
     holders = {shard.worker_id for shard in long.shards if shard.committed_tokens}
     if len(holders) < 2:
         return f"the long request's cache lies on {len(holders)} attention worker(s), not on both"
@@ -188,7 +118,7 @@ def _ask(console: Console, client: Client, question: str, shown: str) -> Answer:
         for event in stream:
             if isinstance(event, Started):
                 prompt_tokens = event.prompt_tokens
-                until_first.enter_context(_prefill_shown(console, client, stream.request_id, prompt_tokens))
+                until_first.enter_context(prefill_shown(console, client, stream.request_id, prompt_tokens))
             elif isinstance(event, TokenDelta) and event.token_ids:
                 until_first.close()
                 arrivals_s.append(time.monotonic())
@@ -205,7 +135,7 @@ def _ask(console: Console, client: Client, question: str, shown: str) -> Answer:
 
 
 @contextmanager
-def _prefill_shown(console: Console, client: Client, request_id: str, total: int) -> Iterator[None]:
+def prefill_shown(console: Console, client: Client, request_id: str, total: int) -> Iterator[None]:
     """Show how much of a prompt is in the cache, until left; says nothing of what takes under two seconds."""
 
     def say(_passed_s: float) -> None:
@@ -254,7 +184,8 @@ def _speed_table(short: Answer, long: Answer) -> Table:
     return table
 
 
-def _memory_table(members: Iterable[Member]) -> Table:
+def memory_table(members: Iterable[Member]) -> Table:
+    """The most memory each process of the cluster had."""
     table = Table(title="Processes")
     for heading in ("worker", "process", "peak memory MiB"):
         table.add_column(heading, justify="left" if heading == "worker" else "right")
