@@ -15,7 +15,7 @@ LOCAL_WORKER = WorkerId("dense-0-local")
 DENSE_EPOCH = Epoch(1)
 
 _LEASE_MS = 3_600_000
-"""Nobody renews what is filled before a dense worker takes it over, and filling gigabytes may take minutes."""
+"""Nobody renews what is filled until a dense worker takes it over, and filling gigabytes takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
