@@ -152,6 +152,29 @@ class Line:
         return self.base_s + self.each_s * units
 
     @classmethod
+    def evenly(cls, points: Sequence[tuple[float, float]]) -> Line:
+        """Least squares of relative differences through (units, seconds): where points span decades, plain
+        ones would say of the small what the noise of the large is. Either part may be negative.
+        """
+        assert len(points) > 1, "a line needs two points"
+        weights = [1 / seconds**2 for _, seconds in points]
+        total = sum(weights)
+        mean_units = sum(w * units for w, (units, _) in zip(weights, points, strict=True)) / total
+        mean_s = sum(w * seconds for w, (_, seconds) in zip(weights, points, strict=True)) / total
+        offsets = [
+            (w, units - mean_units, seconds) for w, (units, seconds) in zip(weights, points, strict=True)
+        ]
+        slope = sum(w * units * (seconds - mean_s) for w, units, seconds in offsets)
+        slope /= sum(w * units**2 for w, units, _ in offsets)
+        return cls(mean_s - slope * mean_units, slope)
+
+    def explained(self, points: Sequence[tuple[float, float]]) -> float:
+        """R2: the share of the seconds' variance that the line explains."""
+        mean_s = sum(seconds for _, seconds in points) / len(points)
+        left = sum((seconds - self.at(units)) ** 2 for units, seconds in points)
+        return 1 - left / sum((seconds - mean_s) ** 2 for _, seconds in points)
+
+    @classmethod
     def through(cls, points: Sequence[tuple[float, float]], *, is_fixed: bool) -> Line:
         """Least squares through (units, seconds), neither part negative. Points of one size do not tell what
         another takes: as much if the work `is_fixed` (weights are read whatever the batch), else its share.
@@ -214,6 +237,44 @@ def staggered_tax(dense_s: float, attention_s: float, lane_s: float, monolithic_
 def staggered_gain(dense_s: float, attention_s: float, lane_s: float, monolithic_s: float) -> float:
     """How many times the throughput of the monolithic step the split one has."""
     return monolithic_s / staggered_halves_s(dense_s, attention_s, lane_s)
+
+
+def read_floor_s(read_bytes: float, bandwidth_bytes_per_s: float) -> float:
+    """Attention over a cache: every byte of it once."""
+    return read_bytes / bandwidth_bytes_per_s
+
+
+def decode_floor_s(
+    weight_bytes: float, flop: float, cache_bytes: float, bandwidth_bytes_per_s: float, flops_per_s: float
+) -> float:
+    """A monolithic decoding step: MTIME, then ATIME, on the same cores."""
+    attention_s = read_floor_s(cache_bytes, bandwidth_bytes_per_s)
+    return max(flop / flops_per_s, weight_bytes / bandwidth_bytes_per_s) + attention_s
+
+
+def overlapped_floor_s(
+    weight_bytes: float, flop: float, cache_bytes: float, bandwidth_bytes_per_s: float, flops_per_s: float
+) -> float:
+    """A split decoding step, both sides alike and always busy: the longer one; speeds are one side's."""
+    attention_s = read_floor_s(cache_bytes, bandwidth_bytes_per_s)
+    return max(flop / flops_per_s, weight_bytes / bandwidth_bytes_per_s, attention_s)
+
+
+def rate_most(tokens: float, floor_s: float) -> float:
+    """Tokens per second where `tokens` take at least `floor_s`."""
+    return tokens / floor_s
+
+
+def sharded_attention_s(base_s: float, each_s: float, context_tokens: float, workers: float) -> float:
+    """Attention of one sequence over equal shards on `workers` workers, from the line of one worker."""
+    return base_s + each_s * context_tokens / workers
+
+
+def sharding_speedup(base_s: float, each_s: float, context_tokens: float, workers: float) -> float:
+    """How many times as fast as one worker they are."""
+    return sharded_attention_s(base_s, each_s, context_tokens, 1) / sharded_attention_s(
+        base_s, each_s, context_tokens, workers
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +374,12 @@ EQUATIONS: Mapping[str, Callable[..., float]] = {
         staggered_gain,
         lane_floor_s,
         lane_deadline_s,
+        read_floor_s,
+        decode_floor_s,
+        overlapped_floor_s,
+        rate_most,
+        sharded_attention_s,
+        sharding_speedup,
     )
 }
 """By name, for records of predictions that carry their inputs."""

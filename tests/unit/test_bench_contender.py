@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
+import select
 import sys
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 from anabranch.cli.bench.contender import Cell, Contender
 from anabranch.cli.bench.serve import cell_of, rounds
+from anabranch.cli.bench.sweep import Candidate, Trial, peer_candidates
 from cluster.errors import InvalidRequest, Unavailable
 
 PROGRAM = """
@@ -42,15 +46,17 @@ def test_a_round_counts_tokens_over_the_median_step(tmp_path: Path) -> None:
 
 def test_contenders_get_the_same_prompts_in_turn(tmp_path: Path) -> None:
     """Each has `repeats` rounds kept, after one thrown away; a cell's work depends on its seed alone."""
+    said: list[str] = []
     with (
         contextlib.closing(contender(tmp_path, PROGRAM)) as one,
         contextlib.closing(contender(tmp_path, PROGRAM, 0.25)) as other,
     ):
-        served = rounds(Cell(4, 5), {"one": one, "other": other}, 3)
+        served = rounds(Cell(4, 5), {"one": one, "other": other}, 3, said.append)
     assert {name: [one.decode for one in found] for name, found in served.items()} == {
         "one": [8.0] * 3,
         "other": [16.0] * 3,
     }
+    assert len(said) == 6, "each round that counts is told"
     assert Cell(2, 3).work(1) == Cell(2, 3).work(1) != Cell(2, 3).work(2)
 
 
@@ -71,6 +77,56 @@ def test_a_contender_that_dies_at_work_says_why(tmp_path: Path) -> None:
         pytest.raises(Unavailable, match="AssertionError"),
     ):
         it.serve(Cell(3, 5), seed=1)
+
+
+def test_a_contender_ends_with_what_it_started(tmp_path: Path) -> None:
+    """A process that a contender started holds a pipe open: it ends when the contender is closed."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    program = f"""
+import json, subprocess, sys
+writer = open({str(pipe)!r}, "w")
+child = subprocess.Popen(["sleep", "600"], stdout=writer)
+writer.close()
+print(json.dumps({{"ready": {{}}}}), flush=True)
+sys.stdin.read()
+"""
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with open(reader, "rb", buffering=0) as end:
+        contender(tmp_path, program).close()
+        ready, _, _ = select.select([end], [], [], 20)
+        assert ready, "somebody still holds the pipe"
+        assert end.read() == b""
+
+
+def test_a_sweep_keeps_the_fastest_and_every_score(tmp_path: Path) -> None:
+    """The best candidate runs on and carries all scores; the others are closed."""
+    started: list[Contender] = []
+
+    def start(candidate: Candidate) -> Contender:
+        started.append(contender(tmp_path, PROGRAM, candidate.settings["step_s"]))
+        return started[-1]
+
+    rounds_now = functools.partial(rounds, say=lambda _: None)
+    trial = Trial(start, (Cell(4, 5),), rounds_now, lambda _: None)
+    speeds = (0.5, 0.3, 0.6)
+    with contextlib.closing(
+        trial.best([Candidate("it", (), {"step_s": step_s}) for step_s in speeds])
+    ) as best:
+        assert best is started[1]
+        assert [tried["step_s"] for tried in best.settings["sweep"]] == list(speeds)
+        assert best.settings["sweep"][1]["score"] == max(tried["score"] for tried in best.settings["sweep"])
+        assert best.serve(Cell(4, 5), seed=1).prefill == 10.0
+
+
+def test_peers_are_tried_with_fewer_threads_too() -> None:
+    """Every candidate tells its threads; vLLM's are bound to as many cores."""
+    found = peer_candidates("python", Path("programs"), 2)
+    assert [one.settings["threads"] for one in found["transformers"]] == [2, 1]
+    bound = {
+        (one.settings["threads"], one.environment["VLLM_CPU_OMP_THREADS_BIND"]) for one in found["vllm_cpu"]
+    }
+    assert bound == {(2, "0-1"), (1, "0")}
 
 
 def test_cells_are_read_as_they_are_written() -> None:

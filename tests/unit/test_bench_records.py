@@ -14,13 +14,16 @@ from anabranch.cli.bench.records import (
     differences,
     extreme,
     figure,
+    fits,
     is_within_bound,
     prediction,
     ratio,
     records,
 )
-from anabranch.cli.bench.table import quantity
+from anabranch.cli.bench.table import quantity, results_table
 from cluster.errors import ConfigError
+
+FLOOR = {"read_bytes": 4.0, "bandwidth_bytes_per_s": 2.0}
 
 
 def results() -> Results:
@@ -30,7 +33,11 @@ def results() -> Results:
     return results_file.stamp(
         {
             "lane": {
-                "trip": figure([3.0, 1.0, 2.0], "s", floor=0.5),
+                "trip": figure(
+                    [3.0, 1.0, 2.0],
+                    "s",
+                    floor=prediction("lane_floor_s", {"layers": 2, "round_trip_s": 0.25}),
+                ),
                 "local_vs_bare": ratio(ours, theirs, "s", at_most=1.3),
                 "read_ratio_min": extreme("least", worst, at_least=0.5),
             },
@@ -41,6 +48,7 @@ def results() -> Results:
                     {"dense_s": 1.0, "attention_s": 2.5, "lane_s": 0.5},
                 ),
             },
+            "context": {"line": fits({1.0: [3.0], 2.0: [5.5], 4.0: [9.0]}, "s")},
             "serve": [{"batch": 1, "vs_vllm_cpu": ratio(ours, theirs, "s")}],
         }
     )
@@ -80,6 +88,27 @@ def test_a_changed_value_is_found_by_name(name: str) -> None:
         if found == name:
             _place(changed, name)["value"] = record["value"] * 1.001
     assert [line.partition(":")[0] for line in differences(changed)] == [name]
+
+
+def test_a_line_is_told_in_full() -> None:
+    """Points of a line give its slope and intercept, all variance explained and no deviation; one point off
+    it is the largest deviation.
+    """
+    exact = fits({1.0: [5.0], 10.0: [23.0], 100.0: [203.0]}, "s")
+    assert {part: record["value"] for part, record in exact.items()} == pytest.approx(
+        {"slope": 2.0, "intercept": 3.0, "r2": 1.0, "deviation_max": 0.0}, abs=1e-9
+    )
+    bent = fits({1.0: [5.0], 10.0: [23.0], 100.0: [303.0]}, "s")
+    assert bent["deviation_max"]["value"] > 0.05
+    assert bent["r2"]["value"] < 1.0
+
+
+def test_a_floor_stands_in_the_row_of_its_figure() -> None:
+    """The table has a row for each record that is no floor, and the floor's value beside its figure."""
+    table = results_table({"trip": figure([3.0], "s", floor=prediction("read_floor_s", FLOOR))})
+    assert table.row_count == 1
+    (row,) = zip(*(column.cells for column in table.columns), strict=True)
+    assert [str(cell) for cell in row[:3]] == ["trip", "3 s", "2 s"]
 
 
 def _place(changed: Results, name: str) -> Results:

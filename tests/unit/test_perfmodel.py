@@ -9,15 +9,19 @@ from hypothesis import strategies as st
 from cluster.hardware import built_in
 from cluster.perfmodel import (
     DeviceSpeed,
+    Line,
     ModelShape,
     attention_step_floor_s,
+    decode_floor_s,
     dense_step_floor_s,
     exchange_step_bytes,
     lane_deadline_s,
     lane_floor_s,
     layer_time_s,
     minimum_bandwidth_bytes_per_s,
+    overlapped_floor_s,
     requests_held,
+    sharding_speedup,
     staggered_dense_replicas,
 )
 
@@ -130,3 +134,26 @@ def test_floors_scale(model: ModelShape, batch: int, context_tokens: int, device
     dense_s = dense_step_floor_s(model, batch, h20)
     assert dense_s <= dense_step_floor_s(model, 2 * batch, h20) <= 2 * dense_s * (1 + 1e-12)
     assert dense_step_floor_s(model, batch, h20, devices) == pytest.approx(dense_s / devices)
+
+
+def test_a_split_step_is_never_below_half_a_monolithic_one() -> None:
+    """With the speeds of one side, overlapping hides the shorter part and no more."""
+    work = {"weight_bytes": 4.0, "flop": 1.0, "cache_bytes": 6.0}
+    speed = {"bandwidth_bytes_per_s": 2.0, "flops_per_s": 1.0}
+    assert decode_floor_s(**work, **speed) == 5.0
+    assert overlapped_floor_s(**work, **speed) == 3.0
+
+
+def test_shards_divide_what_grows_with_context() -> None:
+    """Two workers halve the time but for what does not depend on the context."""
+    assert sharding_speedup(0.0, 1.0, 100.0, 2) == 2.0
+    assert sharding_speedup(50.0, 1.0, 100.0, 2) == 1.5
+
+
+def test_a_line_through_decades_follows_the_small_as_well() -> None:
+    """A difference of a tenth at the largest point moves an even line's small end by less than a tenth, and
+    plain least squares miss the middle by more than it does.
+    """
+    points = [(1.0, 1.0), (10.0, 10.0), (100.0, 100.0), (1000.0, 1100.0)]
+    assert abs(Line.evenly(points).at(1.0) - 1) < 0.1
+    assert abs(Line.through(points, is_fixed=True).at(100.0) - 100) > abs(Line.evenly(points).at(100.0) - 100)

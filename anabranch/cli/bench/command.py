@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import enum
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated
 
 import typer
@@ -52,6 +55,16 @@ def report(results: Results, json_file: Path | None) -> None:
         results_file.write(json_file, stamped)
 
 
+def _say_lines() -> Callable[[str], None]:
+    """Progress as lines that stay, each with the minutes since the start: some benches take twenty."""
+    began_s = perf_counter()
+
+    def say(line: str) -> None:
+        print(f"{(perf_counter() - began_s) / 60:5.1f} min  {line}", file=sys.stderr, flush=True)
+
+    return say
+
+
 @app.command()
 def kernel(
     json_file: JsonFile = None,
@@ -73,24 +86,56 @@ def kernel(
 
 
 @app.command()
+def context(
+    json_file: JsonFile = None,
+    repeats: Annotated[int, typer.Option(help="Samples of each length, taken in turn.", min=1)] = 7,
+) -> None:
+    """Attention seconds and cache memory per token of context, 1k to 256k: the line, and what workers divide.
+
+    \b
+    anabranch bench context --json bench/results.json
+    """
+    from anabranch.cli.bench.context import ContextBench, measure
+
+    with Console(stderr=True).status("starting") as status:
+        results = measure(ContextBench(repeats=repeats), status.update)
+    report(results, json_file)
+
+
+@app.command()
 def lane(
     json_file: JsonFile = None,
     repeats: Annotated[int, typer.Option(help="Samples of each transport, taken in turn.", min=1)] = 31,
-    host: Annotated[str, typer.Option(help="Address the peer listens on.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(help="Address the peer listens on; default: one in a network namespace of its own."),
+    ] = "",
     peer_prefix: Annotated[
         str,
-        typer.Option(help="Put before the peer's command, for example `ip netns exec NAME`."),
+        typer.Option(help="With --host, put before the peer's command, for example `ip netns exec NAME`."),
     ] = "",
 ) -> None:
     """Round trips of 16 KB and 4 MB on each lane beside bare sockets; one core for each of the two processes.
 
+    Root gets the peer into a network namespace behind a veth pair, made and removed here, so that TCP passes
+    through two hosts' stacks; everyone else measures loopback, and the results say so.
+
     \b
     anabranch bench lane
-    anabranch bench lane --peer-prefix "ip netns exec b" --host 10.0.0.2 --json bench/results.json
+    anabranch bench lane --host 127.0.0.1 --json bench/results.json
+    anabranch bench lane --peer-prefix "ip netns exec b" --host 10.0.0.2
     """
     from anabranch.cli.bench.lane import measure
+    from anabranch.cli.bench.namespaces import Way, way_to_peer
 
-    report({"lane": measure(repeats, host, shlex.split(peer_prefix))}, json_file)
+    if host:
+        asked = Way(host, tuple(shlex.split(peer_prefix)), f"{peer_prefix or 'no prefix'}, {host}")
+        report({"lane": measure(repeats, asked)}, json_file)
+        return
+    with way_to_peer() as way:
+        print(f"lane: {way.network}", file=sys.stderr)
+        results = measure(repeats, way)
+    report({"lane": results}, json_file)
 
 
 @app.command()
@@ -127,6 +172,9 @@ def serve(
     cells: Annotated[
         str, typer.Option(help="BATCHxPROMPT, separated by commas; default: all that are recorded.")
     ] = "",
+    sweep_cells: Annotated[
+        str, typer.Option(help="Cells by which each peer's settings are chosen; default: 8x128,4x2048.")
+    ] = "",
     peers: Annotated[
         str | None, typer.Option(help="Python of the peers' environment, which `make bench-peers` makes.")
     ] = None,
@@ -138,11 +186,13 @@ def serve(
     anabranch bench serve --peers .venv-peers/bin/python --json bench/results.json
     """
     from anabranch.cli.bench.serve import CELLS, ServeBench, cell_of, measure
+    from anabranch.cli.bench.sweep import SWEEP_CELLS
     from anabranch.cli.model import resolve
 
     chosen = tuple(map(cell_of, cells.split(","))) if cells else CELLS
-    bench = ServeBench(str(resolve(model)), dtype, threads, step_tokens, repeats, chosen, peers)
-    report(measure(bench), json_file)
+    tried = tuple(map(cell_of, sweep_cells.split(","))) if sweep_cells else SWEEP_CELLS
+    bench = ServeBench(str(resolve(model)), dtype, threads, step_tokens, repeats, chosen, peers, tried)
+    report(measure(bench, _say_lines()), json_file)
 
 
 @app.command()

@@ -76,30 +76,38 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=os.environ | dict(environment or {}),
+            # Signals reach what it starts, too. Of our session: when we die, the system wakes and ends
+            # a stopped group that nobody is left to wake.
+            process_group=0,
         )
         self._buffer = b""
         self.settings = {**settings, **self._answer("ready", _READY_S)["ready"]}
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def serve(self, cell: Cell, seed: int) -> Served:
         """One round of a cell. Raises Unavailable."""
         assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(cell.work(seed)).encode() + b"\n")
         self._process.stdin.flush()
         answer = self._answer("step_s", _WORK_S)
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         step_s = statistics.median(answer["step_s"])
         return Served(cell.batch / step_s, cell.batch * cell.prompt / answer["prefill_s"])
 
     def close(self) -> None:
         """End it. Idempotent."""
-        self._process.kill()
+        self._signal(signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Its own process group, which is there until it has been waited for."""
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, number)
 
     def _answer(self, key: str, timeout_s: float) -> dict[str, Any]:
         deadline_s = monotonic() + timeout_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from anabranch.cli.bench.records import Record, Results, extreme, figure, ratio
+from anabranch.cli.bench.records import Record, Results, extreme, figure, prediction, ratio
 from workers.kernels.measure import FULL, QUICK, Cell, cells, measure
 
 _READ_LEAST = 0.85
@@ -65,8 +65,16 @@ def _decoding(dtype: str, aimed: dict[Cell, dict[str, Any]]) -> Results:
     return {
         "read_ratio_min": extreme("least", reads, at_least=_READ_LEAST if is_asked else None),
         "vs_torch_min": extreme("least", rivals, at_least=torch_least),
+        "seconds": {cell.name: _seconds(figures) for cell, figures in aimed.items()},
         "error_max": figure([max(errors)], ""),
     }
+
+
+def _seconds(figures: dict[str, Any]) -> Record:
+    """Of one walk over the cache, above what the faster probe would take for it at its best."""
+    bandwidth = 1e9 * max(max(samples) for samples in figures["probe_gb_s"].values())
+    inputs = {"read_bytes": figures["cache_bytes"], "bandwidth_bytes_per_s": bandwidth}
+    return figure(figures["kernel_s"], "s", floor=prediction("read_floor_s", inputs))
 
 
 def _vs_probe(figures: dict[str, Any], least: float | None) -> Record:
@@ -104,6 +112,7 @@ def _reported(figures: dict[str, Any]) -> Results:
     """What has no target: its share of the memory's speed and its arithmetic."""
     return {
         "read_ratio": _vs_probe(figures, None),
+        "seconds": _seconds(figures),
         "gflop_per_s": figure([figures["gflop_per_s"]], "GFLOP/s"),
         "error": figure([figures["error"]], ""),
     }

@@ -15,7 +15,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -24,19 +25,27 @@ from typing import Any
 import torch
 
 from anabranch.cli.bench import bare, lane_peer
-from anabranch.cli.bench.records import Record, Results, figure, ratio
+from anabranch.cli.bench.certificate import self_signed
+from anabranch.cli.bench.namespaces import Way
+from anabranch.cli.bench.records import Record, Results, figure, prediction, ratio
 from anabranch.cli.bench.turns import in_turn
 from cluster import rpc
 from cluster.config import TlsConfig
+from cluster.errors import Unavailable
 from cluster.types import Epoch, WorkerId
 from workers.lanes.dial import Caller, dial
 from workers.lanes.messages import Lane, LayerMessage
 
 _SPIN_US = 50
 _DEADLINE_MS = 10_000
+_PLAIN = TlsConfig()
 
 Trip = Callable[[], None]
 """One message there and one back."""
+
+
+SMALL_ROWS, LARGE_ROWS = 4, 1024
+"""16 KiB, as a layer of a small batch; 4 MiB, as a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,30 +62,46 @@ class LaneBench:
         return self.rows * lane_peer.ROW_BYTES
 
 
-def measure(repeats: int, host: str = "127.0.0.1", peer_prefix: Sequence[str] = ()) -> Results:
-    """Seconds of a round trip by transport and size, and the ratios asked for."""
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Both peers, one whose lanes spin and one whose sleep, and their certificate, if they have one."""
+
+    host: str
+    spinning: Mapping[str, Any]
+    sleeping: Mapping[str, Any]
+    tls: TlsConfig
+
+
+def measure(repeats: int, way: Way, trips: tuple[int, int] = (100, 3)) -> Results:
+    """Seconds of a round trip by transport and size, and the ratios asked for. trips: to a sample, of small
+    and of large messages.
+    """
     torch.set_num_threads(1)
-    with (
-        _pinned_apart() as (own_core, peer_core),
-        _peer(host, peer_core, peer_prefix, _SPIN_US) as spinning,
-        _peer(host, peer_core, peer_prefix, 0) as sleeping,
-    ):
+    with contextlib.ExitStack() as stack:
+        own_core, peer_core = stack.enter_context(_pinned_apart())
+        tls, tls_told = _certificate(stack, way.host)
+        peers = Peers(
+            way.host,
+            stack.enter_context(_peer(way, peer_core, _SPIN_US, tls)),
+            stack.enter_context(_peer(way, peer_core, 0, tls)),
+            tls,
+        )
         settings: dict[str, Any] = {
             "cores": [own_core, peer_core],
-            "host": host,
-            "peer_prefix": list(peer_prefix),
+            "host": way.host,
+            "network": way.network,
+            "tls": tls_told,
+            "spin_us": _SPIN_US,
         }
-        settings["spin_us"] = _SPIN_US
-        small = _sample(spinning, sleeping, host, LaneBench(rows=4, trips=100, repeats=repeats))
-        large = _sample(spinning, sleeping, host, LaneBench(rows=1024, trips=3, repeats=repeats))
-    return _results(small, large, settings)
+        small = sample(peers, LaneBench(SMALL_ROWS, trips[0], repeats))
+        large = sample(peers, LaneBench(LARGE_ROWS, trips[1], repeats))
+    return summary(small, large, settings)
 
 
-def _results(
+def summary(
     small: Mapping[str, list[float]], large: Mapping[str, list[float]], settings: dict[str, Any]
 ) -> Results:
-    trips = {name: figure(samples, "s", settings=settings) for name, samples in small.items()}
-    trips_large = {name: figure(samples, "s", settings=settings) for name, samples in large.items()}
+    """Records of all samples."""
 
     def over(
         samples: Mapping[str, list[float]],
@@ -88,9 +113,9 @@ def _results(
         sides = (one, samples[one]), (other, samples[other])
         return ratio(*sides, "s", at_least=at_least, at_most=at_most, settings=settings)
 
-    return {
-        "round_trip_16kib": trips,
-        "round_trip_4mib": trips_large,
+    found = {
+        "round_trip_16kib": _trips(small, settings),
+        "round_trip_4mib": _trips(large, settings),
         "local_vs_bare": over(small, "local", "bare_unix", at_most=1.3),
         "local_vs_grpc": over(small, "local", "grpc", at_most=0.3),
         "local_sleeping_vs_bare": over(small, "local_sleeping", "bare_unix"),
@@ -100,23 +125,51 @@ def _results(
         "tcp_throughput_vs_bare": over(large, "bare_tcp", "tcp", at_least=0.7),
         "local_throughput_vs_bare": over(large, "bare_unix", "local"),
     }
+    if "grpc_tls" in small:
+        found["tls_vs_plain"] = over(small, "grpc_tls", "grpc")
+        found["tls_throughput_vs_plain"] = over(large, "grpc", "grpc_tls")
+    return found
 
 
-def _sample(
-    spinning: Mapping[str, Any], sleeping: Mapping[str, Any], host: str, bench: LaneBench
-) -> dict[str, list[float]]:
+def _trips(samples: Mapping[str, list[float]], settings: dict[str, Any]) -> Results:
+    """Each lane's floor is one round trip of the bare loop of its family at its best; that one sleeps, so a
+    lane that does not may go below it.
+    """
+    found: Results = {}
+    for name, taken in samples.items():
+        bare_loop = "bare_unix" if name.startswith("local") else "bare_tcp"
+        floor = prediction("lane_floor_s", {"layers": 1, "round_trip_s": min(samples[bare_loop])})
+        is_bare = name.startswith("bare")
+        found[name] = figure(taken, "s", floor=None if is_bare else floor, settings=settings)
+    return found
+
+
+def sample(peers: Peers, bench: LaneBench) -> dict[str, list[float]]:
     """Seconds of one round trip on each transport; a sample is the median of `bench.trips`."""
+    spinning, sleeping = peers.spinning["address"], peers.sleeping["address"]
     with contextlib.ExitStack() as stack:
         trips: dict[str, Trip] = {
-            "bare_unix": _bare(stack, sleeping["bare_unix"], bench),
-            "bare_tcp": _bare(stack, (host, sleeping["bare_tcp"]), bench),
-            "local": _over(_lane(stack, spinning["address"], "local", _SPIN_US), bench),
-            "tcp": _over(_lane(stack, spinning["address"], "tcp", _SPIN_US), bench),
-            "local_sleeping": _over(_lane(stack, sleeping["address"], "local", 0), bench),
-            "tcp_sleeping": _over(_lane(stack, sleeping["address"], "tcp", 0), bench),
-            "grpc": _over(_lane(stack, sleeping["address"], "grpc", 0), bench),
+            "bare_unix": _bare(stack, peers.sleeping["bare_unix"], bench),
+            "bare_tcp": _bare(stack, (peers.host, peers.sleeping["bare_tcp"]), bench),
+            "local": _over(_lane(stack, spinning, "local", _SPIN_US), bench),
+            "tcp": _over(_lane(stack, spinning, "tcp", _SPIN_US), bench),
+            "local_sleeping": _over(_lane(stack, sleeping, "local", 0), bench),
+            "tcp_sleeping": _over(_lane(stack, sleeping, "tcp", 0), bench),
+            "grpc": _over(_lane(stack, sleeping, "grpc", 0), bench),
         }
+        if peers.tls.enabled:
+            secure = _lane(stack, peers.sleeping["address_tls"], "grpc", 0, peers.tls)
+            trips["grpc_tls"] = _over(secure, bench)
         return in_turn({name: _timed(trip, bench.trips) for name, trip in trips.items()}, bench.repeats)
+
+
+def _certificate(stack: contextlib.ExitStack, host: str) -> tuple[TlsConfig, str]:
+    """For the lane with TLS; nothing where none can be made, and why."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="anabranch-bench-"))
+    try:
+        return self_signed(Path(folder), host), "gRPC lane, self-signed P-256"
+    except Unavailable as error:
+        return TlsConfig(), error.message
 
 
 def _timed(trip: Trip, trips: int) -> Callable[[], float]:
@@ -131,9 +184,11 @@ def _timed(trip: Trip, trips: int) -> Callable[[], float]:
     return sample
 
 
-def _lane(stack: contextlib.ExitStack, address: str, transport: str, spin_us: int) -> Lane:
+def _lane(
+    stack: contextlib.ExitStack, address: str, transport: str, spin_us: int, tls: TlsConfig = _PLAIN
+) -> Lane:
     """A lane to a peer, closed with the stack."""
-    channel = stack.enter_context(rpc.channel(address, TlsConfig()))
+    channel = stack.enter_context(rpc.channel(address, tls))
     caller = Caller(
         WorkerId("bench"),
         Epoch(1),
@@ -181,15 +236,20 @@ def _pinned_apart() -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _peer(host: str, core: int, prefix: Sequence[str], spin_us: int) -> Iterator[Mapping[str, Any]]:
-    """The other process; ends with the block."""
-    module = [sys.executable, "-m", lane_peer.__name__, host, str(core), str(spin_us)]
+def _peer(way: Way, core: int, spin_us: int, tls: TlsConfig) -> Iterator[Mapping[str, Any]]:
+    """The other process; ends with the block. Raises Unavailable when it does not come up."""
+    module = [sys.executable, "-m", lane_peer.__name__, way.host, str(core), str(spin_us)]
+    if tls.certificate is not None and tls.key is not None:
+        module += [tls.certificate, tls.key]
     with subprocess.Popen(
-        [*prefix, *module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
+        [*way.prefix, *module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            yield json.loads(process.stdout.readline())
+            line = process.stdout.readline()
+            if not line:
+                raise Unavailable("the other process of the bench ended; what it wrote stands above")
+            yield json.loads(line)
         finally:
             process.stdin.close()

@@ -1,6 +1,6 @@
 """The other process of `anabranch bench lane`: an attention worker's lanes without attention, and bare loops.
 
-    python -m anabranch.cli.bench.lane_peer HOST CORE SPIN_US
+    python -m anabranch.cli.bench.lane_peer HOST CORE SPIN_US [CERTIFICATE KEY]
 
 prints one line of JSON, the addresses it serves, and ends when its standard input does.
 """
@@ -22,7 +22,9 @@ import torch
 
 from anabranch.cli.bench import bare
 from anabranch.v1 import attention_pb2, attention_pb2_grpc
+from cluster import rpc
 from cluster.clock import monotonic
+from cluster.config import TlsConfig
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.lane_service import LaneOffers, LaneService
 from workers.attention.store import Store
@@ -58,8 +60,10 @@ class Echo:
         return PartialReply(message.step, message.micro_batch, message.layer, out, lse, 0.0)
 
 
-def serve(host: str, spin_s: float) -> Iterator[dict[str, str | int]]:
-    """Serve lanes and bare loops until resumed; yields their addresses once."""
+def serve(host: str, spin_s: float, tls: TlsConfig) -> Iterator[dict[str, str | int]]:
+    """Serve lanes, with TLS too where there is a certificate, and bare loops until resumed; yields their
+    addresses once.
+    """
     lanes = LaneServer(lanes_most=8, stall_s=_STALL_S, spin_s=spin_s)
     server = grpc.server(futures.ThreadPoolExecutor(8))
     with tempfile.TemporaryDirectory(prefix="anabranch-bench-") as folder:
@@ -82,8 +86,12 @@ def serve(host: str, spin_s: float) -> Iterator[dict[str, str | int]]:
         service = LaneService(store, _echo, lanes, offers)
         attention_pb2_grpc.add_AttentionServiceServicer_to_server(service, server)
         port = server.add_insecure_port(f"{host}:0")
+        found = {"address": f"{host}:{port}", "bare_unix": bare_path, "bare_tcp": bare_tcp.getsockname()[1]}
+        credentials = rpc.server_credentials(tls)
+        if credentials is not None:
+            found["address_tls"] = f"{host}:{server.add_secure_port(f'{host}:0', credentials)}"
         server.start()
-        yield {"address": f"{host}:{port}", "bare_unix": bare_path, "bare_tcp": bare_tcp.getsockname()[1]}
+        yield found
         lanes.close()
         server.stop(None).wait()
 
@@ -92,15 +100,16 @@ def _echo() -> LaneHandler:
     return Echo()
 
 
-def main(host: str, core: int, spin_us: int) -> None:
+def main(host: str, core: int, spin_us: int, *certificate_and_key: str) -> None:
     """Serve on one core until the parent closes our standard input."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    serving = serve(host, spin_us / 1e6)
+    certificate, key = certificate_and_key or (None, None)
+    serving = serve(host, spin_us / 1e6, TlsConfig(certificate=certificate, key=key))
     print(json.dumps(next(serving)), flush=True)
     sys.stdin.read()
     next(serving, None)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

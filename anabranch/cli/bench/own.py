@@ -1,20 +1,29 @@
-"""Our own contender of `anabranch bench serve`: the engine with its cache in the process. See `contender`."""
+"""Our own contender of `anabranch bench serve`: the engine with its cache in the process, or with an
+attention worker in another on a core of its own. See `contender`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count, pairwise
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
 
-from cluster.config import Config
+from anabranch.cli.bench import step_attention
+from anabranch.cli.bench.remote import remote_member, remote_peer
+from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, LOCAL_WORKER, StepSettings
 from cluster.sampling import SamplingParameters
-from cluster.types import Epoch, SequenceKey, WorkerId
+from cluster.types import SequenceKey
 from workers.attention.core import AttentionCore
 from workers.dense.deltas import Delta
 from workers.dense.engine import Engine
@@ -26,7 +35,6 @@ from workers.peer import AttentionPeer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEADLINE_S = 3600.0
-_LOCAL = WorkerId("dense-0-local")
 
 
 class Batch:
@@ -70,42 +78,70 @@ class Batch:
 
 def main(settings: dict[str, Any]) -> None:
     """Serve batches until standard input ends."""
-    torch.set_num_threads(settings["threads"])
-    config = _config(settings)
-    decoder = Decoder.from_folder(settings["model"], _DTYPES[settings["dtype"]])
-    geometry = decoder.spec.geometry(config.model.dtype, config.attention.block_tokens)
-    with AttentionCore(config.attention, config.dense.local_arena, geometry, _LOCAL, Epoch(1)) as core:
-
-        def connect(_member: AttentionMember) -> AttentionPeer:
-            return core.peer()
-
-        kernel = select(config.attention.kernel, config.dense.device)
-        engine = Engine(config, decoder, kernel, connect)
-        engine.start()
-        blocks = core.arena.blocks
-        engine.pool.update([AttentionMember(_LOCAL, Epoch(1), "", blocks, blocks, is_local=True)])
-        engine.pool.wait_connected(_DEADLINE_S)
-        print(
-            json.dumps({"ready": {"kernel": kernel.name, "block_tokens": geometry.block_tokens}}), flush=True
-        )
+    with contextlib.ExitStack() as stack:
+        engine, told = _engine(stack, settings)
+        print(json.dumps({"ready": told}), flush=True)
         names = count()
         for line in sys.stdin:
             print(json.dumps(_serve(engine, json.loads(line), names)), flush=True)
         engine.stop()
 
 
-def _config(settings: dict[str, Any]) -> Config:
-    return Config.model_validate(
-        {
-            "model": {"path": settings["model"], "dtype": settings["dtype"]},
-            "dense": {
-                "threads": settings["threads"],
-                "local_arena": settings["arena_bytes"],
-                "step_tokens": settings["step_tokens"],
-            },
-            "attention": {"replicas": 0, "prefix_sharing": False},
-        }
+def _engine(stack: contextlib.ExitStack, settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
+    """An engine that may begin, and what made it what it is."""
+    step = _settings(stack, settings)
+    os.sched_setaffinity(0, step.dense_cores)
+    torch.set_num_threads(len(step.dense_cores))
+    config = step.config()
+    decoder = Decoder.from_folder(step.model, _DTYPES[settings["dtype"]])
+    geometry = decoder.spec.geometry(step.dtype, config.attention.block_tokens)
+    connect: Callable[[AttentionMember], AttentionPeer]
+    if step.is_monolithic:
+        core = AttentionCore(config.attention, step.arena_bytes, geometry, LOCAL_WORKER, ATTENTION_EPOCH)
+        stack.enter_context(core)
+        blocks = core.arena.blocks
+        member = AttentionMember(LOCAL_WORKER, ATTENTION_EPOCH, "", blocks, blocks, is_local=True)
+        connect = lambda _member: core.peer()  # noqa: E731
+    else:
+        member = remote_member(step, geometry)
+        connect = lambda _member: remote_peer(step, geometry)  # noqa: E731
+    kernel = select(config.attention.kernel, config.dense.device)
+    engine = Engine(config, decoder, kernel, connect)
+    engine.start()
+    engine.pool.update([member])
+    engine.pool.wait_connected(_DEADLINE_S)
+    cores = {"dense_cores": step.dense_cores, "attention_cores": step.attention_cores}
+    return engine, {"kernel": kernel.name, "block_tokens": geometry.block_tokens, **cores}
+
+
+def _settings(stack: contextlib.ExitStack, settings: dict[str, Any]) -> StepSettings:
+    """As many cores as threads for everything; or, disaggregated, one for dense work and one for attention,
+    in a process that ends with the stack.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    common = StepSettings(
+        settings["model"],
+        tuple(cores[: settings["threads"]]),
+        arena_bytes=settings["arena_bytes"],
+        dtype=settings["dtype"],
+        step_tokens=settings["step_tokens"],
+        prefix_sharing=False,
     )
+    if settings.get("mode", "monolithic") == "monolithic":
+        return common
+    split = replace(common, dense_cores=(cores[0],), attention_cores=(cores[1],))
+    process = subprocess.Popen(
+        [sys.executable, "-m", step_attention.__name__, split.to_json()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
+    stack.enter_context(process)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stack.callback(process.stdin.close)
+    return replace(split, attention_port=int(process.stdout.readline()))
 
 
 def _serve(engine: Engine, work: dict[str, Any], names: count[int]) -> dict[str, Any]:

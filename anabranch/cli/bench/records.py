@@ -2,10 +2,12 @@
 
 Results are nested mappings; a leaf is a record, told by its `kind`:
 
-    figure      value = median of `samples`; `floor`: what `cluster.perfmodel` says cannot be beaten, or null
+    figure      value = median of `samples`; `floor`: what `cluster.perfmodel` says cannot be beaten, in the
+                same unit: a prediction, or null
     ratio       value = median of a / median of b, or 1 - that; `bound` is what is asked of it
     least, most value = the least or greatest of the records in `of`
     prediction  value = the equation of `cluster.perfmodel` called `equation` with `inputs`
+    fit         value = `part` of the line through the medians of `points`, [x, samples] each
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ Results = dict[str, Any]
 _TOLERANCE = 1e-9
 """Relative: JSON keeps every bit of a float, so a recomputed value differs by rounding at most."""
 
-_KINDS = ("figure", "ratio", "least", "most", "prediction")
+_KINDS = ("figure", "ratio", "least", "most", "prediction", "fit")
 
 
 def figure(
     samples: Sequence[float],
     unit: str,
     *,
-    floor: float | None = None,
+    floor: Record | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Record:
-    """A measured quantity; `floor` in the same unit."""
+    """A measured quantity; `floor`, a prediction, in the same unit."""
     record: Record = {"kind": "figure", "value": statistics.median(samples), "unit": unit}
     record |= {"floor": floor, "samples": list(samples), "settings": dict(settings or {})}
     return record
@@ -86,12 +88,25 @@ def prediction(equation: str, inputs: Mapping[str, float]) -> Record:
     return {**record, "value": _computed(record)}
 
 
+def fits(points: Mapping[float, Sequence[float]], unit: str) -> Results:
+    """The line through the medians of samples by x, each x counting alike (`perfmodel.Line.evenly`):
+    `slope`, `intercept`, `r2`, and `deviation_max`, the farthest any median lies from it, relative to itself.
+    """
+    kept = [[x, list(samples)] for x, samples in points.items()]
+    found: Results = {}
+    for part in ("slope", "intercept", "r2", "deviation_max"):
+        record: Record = {"kind": "fit", "part": part, "points": kept}
+        record["unit"] = unit if part in ("slope", "intercept") else ""
+        found[part] = {**record, "value": _computed(record)}
+    return found
+
+
 def records(results: Any, name: str = "") -> Iterator[tuple[str, Record]]:
-    """Every record of results under its dotted name, those inside an extreme included."""
+    """Every record of results under its dotted name, those inside an extreme and floors included."""
     if isinstance(results, Mapping):
         if results.get("kind") in _KINDS:
             yield name, dict(results)
-            results = results.get("of", {})
+            results = _inner(results)
         for key, value in results.items():
             yield from records(value, f"{name}.{key}" if name else str(key))
     elif isinstance(results, list):
@@ -126,6 +141,22 @@ def is_within_bound(record: Record) -> bool | None:
     return (least is None or value >= least) and (most is None or value <= most)
 
 
+def _inner(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The records a record carries."""
+    floor = record.get("floor")
+    return {**record.get("of", {}), **({"floor": floor} if floor else {})}
+
+
+def _fitted(record: Mapping[str, Any]) -> float:
+    points = [(float(x), float(statistics.median(samples))) for x, samples in record["points"]]
+    line = perfmodel.Line.evenly(points)
+    if record["part"] == "r2":
+        return line.explained(points)
+    if record["part"] == "deviation_max":
+        return max(abs(line.at(x) - y) / y for x, y in points)
+    return {"slope": line.each_s, "intercept": line.base_s}[record["part"]]
+
+
 def _computed(record: Mapping[str, Any]) -> float:
     match record["kind"]:
         case "figure":
@@ -143,5 +174,7 @@ def _computed(record: Mapping[str, Any]) -> float:
             if equation is None:
                 raise InvalidRequest(f"the performance model has no equation {record['equation']}")
             return float(equation(**record["inputs"]))
+        case "fit":
+            return _fitted(record)
         case other:
             raise InvalidRequest(f"a record is of no kind {other}")

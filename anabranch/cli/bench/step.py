@@ -19,6 +19,7 @@ from typing import Any
 
 from anabranch.cli.bench import random_model, step_attention, step_dense
 from anabranch.cli.bench.children import next_line, start
+from anabranch.cli.bench.floors import Floors
 from anabranch.cli.bench.records import Record, Results, extreme, figure, prediction, ratio
 from anabranch.cli.bench.step_settings import StepSettings, Turn
 from anabranch.cli.bench.timeline import draw
@@ -30,6 +31,7 @@ _SMALL = Turn(1, 128, 16)
 _OVERHEAD = Turn(8, 128, 16)
 _LARGE = Turn(8, 4096, 16)
 _LONG = Turn(16, 2048, 16)
+_TURNS = (_SMALL, _OVERHEAD, _LARGE, _LONG)
 
 Answer = Callable[[Turn], dict[str, Any]]
 Say = Callable[[str], None]
@@ -63,20 +65,22 @@ def measure(repeats: int, say: Say, plot: Path | None = None) -> Results:
         raise ConfigError("bench step needs two cores: one for each side")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_model())
+        say("measuring memory and matrix products for the floors")
+        floors = Floors.measure(folder, "bfloat16", 2)
         modes = _modes(stack, str(folder), cores)
         samples = _take_turns(modes, repeats, say)
     if plot is not None:
         title = f"two steps of {_LARGE.name}, one core for dense work and one for attention"
         draw(samples["split", _LARGE.name].trace, plot, title)
     settings = {"model": folder.name, "dtype": "bfloat16", "cores": cores[:2], "repeats": repeats}
-    return _results(samples, settings)
+    return _results(samples, settings, floors)
 
 
 def _take_turns(modes: Mapping[str, Answer], repeats: int, say: Say) -> Samples:
     """Every mode in every shape, `repeats` times in turn."""
     samples: dict[tuple[str, str], ModeSamples] = {}
     for repeat in range(repeats):
-        for turn in (_SMALL, _OVERHEAD, _LARGE, _LONG):
+        for turn in _TURNS:
             for mode, answer in modes.items():
                 say(f"{repeat + 1} of {repeats}: {mode} {turn.name}")
                 traced = Turn(turn.batch, turn.context_tokens, turn.steps, traced=mode == "split")
@@ -88,10 +92,16 @@ def _take_turns(modes: Mapping[str, Answer], repeats: int, say: Say) -> Samples:
     return samples
 
 
-def _results(samples: Samples, settings: Mapping[str, Any]) -> Results:
+def _results(samples: Samples, settings: Mapping[str, Any], floors: Floors) -> Results:
     steps = {
-        f"{mode}_{shape}": figure(one.of("wall_s"), "s", settings=settings)
-        for (mode, shape), one in samples.items()
+        f"{mode}_{turn.name}": figure(
+            samples[mode, turn.name].of("wall_s"),
+            "s",
+            floor=floors.step(turn.batch, turn.context_tokens, mode),
+            settings=settings,
+        )
+        for turn in _TURNS
+        for mode in ("monolithic", "split", "one_core")
     }
     split, whole = samples["split", _LARGE.name], samples["monolithic", _LARGE.name]
     one_core = samples["one_core", _LARGE.name]

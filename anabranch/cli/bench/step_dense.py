@@ -21,14 +21,8 @@ import torch
 
 from anabranch.cli.bench import filling
 from anabranch.cli.bench.filling import Filler
-from anabranch.cli.bench.step_settings import (
-    ATTENTION_EPOCH,
-    DENSE_EPOCH,
-    DENSE_WORKER,
-    LOCAL_WORKER,
-    StepSettings,
-    Turn,
-)
+from anabranch.cli.bench.remote import remote_member, remote_peer
+from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, LOCAL_WORKER, StepSettings, Turn
 from anabranch.cli.bench.timeline import Trace, TracedLane
 from cluster.errors import AnabranchError, DeadlineExceeded
 from cluster.sampling import SamplingParameters
@@ -38,12 +32,9 @@ from workers.dense.deltas import Delta
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
-from workers.dense.remote_peer import RemotePeer
 from workers.dense.sequences import Submission
 from workers.dense.step_runner import StepOutcome
 from workers.kernels.select import select
-from workers.lanes.agreement import rows_most
-from workers.lanes.dial import Caller
 from workers.peer import AttentionPeer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,23 +164,13 @@ class DenseBench:
         if self._core is not None:
             blocks = self._core.arena.blocks
             return AttentionMember(LOCAL_WORKER, ATTENTION_EPOCH, "", blocks, blocks, is_local=True)
-        blocks = self._settings.arena_bytes // self._geometry.block_bytes
-        address = f"127.0.0.1:{self._settings.attention_port}"
-        return AttentionMember(self._settings.attention_worker, ATTENTION_EPOCH, address, blocks, blocks)
+        return remote_member(self._settings, self._geometry)
 
     def _peer(self) -> AttentionPeer:
         """A connection to the attention worker."""
         if self._core is not None:
             return self._core.peer()
-        caller = Caller(
-            DENSE_WORKER,
-            DENSE_EPOCH,
-            self._geometry,
-            self._config.lanes.transports,
-            rows_most(self._config, self._geometry),
-            self._settings.spin_us / 1e6,
-        )
-        return RemotePeer(self._member, caller, self._config.security.tls)
+        return remote_peer(self._settings, self._geometry)
 
     def _connect(self, _member: AttentionMember) -> AttentionPeer:
         peer = self._peer()

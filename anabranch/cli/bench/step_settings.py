@@ -33,6 +33,7 @@ class StepSettings:
     attention_workers: int = 1
     attention_index: int = 0
     step_tokens: int = 256
+    prefix_sharing: bool = True
     shard_tokens: int = 2**20
 
     @property
@@ -65,6 +66,7 @@ class StepSettings:
                     "threads": max(1, len(self.attention_cores)),
                     "arena": self.arena_bytes,
                     "lease_ms": _LEASE_MS,
+                    "prefix_sharing": self.prefix_sharing,
                 },
                 "placement": {"shard_tokens": self.shard_tokens},
             }

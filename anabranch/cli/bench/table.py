@@ -1,4 +1,4 @@
-"""Results as a table: value, floor, what is asked, and how far the samples spread."""
+"""Results as a table: value, floor, what is asked, and how far samples spread; a floor stands in its row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rich.text import Text
 
 from anabranch.cli.bench.records import Record, Results, is_within_bound, records
 
-_SCALES = {"s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")), "B/s": ((1e9, "GB/s"), (1e6, "MB/s"), (1.0, "B/s"))}
+_SCALES = {
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")),
+    "B/s": ((1e9, "GB/s"), (1e6, "MB/s"), (1.0, "B/s")),
+}
 
 
 def results_table(results: Results) -> Table:
@@ -21,18 +24,20 @@ def results_table(results: Results) -> Table:
     for column in ("median", "floor", "asked", "of", "spread"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, record in records(results):
+        if name.endswith(".floor"):
+            continue
         table.add_row(name, *_cells(record))
     return table
 
 
 def _cells(record: Record) -> tuple[Text | str, ...]:
-    unit = record.get("unit", "") if record["kind"] == "figure" else ""
+    unit = record.get("unit", "") if record["kind"] in ("figure", "fit") else ""
     kept = is_within_bound(record)
     style = {None: "", True: "green", False: "red"}[kept]
     floor = record.get("floor")
     return (
         Text(quantity(record["value"], unit), style=style),
-        quantity(floor, unit) if floor is not None else "",
+        quantity(floor["value"], unit) if floor else "",
         _asked(record),
         _of(record),
         _spread(record),

@@ -81,7 +81,7 @@ def draw(spans: Sequence[Span], path: Path, title: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'anabranch[plot]'") from error
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
     begin_s = min(span["begin_s"] for span in spans)
     figure = Figure(figsize=(16, 3.2), layout="constrained")
     FigureCanvasAgg(figure)

@@ -23,6 +23,7 @@ def main(settings):
         max_num_seqs=64,
         max_num_batched_tokens=settings["max_num_batched_tokens"],
         enforce_eager=settings["enforce_eager"],
+        block_size=settings["block_size"],
         disable_log_stats=True,
     )
     print(json.dumps({"ready": {"vllm": vllm.__version__}}), flush=True)
