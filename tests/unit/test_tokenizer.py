@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from hypothesis import given
@@ -276,3 +278,16 @@ def test_padding_and_truncation_of_training_are_off(tmp_path: Path) -> None:
     raw.enable_padding(length=50)
     raw.save(str(tmp_path / "tokenizer.json"))
     assert len(Tokenizer(tmp_path).encode("abcdef")) == 6
+
+
+def test_a_long_text_does_not_stop_other_threads(byte_level: Tokenizer) -> None:
+    """While a text of 400,000 characters becomes tokens, another thread never waits for most of that time."""
+    text, longest_s = "a b " * 100_000, 0.0
+    encoding = threading.Thread(target=byte_level.encode, args=(text,))
+    began_s = before_s = monotonic()
+    encoding.start()
+    while encoding.is_alive():
+        encoding.join(0.001)
+        now_s = monotonic()
+        longest_s, before_s = max(longest_s, now_s - before_s), now_s
+    assert longest_s < 0.5 * (monotonic() - began_s)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class TextWork:
-    """A few threads, and a bound on how much waits for them. Tokenizers release the interpreter lock."""
+    """A few threads, and a bound on how much waits for them. `Tokenizer` releases the interpreter lock."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")

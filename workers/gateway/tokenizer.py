@@ -82,7 +82,10 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `add_special_tokens` applies the model's post-processor (BOS, EOS)."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # As a batch of one: only batches release the interpreter lock, without which a long prompt would stop
+        # every stream of a gateway, and its heartbeats.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] | None = None
