@@ -18,6 +18,7 @@ from cluster import rpc
 from cluster.config import Config, is_loopback
 from cluster.errors import AnabranchError, ConfigError, Unavailable
 from cluster.model_spec import ModelSpec
+from cluster.telemetry import logger
 from cluster.types import KvGeometry, draw_epoch
 from controller import ports, roles
 from controller.balancer import BalancerSettings
@@ -31,6 +32,8 @@ from controller.service import ControlServer, ControlService
 from controller.slots import Limits, Order, Phase, Slot
 from controller.state import ClusterRecord, StateFolder, process_start
 from controller.supervisor import Supervisor
+
+_log = logger("controller")
 
 _TICK_S = 0.1
 _ANSWER_S = 4.0
@@ -202,8 +205,8 @@ class Controller:
                 # What never served as a whole has no streams to finish.
                 self._drain(self._config.controller.drain_grace_s if self._complete else 0.0)
             elif not self._complete and supervisor.is_ready:
-                self._complete = True
                 self._publish()
+                self._complete = True
 
     def _run_calls(self) -> None:
         """Run what was posted; wait up to a tick for the first."""
@@ -222,9 +225,16 @@ class Controller:
             self._supervisor.drain(grace_s)
 
     def _publish(self) -> None:
-        """Let clients know the gateways there are, and the observer when nothing is missing."""
+        """Let clients know the gateways there are, and the observer when nothing is missing. Raises
+        ConfigError where the first record cannot be written; a later one is not worth the cluster.
+        """
         record = self._record()
-        self._state.write(record)
+        try:
+            self._state.write(record)
+        except ConfigError as error:
+            if not self._complete:
+                raise
+            _log.warning("record_not_written", problem=error.message)
         if self._supervisor is not None and self._supervisor.is_ready:
             self._observe(ClusterReady(record))
 

@@ -75,10 +75,18 @@ class StateFolder:
                 self._record_file.unlink(missing_ok=True)
 
     def write(self, record: ClusterRecord) -> None:
-        """Publish the record; readers see the old one or the new one."""
+        """Publish the record; readers see the old one or the new one.
+
+        Raises ConfigError, as on a full disk; the old one stays then.
+        """
         draft = self._record_file.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(asdict(record), indent=2) + "\n")
-        draft.replace(self._record_file)
+        try:
+            draft.write_text(json.dumps(asdict(record), indent=2) + "\n")
+            draft.replace(self._record_file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            raise ConfigError(f"state_dir: {self.path} cannot be written to: {error.strerror}") from error
 
     def read(self) -> ClusterRecord:
         """The record of the cluster that runs. Raises NotFound when none does, the file of a dead one

@@ -238,6 +238,25 @@ def test_a_death_is_shown_logged_and_not_called_serving(tmp_path: Path) -> None:
     assert {"opened", "ready", "stopping"} <= {event["event"] for event in events}
 
 
+def test_a_record_that_cannot_be_written_again_is_not_worth_the_cluster(tmp_path: Path) -> None:
+    """When a gateway comes back and the state folder takes nothing any more, the cluster serves all the same,
+    and the log says why.
+    """
+    with up_in_pipe(tmp_path) as (process, screen):
+        screen.await_text(_READY)
+        (tmp_path / "state" / f"cluster.{process.pid}").mkdir()  # where the draft of the record would be
+        (gateway,) = (
+            number
+            for number in descendants(process.pid)
+            if "--worker-id\0gateway-0\0" in Path(f"/proc/{number}/cmdline").read_text()
+        )
+        os.kill(gateway, signal.SIGKILL)
+        screen.await_text(re.compile(_READY.pattern + ".*" + _READY.pattern, re.DOTALL))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+    assert "record_not_written" in (tmp_path / "state/logs/controller.log").read_text()
+
+
 def test_a_crash_of_the_controller_takes_the_processes_along(tmp_path: Path) -> None:
     """Killed without a chance to drain, `up` leaves no role process behind, and its record counts as
     dead. (Two agents of Ray's need a minute to notice.)

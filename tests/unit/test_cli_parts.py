@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
+import resource
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,23 @@ def test_a_record_of_another_process_is_stale(tmp_path: Path) -> None:
         state.write(ClusterRecord(os.getpid(), process_start(os.getpid()) + 1, "127.0.0.1:1", "model"))
         with pytest.raises(NotFound, match="dead"):
             state.read()
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    """A full disk is one clear error; readers go on with what they had, and no draft stays."""
+    state = StateFolder(tmp_path)
+    record = ClusterRecord(os.getpid(), process_start(os.getpid()), "127.0.0.1:1", "model")
+    with state.claim():
+        state.write(record)
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, unlimited[1]))  # Python ignores the signal of it
+        try:
+            with pytest.raises(ConfigError, match="cannot be written to"):
+                state.write(replace(record, model="other"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert state.read() == record
+        assert {file.name for file in tmp_path.iterdir()} == {"cluster.json", "cluster.lock", "logs"}
 
 
 def test_monolithic_mode_gets_an_arena(tmp_path: Path) -> None:
