@@ -31,9 +31,9 @@ class SeenMembers(MembershipTable):
         news = super().heartbeat(request)
         return None if news is None else self._seen_by(request.epoch, news)
 
-    def sweep(self) -> tuple[inference_pb2.Member, ...]:
+    def sweep(self, *, frozen: bool = False) -> tuple[inference_pb2.Member, ...]:
         """See `MembershipTable.sweep`; who was silent is remembered for `taken_silent`."""
-        silent = super().sweep()
+        silent = super().sweep(frozen=frozen)
         with self._silent_lock:
             self._silent |= {member.process_id for member in silent}
         return silent
