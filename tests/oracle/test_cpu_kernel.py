@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,27 @@ def test_every_shape_is_attended_as_float64_does(level: str, dtype: torch.dtype)
     for index, (head_size, block_tokens) in enumerate(shapes):
         heads = HEADS[index % len(HEADS)]
         assert_within(packed_batch(index, dtype, heads, head_size, block_tokens), kernel, dtype)
+
+
+def test_tiles_are_left_out_where_linux_refuses_them() -> None:
+    """A thread whose stack for signals has no room for tiles is offered the instruction sets without them."""
+    program = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 4096)), None) == 0, ctypes.get_errno()
+from workers.kernels.cpu.kernel import CpuKernel, levels
+CpuKernel()
+print(*levels())
+"""
+    if levels()[0] != "amx":
+        pytest.skip("this machine has no matrix tiles")
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert run.stdout.split() == list(levels()[1:])
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -7,6 +7,7 @@
 // What a compute loop keeps in registers: row tiles of four vectors, and as many groups of scores or
 // sixteens of sums beside each other as the level's registers hold.
 constexpr int tile = 4;
+constexpr int tile_most = 8;  // of matrix tiles, where the level has them: half their rows
 constexpr int wide = lanes == 16 ? 4 : 1;
 #if defined(__AVX512VNNI__)
 constexpr bool dot_bytes = true;
@@ -36,13 +37,14 @@ struct State {
   uint32_t* query;        // [vectors][size] 32-bit words: floats, pairs of bfloat16, or bytes high and low
   float* sums;            // [vectors][size], of weighted values
   float* most;            // [vectors] largest score
-  float* total;           // [vectors] sum of weights
+  float* total;           // [vectors][16] sums of weights
   float* step;            // [vectors] int8: value of the low byte's unit
   float* shift;           // [vectors][2] int8: what 128 added to every key adds to a sum of bytes
   int64_t* oldest;        // [vectors] first slot the vector sees
   uint8_t* edge;          // value groups with unseen tokens zeroed
-  float* scores;          // [tile][chunk_tokens]
-  uint32_t* bytes;        // [tile][2][chunk_tokens / 4] int8: weights, high and low
+  float* scores;          // [tile_most][chunk_tokens]
+  uint32_t* bytes;        // [tile_most][2][chunk_tokens / 4] int8: weights, high and low; or halves for tiles
+  float* products;        // [2 tile_most][chunk_tokens] what matrix tiles return, or whole numbers
 };
 
 INLINE uint8_t* take(uint8_t*& scratch, int64_t bytes) {
@@ -60,13 +62,14 @@ INLINE State lay_out(uint8_t* scratch, int64_t vectors, const Shape& shape) {
   state.query = (uint32_t*)take(scratch, vectors * size * 4);
   state.sums = (float*)take(scratch, vectors * size * 4);
   state.most = (float*)take(scratch, vectors * 4);
-  state.total = (float*)take(scratch, vectors * 4);
+  state.total = (float*)take(scratch, vectors * 64);
   state.step = (float*)take(scratch, vectors * 4);
   state.shift = (float*)take(scratch, vectors * 8);
   state.oldest = (int64_t*)take(scratch, vectors * 8);
   state.edge = take(scratch, chunk_groups * (group_tokens * size * 4 + 64));
-  state.scores = (float*)take(scratch, tile * chunk_tokens * 4);
-  state.bytes = (uint32_t*)take(scratch, tile * 2 * chunk_tokens);
+  state.scores = (float*)take(scratch, tile_most * chunk_tokens * 4);
+  state.bytes = (uint32_t*)take(scratch, tile_most * 8 * chunk_tokens);
+  state.products = (float*)take(scratch, tile_most * 2 * chunk_tokens * 4);
   return state;
 }
 
@@ -80,7 +83,8 @@ static float read_number(const void* from, CacheType type, int64_t index) {
   return number;
 }
 
-// Two bytes a number, value = step x (256 high + low), high bytes of four dimensions in one word, then low.
+// Two bytes a number, value = step x (256 high + low): high bytes of four dimensions in one word, and from the middle
+// of the vector's words on low bytes.
 static void quantise_query(const float* query, State& state, int64_t vector) {
   float most = 0;
   for (int64_t d = 0; d < state.size; d++) {
@@ -89,7 +93,7 @@ static void quantise_query(const float* query, State& state, int64_t vector) {
   }
   const float step = most / 32512, inverse = most > 0 ? 32512 / most : 0;
   int8_t* high = (int8_t*)(state.query + vector * state.size);
-  int8_t* low = high + state.size;
+  int8_t* low = high + 2 * state.size;
   int32_t high_sum = 0, low_sum = 0;
   for (int64_t d = 0; d < state.size; d++) {
     const int32_t number = (int32_t)__builtin_rintf(query[d] * inverse);
@@ -128,7 +132,7 @@ static void take_query(const Attention& work, const Piece& piece, State& state) 
     }
     for (int64_t d = 0; d < state.size; d++) numbers[d] = 0;
     state.most[vector] = minus_infinity;
-    state.total[vector] = 0;
+    store(state.total + vector * 16, all(0));
     const int64_t oldest = work.window ? piece.row_position + row - work.window + 1 : 0;
     state.oldest[vector] = oldest > piece.visible_start ? oldest : piece.visible_start;
   }
@@ -255,7 +259,7 @@ INLINE void multiply_byte_keys(const State& state, int64_t vector, const uint8_t
       for (int m = 0; m < Rows; m++) {
         const uint32_t* of_row = query + m * state.size + line;
         high[m][g] = dot_four(high[m][g], keys, all_ints((int32_t)of_row[0]));
-        low[m][g] = dot_four(low[m][g], keys, all_ints((int32_t)of_row[words]));
+        low[m][g] = dot_four(low[m][g], keys, all_ints((int32_t)of_row[2 * words]));
       }
     }
   }
@@ -303,8 +307,8 @@ INLINE float weigh(const State& state, int64_t vector, const Chunk& chunk, float
     store(scores + g * 16, scaled);
     most = larger(most, scaled);
   }
-  const float before = state.most[vector], here = largest(most);
-  const float after = here > before ? here : before;
+  const float before = state.most[vector];
+  const float after = exceeds(most, before) ? largest(most) : before;
   if (after == minus_infinity) {
     for (int g = 0; g < chunk.count; g++) store(scores + g * 16, all(0));
     return 1;
@@ -317,7 +321,7 @@ INLINE float weigh(const State& state, int64_t vector, const Chunk& chunk, float
   }
   const float shrink = before == minus_infinity ? 0 : before == after ? 1 : __builtin_expf(before - after);
   state.most[vector] = after;
-  state.total[vector] = state.total[vector] * shrink + sum(sums);
+  store(state.total + vector * 16, multiply_add(load(state.total + vector * 16), all(shrink), sums));
   return shrink;
 }
 
@@ -508,19 +512,48 @@ static void write_out(const Attention& work, const Piece& piece, const State& st
   const int64_t head_size = work.cache.shape.head_size;
   for (int64_t vector = 0; vector < state.vectors; vector++) {
     const float* sums = state.sums + vector * state.size;
+    const float total = sum(load(state.total + vector * 16));
     if (piece.partial) {
       float* kept = piece.partial + vector * (state.size + 2);
       kept[0] = state.most[vector];
-      kept[1] = state.total[vector];
+      kept[1] = total;
       __builtin_memcpy(kept + 2, sums, state.size * 4);
       continue;
     }
     if (state.most[vector] == minus_infinity) continue;  // the result is empty already
     const int64_t place = work.place(piece, vector);
-    const float inverse = 1 / state.total[vector];
+    const float inverse = 1 / total;
     for (int64_t d = 0; d < head_size; d++) work.out[place * head_size + d] = sums[d] * inverse;
-    work.lse[place] = state.most[vector] + __builtin_logf(state.total[vector]);
+    work.lse[place] = state.most[vector] + __builtin_logf(total);
   }
+}
+
+#if defined(__AMX_TILE__)
+#include "tiles.h"
+#else
+constexpr bool has_tiles(CacheType) { return false; }
+struct Tiles {};
+#endif
+
+// One head's vectors over one chunk.
+template <CacheType Type>
+static void attend_chunk(Tiles& tiles, const State& state, int64_t first, int64_t last, const Chunk& chunk,
+                         const Chunk& next, float scale) {
+#if defined(__AMX_TILE__)
+  if constexpr (has_tiles(Type)) {
+    if (last - first > tile) {
+      if (Type == CacheType::int8 || last - first <= tile_most)
+        attend_all_in_tiles<Type, 2>(tiles, state, first, last, chunk, next, scale);
+      else
+        attend_all_in_tiles<Type, Type == CacheType::int8 ? 2 : 1>(tiles, state, first, last, chunk, next, scale);
+      return;
+    }
+  }
+#endif
+  (void)tiles;
+  attend_some<Type, true>(state, first, last, chunk, next, scale);
+  for (int64_t vector = first + tile; vector < last; vector += tile)
+    attend_some<Type, false>(state, vector, last, chunk, next, scale);
 }
 
 // Which chunk of which head comes: all heads of a chunk before the next chunk, for they lie side by side.
@@ -545,6 +578,7 @@ static void attend_pieces(const Attention& work, const Piece* pieces, int64_t co
   Cursor cursor{pieces, 0, pieces->first};
   Chunk next = find_chunk(work, *pieces, pieces->head, pieces->first);
   State state;
+  Tiles tiles;
   while (cursor.piece != end) {
     const Piece& piece = *cursor.piece;
     if (cursor.head == 0 && cursor.first == piece.first) {
@@ -562,9 +596,7 @@ static void attend_pieces(const Attention& work, const Piece* pieces, int64_t co
       next.value[g] = chunk.value[g];
     }
     clean_edges<Type>(state, chunk);
-    attend_some<Type, true>(state, first, last, chunk, next, work.scale);
-    for (int64_t vector = first + tile; vector < last; vector += tile)
-      attend_some<Type, false>(state, vector, last, chunk, next, work.scale);
+    attend_chunk<Type>(tiles, state, first, last, chunk, next, work.scale);
     if (cursor.piece != &piece) write_out(work, piece, state);
   }
 }

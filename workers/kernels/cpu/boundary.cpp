@@ -1,5 +1,11 @@
 #include "boundary.h"
 
+#if defined(ANABRANCH_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 
 namespace anabranch {
@@ -15,6 +21,18 @@ CacheType type_named(const std::string& name) {
 }
 
 namespace {
+#if defined(ANABRANCH_AMX)
+// Whether the processor has matrix tiles, and Linux lets this process use them: their state is eight KiB a thread, so it
+// asks to be asked, and refuses where a thread's stack for signals has no room for it.
+bool may_use_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 bool supports(const Level& level) {
 #if defined(ANABRANCH_X86)
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -25,6 +43,10 @@ bool supports(const Level& level) {
   if (&level == &avx512_bf16_level)
     return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
+#if defined(ANABRANCH_AMX)
+  static const bool has_tiles = may_use_tiles();
+  if (&level == &amx_level) return supports(avx512_bf16_level) && has_tiles;
+#endif
   return &level == &portable_level;
 }
 
@@ -32,6 +54,9 @@ bool supports(const Level& level) {
 
 std::vector<const Level*> levels() {
   std::vector<const Level*> found;
+#if defined(ANABRANCH_AMX)
+  if (supports(amx_level)) found.push_back(&amx_level);
+#endif
 #if defined(ANABRANCH_X86)
   for (const Level* level : {&avx512_bf16_level, &avx512_level, &avx2_level})
     if (supports(*level)) found.push_back(level);

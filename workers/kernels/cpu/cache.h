@@ -117,5 +117,8 @@ extern const Level portable_level;
 #if defined(ANABRANCH_X86)
 extern const Level avx2_level, avx512_level, avx512_bf16_level;
 #endif
+#if defined(ANABRANCH_AMX)
+extern const Level amx_level;
+#endif
 
 }  // namespace anabranch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,10 +18,6 @@ from workers.kernels.torch_flash import TorchKernel
 
 _PLANS_MOST = 32
 """Steps remembered: those of some lanes and micro-batches, each with a few slices."""
-
-
-_LONG_VECTORS = 384
-"""Query rows x group from which a bfloat16 chunk is worth a token-major copy for PyTorch's AMX tiles."""
 
 
 class CpuKernel:
@@ -57,8 +52,6 @@ class CpuKernel:
         packed = packed_cache(cache)
         if options is not None:
             return self._attend_unpacked(query, spans, packed, scale, window, options)
-        if _are_long(query, spans, packed):
-            return self._attend_unpacked(query, spans, packed, scale, window, None)
         if window is not None and window < 1:
             raise ValueError(f"a window of {window} sees nothing")
         out = torch.empty(query.shape, dtype=torch.float32)
@@ -108,21 +101,6 @@ class CpuKernel:
         copied = LayerCache(key.view(sizes), value.view(sizes))
         moved = [replace(span, blocks=[place[block] for block in span.blocks]) for span in spans]
         return self._torch.attend(query, moved, copied, scale, window, options)
-
-
-def _are_long(query: Tensor, spans: Sequence[Span], cache: PackedCache) -> bool:
-    """Whether most rows belong to chunks so long that matrix tiles outweigh a copy of the cache."""
-    if query.dtype != torch.bfloat16 or cache.dtype != torch.bfloat16 or not _has_tiles():
-        return False
-    group = query.shape[1] // cache.kv_heads
-    rows = sum(span.row_count for span in spans if span.row_count * group >= _LONG_VECTORS)
-    return 2 * rows > query.shape[0]
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    """Whether PyTorch multiplies bfloat16 matrices with AMX here: then long chunks are quicker there."""
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def levels() -> tuple[str, ...]:

@@ -53,9 +53,12 @@ Piece whole_piece(const Plan& plan, const Span& span, const Attention& work, int
 }
 
 std::vector<Piece> whole_pieces(const Plan& plan, const Attention& work) {
-  const int64_t rows_most = std::max<int64_t>(1, piece_vectors / work.heads_per_kv());
+  const int64_t rows_fit = std::max<int64_t>(1, piece_vectors / work.heads_per_kv());
   std::vector<Piece> pieces;
-  for (const Span& span : plan.spans())
+  for (const Span& span : plan.spans()) {
+    // As many rows each: a rest of some rows would walk over all of the cache for little.
+    const int64_t parts = (span.row_count + rows_fit - 1) / rows_fit;
+    const int64_t rows_most = (span.row_count + parts - 1) / parts;
     for (int64_t row = 0; row < span.row_count; row += rows_most) {
       Piece piece = whole_piece(plan, span, work, row, std::min(rows_most, span.row_count - row));
       if (piece.end == piece.first) continue;
@@ -66,6 +69,7 @@ std::vector<Piece> whole_pieces(const Plan& plan, const Attention& work) {
         pieces.push_back(piece);
       }
     }
+  }
   return pieces;
 }
 

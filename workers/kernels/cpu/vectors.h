@@ -113,6 +113,16 @@ INLINE float sum(Floats numbers) {
   return kept[0];
 #endif
 }
+// Whether one of `numbers` is larger.
+INLINE bool exceeds(Floats numbers, float other) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)numbers.part[0], _mm512_set1_ps(other), _CMP_GT_OQ) != 0;
+#else
+  bool found = false;
+  for (int lane = 0; lane < 16; lane++) found |= numbers.part[lane / lanes][lane % lanes] > other;
+  return found;
+#endif
+}
 INLINE float largest(Floats numbers) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)numbers.part[0]);
@@ -159,11 +169,18 @@ INLINE Floats load_halves(const void* from) {
 
 // exp(x) for x <= 0 within 1e-7, 0 below -87: 2^n times a polynomial over [-ln 2 / 2, ln 2 / 2].
 INLINE Floats exponential(Floats x) {
+#if defined(__AVX512F__)
+  // What makes NaN of minus infinity is masked in the end.
+  Floats n;
+  n.part[0] = (FloatLanes)_mm512_roundscale_ps(_mm512_mul_ps((__m512)x.part[0], _mm512_set1_ps(1.44269504f)), 8);
+  Floats r = multiply_add(n, all(-0.693145752f), x);
+#else
   const Floats magic = all(12582912.0f);  // 1.5 x 2^23: adding it rounds to an integer in the low bits
   const Floats floored = larger(x, all(-87.0f));
   const Floats shifted = multiply_add(floored, all(1.44269504f), magic);
   const Floats n = shifted - magic;
   Floats r = multiply_add(n, all(-0.693145752f), floored);
+#endif
   r = multiply_add(n, all(-1.42860677e-6f), r);
   Floats p = all(1.0f / 5040);
   p = multiply_add(p, r, all(1.0f / 720));
@@ -174,10 +191,15 @@ INLINE Floats exponential(Floats x) {
   p = multiply_add(p, r, all(1.0f));
   p = multiply_add(p, r, all(1.0f));
   Floats result;
+#if defined(__AVX512F__)
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x.part[0], _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+  result.part[0] = (FloatLanes)_mm512_maskz_scalef_ps(counts, (__m512)p.part[0], (__m512)n.part[0]);
+#else
   EACH_PART {
     const IntLanes exponent = ((IntLanes)shifted.part[part] - (IntLanes)magic.part[part]) << 23;
     const FloatLanes scaled = (FloatLanes)((IntLanes)p.part[part] + exponent);
     result.part[part] = x.part[part] < -87.0f ? FloatLanes{} : scaled;
   }
+#endif
   return result;
 }

@@ -1,0 +1,280 @@
+// Attention in matrix tiles (AMX) over the same packed cache: a group's keys, and its values, lie as a tile's second
+// factor does already, so they are loaded where they are. Included by attend.h where the level has tiles.
+//
+//   scores    [rows][16 tokens]  = query [rows][numbers]  x key group [numbers][16 tokens]
+//   weighted  [rows][16 sizes]   = weights [rows][tokens] x value group [tokens][16 sizes]
+//
+// A tile's row takes 64 bytes of numbers at once, or a group of 16 numbers where no more lie in one stride. Where a
+// vector's numbers are split into a high and a low part, both are rows of the same tile (row 2 v and 2 v + 1), for a
+// product of eight rows takes no longer than one of four: int8 queries and weights are two bytes each, bfloat16 weights
+// a number and what its rounding lost. Of more than eight bfloat16 vectors, the lost parts are a product of their own.
+
+constexpr int tile_rows = 16;
+
+constexpr bool has_tiles(CacheType type) { return type == CacheType::bfloat16 || type == CacheType::int8; }
+
+// Tiles by number: four results, then both factors, whole and of 16 numbers.
+constexpr int whole_left = 4, short_left = 5, whole_right = 6, short_right = 7;
+
+// The shapes of this thread's tiles, given back with the object: tiles in use make switching threads dear.
+class Tiles {
+ public:
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  ~Tiles() {
+    if (rows_) asm volatile("tilerelease");
+  }
+
+  // Results and first factors of so many rows; a hundred cycles where that changes.
+  void shape(CacheType type, int rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    Config config{};
+    config.palette = 1;
+    for (int tile = 0; tile <= short_left; tile++) config.set(tile, rows, 64);
+    config.set(whole_right, 16, 64);
+    const int bytes = (int)element_bytes(type);
+    config.set(short_left, rows, 16 * bytes);
+    config.set(short_right, 4 * bytes, 64);
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette, start_row, unused[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+
+    void set(int tile, int count, int bytes) {
+      rows[tile] = (uint8_t)count;
+      row_bytes[tile] = (uint16_t)bytes;
+    }
+  };
+
+  int rows_ = 0;
+};
+
+template <int Tile>
+INLINE void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
+}
+template <int Tile>
+INLINE void load_tile(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
+}
+template <int Tile>
+INLINE void store_tile(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(Tile) : "memory");
+}
+// Result += left x right. int8 keys are unsigned bytes, int8 values signed, and what multiplies them is the reverse.
+template <CacheType Type, bool Keys, int Result, int Left, int Right>
+INLINE void multiply_tiles() {
+  if constexpr (Type == CacheType::bfloat16)
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Result), "i"(Left), "i"(Right));
+  else if constexpr (Keys)
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Result), "i"(Left), "i"(Right));
+  else
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Result), "i"(Left), "i"(Right));
+}
+
+// One group's share of scores: `Lines` lines of its keys from `line` on. A quarter of the next chunk's same lines is
+// fetched beside each group, in the order of addresses.
+template <CacheType Type, int Group, int Lines, bool Ahead>
+INLINE void multiply_group(const State& state, const Chunk& chunk, const Chunk& next, int64_t line) {
+  constexpr int left = Lines == 16 ? whole_left : short_left, right = Lines == 16 ? whole_right : short_right;
+  if (Group < chunk.count) {
+    load_tile<right>(chunk.key[Group] + line * state.key_stride, state.key_stride);
+    multiply_tiles<Type, true, Group, left, right>();
+  }
+  if (!Ahead) return;
+  constexpr int quarter = Lines / chunk_groups;
+  for (int ahead = 0; ahead < quarter; ahead++)
+    for (int g = 0; g < chunk.count; g++)
+      fetch_ahead(next.key[g] + (line + Group * quarter + ahead) * state.key_stride);
+}
+
+template <CacheType Type, int Lines, bool Ahead>
+INLINE void multiply_lines(const State& state, const Chunk& chunk, const Chunk& next, const uint8_t* query,
+                           int64_t query_stride, int64_t line) {
+  load_tile<Lines == 16 ? whole_left : short_left>(query + line * 4, query_stride);
+  multiply_group<Type, 0, Lines, Ahead>(state, chunk, next, line);
+  multiply_group<Type, 1, Lines, Ahead>(state, chunk, next, line);
+  multiply_group<Type, 2, Lines, Ahead>(state, chunk, next, line);
+  multiply_group<Type, 3, Lines, Ahead>(state, chunk, next, line);
+}
+
+INLINE void zero_results() {
+  zero_tile<0>();
+  zero_tile<1>();
+  zero_tile<2>();
+  zero_tile<3>();
+}
+
+// state.products [rows][chunk_tokens]: sums of products, of each part of a vector.
+INLINE void store_results(const State& state) {
+  store_tile<0>(state.products, chunk_tokens * 4);
+  store_tile<1>(state.products + 16, chunk_tokens * 4);
+  store_tile<2>(state.products + 32, chunk_tokens * 4);
+  store_tile<3>(state.products + 48, chunk_tokens * 4);
+}
+
+template <CacheType Type, int Split, bool Ahead>
+INLINE void multiply_keys_in_tiles(const State& state, int64_t vector, const Chunk& chunk, const Chunk& next) {
+  constexpr int short_lines = (int)element_bytes(Type) * 4;
+  const uint8_t* query = (const uint8_t*)(state.query + vector * state.size);
+  const int64_t query_stride = state.size * 4 / Split, lines = state.size * element_bytes(Type) / 4;
+  zero_results();
+  int64_t line = 0;
+  for (; line + 16 <= lines; line += 16)
+    multiply_lines<Type, 16, Ahead>(state, chunk, next, query, query_stride, line);
+  for (; line < lines; line += short_lines)
+    multiply_lines<Type, short_lines, Ahead>(state, chunk, next, query, query_stride, line);
+  store_results(state);
+}
+
+// Scores of an int8 vector from the products of its high and low bytes.
+INLINE void join_scores(const State& state, int64_t vector, int m, const Chunk& chunk, float* scores) {
+  const float* shift = state.shift + 2 * (vector + m);
+  const float* high = state.products + 2 * m * chunk_tokens;
+  for (int g = 0; g < chunk.count; g++) {
+    Floats sum = to_floats(load_ints(high + chunk_tokens + g * 16)) - all(shift[1]);
+    sum = multiply_add(to_floats(load_ints(high + g * 16)) - all(shift[0]), all(256), sum);
+    const float* scales = (const float*)(chunk.key[g] + state.size / 4 * state.key_stride);
+    store(scores + g * 16, sum * all(state.step[vector + m]) * load(scales));
+  }
+}
+
+// Bytes from a vector's weights to what their rounding lost, where that is not the next row.
+constexpr int lost_weights = tile_rows * chunk_tokens * 2;
+
+// Weights as bfloat16, and what that rounding lost.
+template <int Split>
+INLINE void halve_weights(const State& state, int m, const Chunk& chunk, const float* weights) {
+  uint8_t* row = (uint8_t*)state.bytes + m * Split * chunk_tokens * 2;
+  uint8_t* lost = row + (Split == 2 ? chunk_tokens * 2 : lost_weights);
+  for (int g = 0; g < chunk.count; g++) {
+    const Floats number = load(weights + g * 16);
+    const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)number.part[0]);
+    _mm256_store_si256((__m256i*)row + g, high);
+    Ints kept;
+    kept.part[0] = (IntLanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+    const Floats rest = number - as_floats(kept);
+    _mm256_store_si256((__m256i*)lost + g, (__m256i)_mm512_cvtneps_pbh((__m512)rest.part[0]));
+  }
+}
+
+// Sixteen sizes of a value group, or of two that are adjacent.
+template <CacheType Type, int Sixteen, bool Whole, bool Ahead>
+INLINE void multiply_sixteen(const State& state, const Chunk& chunk, const Chunk& next, int g, int64_t sixteen,
+                             int count) {
+  if (Sixteen >= count) return;
+  constexpr int left = Whole ? whole_left : short_left, right = Whole ? whole_right : short_right;
+  load_tile<right>(chunk.value[g] + (sixteen + Sixteen) * 64, state.size * 4);
+  multiply_tiles<Type, false, Sixteen, left, right>();
+  constexpr int lines = (int)element_bytes(Type) * 4;
+  for (int other = g; Ahead && other < g + (Whole ? 2 : 1); other++)
+    for (int line = 0; line < lines; line++)
+      fetch_ahead(next.value[other] + ((sixteen + Sixteen) * lines + line) * 64);
+}
+
+template <CacheType Type, bool Whole, bool Ahead>
+INLINE void multiply_sixteens(const State& state, const uint8_t* weights, const Chunk& chunk, const Chunk& next, int g,
+                              int64_t sixteen, int count) {
+  const int64_t bytes = element_bytes(Type);
+  load_tile<Whole ? whole_left : short_left>(weights + g * 16 * bytes, chunk_tokens * bytes);
+  multiply_sixteen<Type, 0, Whole, Ahead>(state, chunk, next, g, sixteen, count);
+  multiply_sixteen<Type, 1, Whole, Ahead>(state, chunk, next, g, sixteen, count);
+  multiply_sixteen<Type, 2, Whole, Ahead>(state, chunk, next, g, sixteen, count);
+  multiply_sixteen<Type, 3, Whole, Ahead>(state, chunk, next, g, sixteen, count);
+}
+
+template <CacheType Type, int Split, bool Whole, bool Ahead>
+INLINE void multiply_value_group(const State& state, const Chunk& chunk, const Chunk& next, int g, int64_t sixteen,
+                                 int count) {
+  const uint8_t* weights = (const uint8_t*)state.bytes;
+  multiply_sixteens<Type, Whole, Ahead>(state, weights, chunk, next, g, sixteen, count);
+  if (Split == 1) multiply_sixteens<Type, Whole, false>(state, weights + lost_weights, chunk, next, g, sixteen, count);
+}
+
+// Products of some sixteens into the sums, which shrink; `unit`: of the weights' last place.
+template <CacheType Type, int Split>
+INLINE void add_products(const State& state, int64_t vector, int64_t sixteen, int count, const float shrink,
+                         const float unit, int m) {
+  const float* products = state.products + m * Split * chunk_tokens;
+  float* sums = state.sums + (vector + m) * state.size + sixteen * 16;
+  for (int i = 0; i < count; i++) {
+    const Floats kept = load(sums + i * 16) * all(shrink);
+    const float* high = products + i * 16;
+    if constexpr (Type == CacheType::int8) {
+      const Floats low = to_floats(load_ints(high + chunk_tokens));
+      const Floats added = multiply_add(to_floats(load_ints(high)), all(256), low);
+      store(sums + i * 16, multiply_add(added, all(unit), kept));
+    } else {
+      Floats added = load(high);
+      if constexpr (Split == 2) added = added + load(high + chunk_tokens);
+      store(sums + i * 16, kept + added);
+    }
+  }
+}
+
+template <CacheType Type, int Split, bool Ahead>
+INLINE void add_values_in_tiles(const State& state, int64_t vector, int rows, const Chunk& chunk, const Chunk& next,
+                                const float* shrink, const float* unit) {
+  const int64_t sixteens = state.size / 16;
+  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += 4) {
+    const int count = (int)(sixteens - sixteen < 4 ? sixteens - sixteen : 4);
+    zero_results();
+    for (int g = 0; g < chunk.count;) {
+      const bool adjacent = g + 1 < chunk.count && chunk.value[g + 1] - chunk.value[g] == state.size * 32;
+      if (Type == CacheType::bfloat16 && adjacent) {
+        multiply_value_group<Type, Split, true, Ahead>(state, chunk, next, g, sixteen, count);
+        g += 2;
+      } else {
+        multiply_value_group<Type, Split, false, Ahead>(state, chunk, next, g, sixteen, count);
+        g += 1;
+      }
+    }
+    store_results(state);
+    for (int m = 0; m < rows; m++) add_products<Type, Split>(state, vector, sixteen, count, shrink[m], unit[m], m);
+  }
+}
+
+// Up to tile_rows / Split vectors over one chunk.
+template <CacheType Type, int Split, bool Ahead>
+static void attend_in_tiles(const State& state, int64_t vector, int rows, const Chunk& chunk, const Chunk& next,
+                            float scale) {
+  multiply_keys_in_tiles<Type, Split, Ahead>(state, vector, chunk, next);
+  float shrink[tile_rows], unit[tile_rows];
+  for (int m = 0; m < rows; m++) {
+    float* scores = state.products + m * Split * chunk_tokens;
+    if constexpr (Type == CacheType::int8) {
+      scores = state.scores + m * chunk_tokens;
+      join_scores(state, vector, m, chunk, scores);
+    }
+    shrink[m] = weigh(state, vector + m, chunk, scores, scale);
+    if constexpr (Type == CacheType::int8)
+      unit[m] = quantise_weights(state, m, chunk);
+    else
+      halve_weights<Split>(state, m, chunk, scores);
+  }
+  if constexpr (Type == CacheType::int8)
+    for (int g = 0; Ahead && g < chunk.count; g++) {
+      fetch_ahead(next.key[g] + state.size / 4 * state.key_stride);
+      fetch_ahead(next.value[g] + group_tokens * state.size);
+    }
+  add_values_in_tiles<Type, Split, Ahead>(state, vector, rows, chunk, next, shrink, unit);
+}
+
+template <CacheType Type, int Split>
+static void attend_all_in_tiles(Tiles& tiles, const State& state, int64_t first, int64_t last, const Chunk& chunk,
+                                const Chunk& next, float scale) {
+  for (int64_t vector = first; vector < last; vector += tile_rows / Split) {
+    const int rows = (int)(last - vector < tile_rows / Split ? last - vector : tile_rows / Split);
+    tiles.shape(Type, rows * Split);
+    if (vector == first)
+      attend_in_tiles<Type, Split, true>(state, vector, rows, chunk, next, scale);
+    else
+      attend_in_tiles<Type, Split, false>(state, vector, rows, chunk, next, scale);
+  }
+}
