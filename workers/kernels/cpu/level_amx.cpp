@@ -13,6 +13,5 @@ namespace anabranch::level_amx {
 }  // namespace anabranch::level_amx
 
 namespace anabranch {
-const Level amx_level = {"amx", level_amx::attend, level_amx::read,
-    {level_amx::norm, level_amx::rotate, level_amx::gate}};
+const Level amx_level = {"amx", level_amx::attend, level_amx::read, level_amx::operators};
 }

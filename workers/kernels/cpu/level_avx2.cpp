@@ -13,7 +13,5 @@ namespace anabranch::level_avx2 {
 }  // namespace anabranch::level_avx2
 
 namespace anabranch {
-const Level avx2_level = {"avx2", level_avx2::attend, level_avx2::read,
-    {level_avx2::norm, level_avx2::rotate, level_avx2::gate, level_avx2::own,
-     level_avx2::best}};
+const Level avx2_level = {"avx2", level_avx2::attend, level_avx2::read, level_avx2::operators};
 }

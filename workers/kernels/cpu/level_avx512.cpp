@@ -13,7 +13,5 @@ namespace anabranch::level_avx512 {
 }  // namespace anabranch::level_avx512
 
 namespace anabranch {
-const Level avx512_level = {"avx512", level_avx512::attend, level_avx512::read,
-    {level_avx512::norm, level_avx512::rotate, level_avx512::gate, level_avx512::own,
-     level_avx512::best}};
+const Level avx512_level = {"avx512", level_avx512::attend, level_avx512::read, level_avx512::operators};
 }

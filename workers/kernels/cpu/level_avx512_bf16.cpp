@@ -13,7 +13,5 @@ namespace anabranch::level_avx512_bf16 {
 }  // namespace anabranch::level_avx512_bf16
 
 namespace anabranch {
-const Level avx512_bf16_level = {"avx512_bf16", level_avx512_bf16::attend, level_avx512_bf16::read,
-    {level_avx512_bf16::norm, level_avx512_bf16::rotate, level_avx512_bf16::gate, level_avx512_bf16::own,
-     level_avx512_bf16::best}};
+const Level avx512_bf16_level = {"avx512_bf16", level_avx512_bf16::attend, level_avx512_bf16::read, level_avx512_bf16::operators};
 }

@@ -13,7 +13,5 @@ namespace anabranch::level_portable {
 }  // namespace anabranch::level_portable
 
 namespace anabranch {
-const Level portable_level = {"portable", level_portable::attend, level_portable::read,
-    {level_portable::norm, level_portable::rotate, level_portable::gate, level_portable::own,
-     level_portable::best}};
+const Level portable_level = {"portable", level_portable::attend, level_portable::read, level_portable::operators};
 }

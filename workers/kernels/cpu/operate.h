@@ -303,3 +303,6 @@ static void gate(CacheType type, const Gating& work, int64_t first, int64_t end)
 static void own(CacheType type, const OwnRows& work, int64_t first, int64_t end) { BY_TYPE(own_rows, work) }
 static void best(CacheType type, const BestTwo& work, int64_t first, int64_t end) { BY_TYPE(best_rows, work) }
 #undef BY_TYPE
+
+// All of them: a level names this list, and cannot leave one out.
+constexpr Operators operators = {norm, rotate, gate, own, best};
