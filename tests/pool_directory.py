@@ -13,6 +13,7 @@ from anabranch.v1 import inference_pb2, types_pb2
 from cluster.blocks import BlockHash
 from cluster.config import Config, ControllerConfig, TlsConfig
 from cluster.types import WorkerId, draw_epoch
+from controller.balancer import NO_MOVES, BalancerSettings
 from controller.membership import MembershipTable, Terms
 from controller.service import ControlServer, ControlService
 from tests.cluster_harness import WAIT_S, DenseCluster, Output, Shape, wait_until
@@ -29,13 +30,18 @@ HEARTBEAT_MS = 50
 class DirectoryController:
     """One life of a controller that members join. A busy machine must not make a member look dead."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, balancing: BalancerSettings = NO_MOVES) -> None:
         settings = ControllerConfig(port=port, heartbeat_ms=HEARTBEAT_MS, expiry_ms=60_000)
         self.config = Config(controller=settings)
         terms = Terms(self.config.digest, settings.heartbeat_ms, settings.expiry_ms)
         self.table = MembershipTable(terms)
         self.service = ControlService(
-            self.table, draw_epoch(), types_pb2.KvGeometry(), lambda: (), lambda _grace_ms: None
+            self.table,
+            draw_epoch(),
+            types_pb2.KvGeometry(),
+            lambda: (),
+            lambda _grace_ms: None,
+            balancing=balancing,
         )
         self._server = ControlServer(self.config, self.service)
         self.port = self._server.port
@@ -105,16 +111,21 @@ class TwoDenseWorkers:
         wait_until(lambda: self.found(token_ids) == tokens)
 
     def _join(self, worker: WorkerId) -> None:
-        server, config = self.cluster.workers[worker], self.controller.config
-        epoch = self.cluster.epochs[worker]
-        client = MembershipClient(
-            RoleContext("attention", config, worker, 0, epoch, self.controller.address),
-            inference_pb2.ROLE_ATTENTION,
-            f"127.0.0.1:{server.port}",
-            server.load,
-            on_change=lambda _membership: None,
-            on_fenced=lambda: None,
-        )
-        self._clients.append(client)
-        client.start()
-        client.set_pool(server.core.journal)
+        self._clients.append(joined(self.controller, self.cluster, worker))
+
+
+def joined(controller: DirectoryController, cluster: DenseCluster, worker: WorkerId) -> MembershipClient:
+    """A cluster's attention worker as a member that reports its pool; to be closed."""
+    server = cluster.workers[worker]
+    client = MembershipClient(
+        RoleContext("attention", controller.config, worker, 0, cluster.epochs[worker], controller.address),
+        inference_pb2.ROLE_ATTENTION,
+        f"127.0.0.1:{server.port}",
+        server.load,
+        on_change=lambda _membership: None,
+        on_fenced=lambda: None,
+    )
+    client.start()
+    client.set_pool(server.core.journal)
+    client.set_state(inference_pb2.MEMBER_STATE_READY)
+    return client

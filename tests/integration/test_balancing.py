@@ -1,0 +1,150 @@
+"""The controller plans moves from what members report, and dense workers carry them out."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from anabranch.v1 import inference_pb2
+from cluster import config as configuration
+from cluster.types import WorkerId, draw_epoch
+from controller.balancer import BalancerSettings
+from tests.cluster_harness import (
+    DenseCluster,
+    Output,
+    Shape,
+    assert_continues,
+    counted,
+    decoder_of,
+    request,
+    wait_until,
+)
+from tests.models import Reference, random_prompt, reference_tokens
+from tests.pool_directory import DirectoryController, joined
+from workers.dense.worker import DenseWorker
+from workers.membership import MembershipClient
+from workers.role import RoleContext
+
+PROMPT = random_prompt(120, 1)
+COUNT = 240
+SHAPE = Shape(attention_workers=2, worker_blocks=16, shard_tokens=48)
+SETTINGS = BalancerSettings(block_tokens=SHAPE.block_tokens, interval_s=0.05)
+THIRD = WorkerId("attention-2")
+
+
+@pytest.fixture(name="expected", scope="module")
+def _expected(folder: Path) -> Reference:
+    (reference,) = reference_tokens(folder, [PROMPT], COUNT)
+    return reference
+
+
+class Balanced:
+    """A pool under a controller that plans, and a dense worker that is a member as its process would be."""
+
+    def __init__(self, folder: Path, settings: BalancerSettings, shape: Shape = SHAPE) -> None:
+        self._stack = contextlib.ExitStack()
+        self.controller = DirectoryController(balancing=settings)
+        self._stack.callback(self.controller.stop)
+        self.cluster = DenseCluster(folder, shape)
+        self.dense = DenseWorker(self.cluster.config, decoder_of(folder), WorkerId("dense-0"), draw_epoch())
+
+    def __enter__(self) -> Balanced:
+        self._stack.enter_context(self.cluster)
+        self._stack.callback(self.dense.stop)
+        self.dense.start()
+        for worker in self.cluster.workers:
+            self.join(worker)
+        config, address = self.controller.config, self.controller.address
+        client = MembershipClient(
+            RoleContext("dense", config, WorkerId("dense-0"), 0, draw_epoch(), address),
+            inference_pb2.ROLE_DENSE,
+            f"127.0.0.1:{self.dense.port}",
+            self.dense.load,
+            on_change=lambda membership: self.dense.set_members(membership.members),
+            on_fenced=lambda: None,
+        )
+        client.start()
+        client.set_mover(self.dense.move)
+        client.set_state(inference_pb2.MEMBER_STATE_READY)
+        self._stack.callback(client.close)
+        wait_until(lambda: all(map(self._is_connected, self.cluster.workers)))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def join(self, worker: WorkerId) -> None:
+        """An attention worker becomes a member."""
+        client = joined(self.controller, self.cluster, worker)
+        self._stack.callback(client.close)
+
+    @property
+    def moved(self) -> float:
+        """Tokens that moved, after another look of the controller."""
+        self.controller.service.sweep()
+        return counted(self.dense.engine, "anabranch_dense_tokens_moved")
+
+    def _is_connected(self, worker: WorkerId) -> bool:
+        return self.dense.engine.leads_to(worker, self.cluster.epochs[worker])
+
+
+def some(output: Output) -> bool:
+    """A few tokens came."""
+    return len(output.token_ids) >= 5
+
+
+def test_a_worker_that_joins_is_given_its_part(folder: Path, expected: Reference) -> None:
+    """Two workers are half full when a third one joins: cache moves there while its sequence decodes, and the
+    tokens are the reference's.
+    """
+    with Balanced(folder, SETTINGS) as pool:
+        submission = pool.cluster.submit(request(PROMPT, COUNT), pool.dense.engine)
+        output = pool.cluster.listener.wait(submission, some)
+        assert pool.moved == 0
+        pool.cluster.start_worker(THIRD)
+        pool.join(THIRD)
+        wait_until(lambda: pool.moved > 0)
+        assert_continues(pool.cluster.listener.wait(submission), expected)
+        assert any(shard.worker == THIRD for shards in output.maps for shard in shards)
+
+
+def test_an_even_pool_is_left_alone(folder: Path, expected: Reference) -> None:
+    """Where arenas are about as full nothing moves, however often the controller looks."""
+    with Balanced(folder, SETTINGS, replace(SHAPE, worker_blocks=64)) as pool:
+        submission = pool.cluster.submit(request(PROMPT, COUNT), pool.dense.engine)
+        output = pool.cluster.listener.output(submission)
+        wait_until(lambda: pool.moved >= 0 and output.is_over)
+        assert_continues(output, expected)
+        assert pool.moved == 0
+
+
+def test_no_interval_plans_nothing(folder: Path, expected: Reference) -> None:
+    """`placement.plan_interval_s: 0`: a worker that joins gets new sequences only."""
+    with Balanced(folder, replace(SETTINGS, interval_s=0.0)) as pool:
+        submission = pool.cluster.submit(request(PROMPT, COUNT), pool.dense.engine)
+        output = pool.cluster.listener.wait(submission, some)
+        pool.cluster.start_worker(THIRD)
+        pool.join(THIRD)
+        wait_until(lambda: pool.moved >= 0 and output.is_over)
+        assert_continues(output, expected)
+        assert pool.moved == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "homes", "interval_s"),
+    [
+        ({}, 0, 2.0),
+        ({"placement.instances": "borrowing", "dense.replicas": 3}, 3, 2.0),
+        ({"placement.instances": "separate", "dense.replicas": 3}, 3, 0.0),
+        ({"placement.plan_interval_s": 0}, 0, 0.0),
+    ],
+)
+def test_the_configuration_says_who_may_give_to_whom(
+    overrides: dict[str, object], homes: int, interval_s: float
+) -> None:
+    """Shared arenas have no home; separate instances move nothing, since nobody else attends there."""
+    settings = BalancerSettings.of(configuration.load(None, {"model.path": "any", **overrides}))
+    assert (settings.homes, settings.interval_s) == (homes, interval_s)
