@@ -121,6 +121,7 @@ class AsyncStream(AsyncIterator[Event]):
             await self._pause(self._failover.interrupted(early))
 
     def _take(self, response: inference_pb2.GenerateResponse) -> None:
+        self._failover.heard()
         events = self._generation.receive(response)
         if events:
             self._failover.answered()

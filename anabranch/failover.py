@@ -7,6 +7,7 @@ answered --interrupted--> next gateway at once --each tried--> pause, growing --
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -49,7 +50,7 @@ class Failover:
         self._deadline_s = clock() + timeout_s
         self._position = 0
         self._failures = 0
-        self._failing_since_s = 0.0
+        self._failing_since_s = self._heard_s = -math.inf
         self._said_stop = False
 
     @property
@@ -69,6 +70,12 @@ class Failover:
         self._failures = 0
         self._said_stop = False
 
+    def heard(self) -> None:
+        """The gateway said something, which need not be news: a resumed stream begins so. Pauses go on
+        growing, lest a gateway that answers and breaks be asked for ever, but this is no outage.
+        """
+        self._heard_s = self._clock()
+
     def interrupted(self, error: AnabranchError) -> float:
         """Turn to the next gateway; returns the pause before asking it, in seconds.
 
@@ -81,7 +88,7 @@ class Failover:
         self._position += 1
         self._said_stop |= isinstance(error, Stopping)
         remaining_s = self.remaining_s()
-        if now_s - self._failing_since_s >= self._outage_s:
+        if now_s - max(self._failing_since_s, self._heard_s) >= self._outage_s:
             silence = f" for {self._outage_s:g} s" if self._outage_s else ""
             stopped = " since one said that it stops; is the cluster down?" if self._said_stop else ""
             raise Unavailable(

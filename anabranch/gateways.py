@@ -24,8 +24,10 @@ HEALTH_CHECK = (
 )
 """Method, serializer and deserializer: health's own stub does not tell its methods' types."""
 
-SILENCE_S = 0.8
-"""Many round trips of any network; a stream that is left too early only costs a resumption."""
+SILENCE_S = 3.0
+"""Longer than a large prompt keeps a slow network's pings waiting. A stream that is left too early costs a
+resumption, of which a request has some two hundred.
+"""
 
 HEALTH_TIMEOUT_S = 5.0
 """Longest wait for one gateway's answer about its health."""

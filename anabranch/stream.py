@@ -128,6 +128,7 @@ class Stream(Iterator[Event]):
         self._take(response)
 
     def _take(self, response: inference_pb2.GenerateResponse) -> None:
+        self._failover.heard()
         events = self._generation.receive(response)
         if events:
             self._failover.answered()

@@ -31,7 +31,9 @@ def _answer(request: Request, arrivals_s: Sequence[float], tokens: Sequence[int]
 
 
 def _course(calm: Answer, disturbed: Answer, *struck: Struck) -> Course:
-    return Course(Settings(0), calm=[calm], disturbed=[disturbed], struck=list(struck))
+    """With a fault that nobody noticed unless others are named."""
+    faults = list(struck) or [_struck("gateway", "kill", 0.0)]
+    return Course(Settings(0), calm=[calm], disturbed=[disturbed], struck=faults)
 
 
 def _struck(role: Role, kind: Kind, at_s: float) -> Struck:
@@ -73,6 +75,17 @@ def test_a_calm_course_has_no_failures() -> None:
     request = _request(0)
     course = _course(_answer(request, [1, 2, 3, 4]), _answer(request, [11, 12, 13, 14]))
     assert verdict(course, _never, TIE)["failures"] == []
+
+
+def test_a_course_that_proves_nothing_fails() -> None:
+    """Without a fault that met an open stream, or under more load than the fleet is to carry."""
+    request = _request(0)
+    course = _course(_answer(request, [1, 2, 3, 4]), _answer(request, [11, 12, 13, 14]))
+    course.struck.clear()
+    course.load_share = 0.31
+    overloaded, unstruck = verdict(course, _never, TIE)["failures"]
+    assert "31%" in overloaded
+    assert "no fault struck" in unstruck
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,23 @@ def test_an_answer_ends_the_outage() -> None:
         failover.interrupted(GONE)
 
 
+def test_a_gateway_that_says_nothing_new_is_no_outage() -> None:
+    """While a long prompt is computed a resumed stream brings no news for minutes: the next gateway's loss is
+    the beginning of an outage, not the end of one; pauses grow all the same.
+    """
+    clock = ManualClock()
+    failover = make_failover(clock)
+    first_s = failover.interrupted(GONE)
+    failover.heard()
+    clock.advance(29)
+    failover.heard()
+    clock.advance(10)
+    assert failover.interrupted(GONE) > first_s
+    clock.advance(25)
+    with pytest.raises(Unavailable, match="no gateway answered"):
+        failover.interrupted(GONE)
+
+
 def test_a_cluster_that_was_stopped_is_named_as_such() -> None:
     """After a gateway said that it stops, silence is no riddle; an answer from another one ends that."""
     clock = ManualClock()

@@ -17,6 +17,10 @@ _DEADLINE_S = 60.0
 """Of each request; far beyond what recovery takes, so one that meets it hung."""
 
 
+_SILENCE_S = 0.8
+"""As a client would ask for whose gateways are near: what a frozen or cut-off one costs its streams."""
+
+
 @dataclass(slots=True)
 class Answer:
     """What became of one request. Times are monotonic seconds; `resumes` how often its stream was opened anew
@@ -61,7 +65,7 @@ class Load:
     def __init__(self, schedule: Sequence[Request], gateways: Sequence[str], suffix: str) -> None:
         """`suffix` tells the request ids of this run from another's."""
         self.answers = [Answer(request) for request in schedule]
-        self._client = AsyncClient(gateways)
+        self._client = AsyncClient(gateways, silence_s=_SILENCE_S)
         self._suffix = suffix
         self.open = 0
         self.ended = 0

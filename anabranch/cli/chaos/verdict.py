@@ -39,6 +39,10 @@ def verdict(course: Course, gap_at: Gap, near_tie: float) -> dict[str, Any]:
                 failures.append(f"{calm.request.name}: token {difference} differs, by no near-tie: {gap:.3g}")
     if len(ties) > NEAR_TIES_MOST * len(course.calm):
         failures.append(f"{len(ties)} near-ties in {len(course.calm)} requests")
+    if course.load_share > LOAD_MOST:
+        failures.append(f"the load took {course.load_share:.0%} of what the fleet serves: send less (--load)")
+    if not course.struck:
+        failures.append("no fault struck while a stream was open: send more requests (--requests)")
     faults = [_fault(course, struck) for struck in course.struck]
     recomputed = sum(fault["prompt_tokens_recomputed"] for fault in faults)
     if recomputed:
