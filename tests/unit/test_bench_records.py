@@ -16,6 +16,7 @@ from anabranch.cli.bench.records import (
     figure,
     fits,
     is_within_bound,
+    misses,
     prediction,
     ratio,
     records,
@@ -70,6 +71,17 @@ def test_bounds_are_kept_or_not() -> None:
     assert is_within_bound(lane["local_vs_bare"]) is False
     assert is_within_bound(lane["read_ratio_min"]) is True
     assert is_within_bound(lane["trip"]) is None
+
+
+def test_misses_are_listed_once() -> None:
+    """The worst of several names the miss, not its parts; what is kept, or asked of nothing, is not listed."""
+    part = ratio(("a", [1.0]), ("b", [2.0]), "s", at_least=0.9)
+    told = {
+        "worst": extreme("least", {"one": part}, at_least=0.9),
+        "kept": ratio(("a", [1.0]), ("b", [2.0]), "s", at_most=0.9),
+        "free": ratio(("a", [1.0]), ("b", [2.0]), "s"),
+    }
+    assert misses(told) == ["worst: 0.5, asked: at least 0.9"]
 
 
 def test_what_was_measured_verifies() -> None:

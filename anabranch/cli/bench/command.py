@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from anabranch.cli.bench import results_file
-from anabranch.cli.bench.records import Results, differences, records
+from anabranch.cli.bench.records import Results, differences, misses, records
 from anabranch.cli.bench.table import results_table
 from cluster.errors import InvalidRequest
 
@@ -40,6 +40,9 @@ JsonFile = Annotated[
     typer.Option("--json", metavar="FILE", help="Also write the results into FILE, beside other benches'."),
 ]
 
+
+_BENCHES_IN_FILE = frozenset({"kernel", "lane", "step", "gain", "context", "serve"})
+"""What `make bench` and `make bench-peers` write."""
 
 _WIDTH = 112
 """A table narrower than this would cut its figures; a narrow terminal wraps it."""
@@ -283,9 +286,16 @@ def long_decode(
 def verify(
     file: Annotated[Path, typer.Argument(help="What `--json` wrote.")],
 ) -> None:
-    """Compute every number of a results file again from the samples beside it; a difference is an error."""
+    """Compute every number of a results file again from the samples beside it; a difference is an error.
+
+    What misses its target, and what was not measured, is listed.
+    """
     results = results_file.read(file)
     found = differences(results)
     if found:
         raise InvalidRequest(f"{file}: {len(found)} differ:\n  " + "\n  ".join(found))
     print(f"{file}: {sum(1 for _ in records(results))} records follow from their samples")
+    for line in misses(results):
+        print(f"misses  {line}")
+    for bench in _BENCHES_IN_FILE - results.keys():
+        print(f"absent  {bench}")

@@ -21,6 +21,7 @@ import torch
 from anabranch.cli.bench.records import Record, Results, extreme, figure, fits, prediction, ratio
 from anabranch.cli.bench.turns import in_turn
 from anabranch.cli.doctor import read_rate
+from cluster.errors import InvalidRequest
 from cluster.types import KvGeometry
 from workers.attention.arena import Arena
 from workers.kernels.select import select
@@ -34,7 +35,7 @@ GEOMETRY = KvGeometry(
 """Sixteen of SmolLM2's thirty layers: 3 GiB at 256k tokens, more than caches hold."""
 
 _ELEMENT_BYTES = 2
-_MEMORY_MOST = 1.03
+_MEMORY_OFF = 0.03
 _FILL_TOKENS = 1024
 _WORKERS = (2, 4, 8)
 
@@ -99,7 +100,7 @@ class FilledArena:
 
 
 def resident_bytes(place: int) -> int:
-    """Bytes in memory of the mapping that holds an address; 0 where there is none."""
+    """Bytes in memory of the mapping that holds an address. Raises InvalidRequest where none does."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, _, rest = line.partition(" ")
@@ -108,7 +109,7 @@ def resident_bytes(place: int) -> int:
             inside = int(begin, 16) <= place < int(end, 16)
         elif inside and name == "Rss:":
             return 1024 * int(rest.split()[0])
-    return 0
+    raise InvalidRequest(f"no mapping of this process holds {place:#x}")
 
 
 def measure(bench: ContextBench, say: Say) -> Results:
@@ -137,6 +138,7 @@ def summary(
     bandwidth_bytes_per_s: float,
 ) -> Results:
     """Records of what was measured: seconds and resident bytes by tokens, seconds by number of workers."""
+    memory = {str(tokens): _memory(tokens, held) for tokens, held in resident.items()}
     line = fits({float(tokens): taken for tokens, taken in samples.items()}, "s")
     inputs = {"base_s": line["intercept"]["value"], "each_s": line["slope"]["value"]}
     inputs["context_tokens"] = max(samples)
@@ -153,11 +155,8 @@ def summary(
                 for tokens, taken in samples.items()
             },
             "line": line,
-            "memory_vs_formula_max": extreme(
-                "most",
-                {str(tokens): _memory(tokens, held) for tokens, held in resident.items()},
-                at_most=_MEMORY_MOST,
-            ),
+            "memory_vs_formula_min": extreme("least", memory, at_least=1 - _MEMORY_OFF),
+            "memory_vs_formula_max": extreme("most", memory, at_most=1 + _MEMORY_OFF),
             "workers_speedup": speedup,
         }
     }

@@ -141,6 +141,18 @@ def is_within_bound(record: Record) -> bool | None:
     return (least is None or value >= least) and (most is None or value <= most)
 
 
+def misses(results: Any) -> list[str]:
+    """A line for each record that does not keep what is asked of it, by name, and not again for its parts."""
+    found: list[str] = []
+    for name, record in records(results):
+        is_part = any(name.startswith(f"{other}.") for other in (line.partition(":")[0] for line in found))
+        if is_within_bound(record) is False and not is_part:
+            least, most = record["bound"]["least"], record["bound"]["most"]
+            asked = f"at least {least}" if least is not None else f"at most {most}"
+            found.append(f"{name}: {record['value']:.3g}, asked: {asked}")
+    return found
+
+
 def _inner(record: Mapping[str, Any]) -> dict[str, Any]:
     """The records a record carries."""
     floor = record.get("floor")
