@@ -74,7 +74,7 @@ def test_bounds_are_kept_or_not() -> None:
 
 
 def test_misses_are_listed_once() -> None:
-    """The worst of several names the miss, not its parts; what is kept, or asked of nothing, is not listed."""
+    """The worst of several names the miss, not its parts; what is kept or free is not listed."""
     part = ratio(("a", [1.0]), ("b", [2.0]), "s", at_least=0.9)
     told = {
         "worst": extreme("least", {"one": part}, at_least=0.9),
