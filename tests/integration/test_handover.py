@@ -15,7 +15,7 @@ from tests.attention_pool import call
 from tests.cluster_harness import DenseCluster, Output, Shape, computed_tokens, counted, request
 from tests.models import random_prompt, reference_tokens, tiny_model
 from tests.processes import ProcessCluster, process_cluster
-from tests.serving import Reader, whole
+from tests.serving import Reader, wait_until, whole
 from workers.dense.deltas import FinishReason, Handoff
 from workers.dense.engine import Engine
 
@@ -132,6 +132,9 @@ def test_prompts_and_decoding_on_workers_of_their_own(model: Path, tmp_path: Pat
     references = reference_tokens(model, prompts, 40)
     overrides = {"dense.replicas": 2, "dense.serves": ["prefill", "decode"]}
     with process_cluster(model, tmp_path, overrides) as cluster, cluster.client() as client:
+        wait_until(
+            lambda: cluster.log("gateway-0").count("link_ready") == 2
+        )  # until then any worker does all
         for prompt, expected in zip(prompts, references, strict=True):
             reading = whole(client, token_ids=prompt, temperature=0.0, max_tokens=40, ignore_eos=True)
             assert reading.token_ids() == list(expected.tokens)
