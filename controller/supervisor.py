@@ -159,7 +159,8 @@ class Supervisor:
             raise NotFound(f"there is no {worker_id}: `anabranch status` lists the workers")
         if slot.retires or self._draining:
             return
-        if all(other.role != slot.role or other.retires or other is slot for other in self.slots):
+        others = [other for other in self.slots if other.role == slot.role and other is not slot]
+        if all(other.retires or other.phase is Phase.GIVEN_UP for other in others):
             raise InvalidRequest(f"{worker_id} is the last {slot.role}: `anabranch down` stops the cluster")
         self._stop(replace(slot, retires=True), grace_s)
 

@@ -152,6 +152,11 @@ class MembershipClient:
                 _log.warning("controller_away", controller=self._controller, problem=error.message)
                 self._ask_registry()
                 pause_s, retry_s = retry_s, min(2 * retry_s, _RETRY_MOST_S)
+            except Exception as error:  # a bug in what is reported must not look like a death
+                if self._welcome is None:
+                    raise
+                _log.error("heartbeat_failed", error=error)
+                pause_s = _RETRY_MOST_S
             self._wake.wait(pause_s)
             self._wake.clear()
         self._settle(Cancelled("told to stop before the controller was reached"))

@@ -35,8 +35,6 @@ class RegistryReader:
         if self._registry is None:
             return None
         try:
-            if known_version and self._registry.version() <= known_version and self.controller:
-                return None
             return self._welcome(self._registry.read(), known_version)
         except AnabranchError as error:
             self._complain(error.message)

@@ -78,13 +78,11 @@ def test_a_calm_course_has_no_failures() -> None:
 
 
 def test_a_course_that_proves_nothing_fails() -> None:
-    """Without a fault that met an open stream, or under more load than the fleet is to carry."""
+    """Without a fault that met an open stream nothing was tried."""
     request = _request(0)
     course = _course(_answer(request, [1, 2, 3, 4]), _answer(request, [11, 12, 13, 14]))
     course.struck.clear()
-    course.load_share = 0.31
-    overloaded, unstruck = verdict(course, _never, TIE)["failures"]
-    assert "31%" in overloaded
+    (unstruck,) = verdict(course, _never, TIE)["failures"]
     assert "no fault struck" in unstruck
 
 

@@ -258,3 +258,14 @@ def test_a_copy_behind_a_shard_in_use_is_refused() -> None:
         assert memory.store.shard(own.shard, generation(1)).blocks[: len(before)] == before
     memory.append(step, [chunk(own, 4, 1)], 0)
     memory.store.audit()
+
+
+def test_a_copy_that_ends_within_a_chunk_costs_the_source_nothing() -> None:
+    """Pieces need not end where chunks do: what a chunk wrote behind the piece is there for its commit."""
+    source, shard = source_of(4)
+    source.run(chunk(shard, 4, 8))
+    target = build_memory(sharing=True)
+    assert pulled(target, copy_of(6), pieces(source, shard, 6)).committed_tokens == 4
+    source.begin(chunk(shard, 12, 1))  # names position 12: all before it is certain
+    (held,) = source.store.locate(key("a"))
+    assert held.committed_tokens == 12

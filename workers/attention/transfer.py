@@ -59,12 +59,15 @@ def fetch(
     store: Store, arena: Arena, shard_id: ShardId, generation: Generation, first: int, end: int
 ) -> Iterator[Piece]:
     """Committed positions first..end of a shard, fewer where fewer are. The sequence's steps before `end` are
-    over, so what they appended is committed by it. Raises Fenced.
+    over, so a chunk that ends there is committed by it. Raises Fenced.
     """
     with store.turns:
         shard = store.shard(shard_id, generation)
-        with contextlib.suppress(Fenced):  # layers of the last step still on their way: without them, then
-            shard.commit(end)  # without publishing: a step may be reading these very blocks
+        if shard.pending is not None and shard.pending.end <= end:  # a part of it would cost the rest
+            with contextlib.suppress(
+                Fenced
+            ):  # layers of the last step still on their way: without them, then
+                shard.commit(shard.pending.end)  # without publishing: a step may be reading these very blocks
         end = min(end, shard.committed)
     count = max(1, _PIECE_BYTES // arena.geometry.token_bytes)
     for start in range(first, end, count):

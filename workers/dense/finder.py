@@ -27,6 +27,7 @@ _FIND_S = 0.05
 """A request waits for the controller no longer than this: computing a prompt takes longer, but not much."""
 _PAUSE_FIRST_S = 1.0
 _PAUSE_MOST_S = 30.0
+_DOUBLINGS_MOST = 16
 
 
 class PrefixFinder:
@@ -75,7 +76,7 @@ class PrefixFinder:
         with self._lock:
             if self.is_paused:  # calls that failed together are one failure
                 return
-            pause_s = min(_PAUSE_FIRST_S * 2**self._failures, _PAUSE_MOST_S)
+            pause_s = min(_PAUSE_FIRST_S * 2 ** min(self._failures, _DOUBLINGS_MOST), _PAUSE_MOST_S)
             self._failures += 1
             self._resume_s = self._clock() + pause_s
         _log.warning("directory_away", pause_s=pause_s, problem=problem)

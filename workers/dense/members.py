@@ -33,6 +33,7 @@ Connect = Callable[[AttentionMember], AttentionPeer]
 
 _RETRY_FIRST_S = 0.1
 _RETRY_MOST_S = 30.0
+_BREAKS_MOST = 16
 
 EndedLife = tuple[WorkerId, Epoch, AttentionPeer | None]
 """A life that is over, and its connection to close."""
@@ -112,7 +113,7 @@ class MemberTable:
             if known is None or known.member.epoch != epoch:
                 return None
             known.retry_s = now_s + min(_RETRY_FIRST_S * 2**known.breaks, _RETRY_MOST_S)
-            known.breaks += 1
+            known.breaks = min(known.breaks + 1, _BREAKS_MOST)
             peer, known.peer = known.peer, None
             return peer
 

@@ -66,6 +66,8 @@ class Mover:
         sequence, epoch = self._door.table.live(key), members.remote_epoch(target)
         if sequence is None or epoch is None or source == target or self.is_moving(sequence):
             return
+        if tokens is not None and len(self._moves) >= _MOVES_MOST:
+            return  # a part is an order of the controller's, which plans it anew; drains go first
         for placed in sequence.shards:
             if placed.shard.worker == source and members.remote_epoch(source) == placed.shard.epoch:
                 end = self._part_end(placed, tokens)

@@ -26,7 +26,7 @@ import torch
 
 from anabranch.cli.bench import bare, lane_peer
 from anabranch.cli.bench.certificate import self_signed
-from anabranch.cli.bench.namespaces import Way
+from anabranch.cli.bench.namespaces import LOOPBACK, Way
 from anabranch.cli.bench.records import Record, Results, figure, prediction, ratio
 from anabranch.cli.bench.turns import in_turn
 from cluster import rpc
@@ -64,11 +64,15 @@ class LaneBench:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Both peers, one whose lanes spin and one whose sleep, and their certificate, if they have one."""
+    """Peers whose lanes spin and peers whose sleep, and their certificate, if they have one. The near ones
+    share our network, as local lanes ask.
+    """
 
     host: str
     spinning: Mapping[str, Any]
     sleeping: Mapping[str, Any]
+    near_spinning: Mapping[str, Any]
+    near_sleeping: Mapping[str, Any]
     tls: TlsConfig
 
 
@@ -80,12 +84,12 @@ def measure(repeats: int, way: Way, trips: tuple[int, int] = (100, 3)) -> Result
     with contextlib.ExitStack() as stack:
         own_core, peer_core = stack.enter_context(_pinned_apart())
         tls, tls_told = _certificate(stack, way.host)
-        peers = Peers(
-            way.host,
-            stack.enter_context(_peer(way, peer_core, _SPIN_US, tls)),
-            stack.enter_context(_peer(way, peer_core, 0, tls)),
-            tls,
-        )
+        far = [stack.enter_context(_peer(way, peer_core, spin_us, tls)) for spin_us in (_SPIN_US, 0)]
+        near = far
+        if way.prefix:
+            plain = (_SPIN_US, _PLAIN), (0, _PLAIN)
+            near = [stack.enter_context(_peer(LOOPBACK, peer_core, *each)) for each in plain]
+        peers = Peers(way.host, far[0], far[1], near[0], near[1], tls)
         settings: dict[str, Any] = {
             "cores": [own_core, peer_core],
             "host": way.host,
@@ -147,13 +151,14 @@ def _trips(samples: Mapping[str, list[float]], settings: dict[str, Any]) -> Resu
 def sample(peers: Peers, bench: LaneBench) -> dict[str, list[float]]:
     """Seconds of one round trip on each transport; a sample is the median of `bench.trips`."""
     spinning, sleeping = peers.spinning["address"], peers.sleeping["address"]
+    near_spinning, near_sleeping = peers.near_spinning["address"], peers.near_sleeping["address"]
     with contextlib.ExitStack() as stack:
         trips: dict[str, Trip] = {
-            "bare_unix": _bare(stack, peers.sleeping["bare_unix"], bench),
+            "bare_unix": _bare(stack, peers.near_sleeping["bare_unix"], bench),
             "bare_tcp": _bare(stack, (peers.host, peers.sleeping["bare_tcp"]), bench),
-            "local": _over(_lane(stack, spinning, "local", _SPIN_US), bench),
+            "local": _over(_lane(stack, near_spinning, "local", _SPIN_US), bench),
             "tcp": _over(_lane(stack, spinning, "tcp", _SPIN_US), bench),
-            "local_sleeping": _over(_lane(stack, sleeping, "local", 0), bench),
+            "local_sleeping": _over(_lane(stack, near_sleeping, "local", 0), bench),
             "tcp_sleeping": _over(_lane(stack, sleeping, "tcp", 0), bench),
             "grpc": _over(_lane(stack, sleeping, "grpc", 0), bench),
         }

@@ -35,6 +35,7 @@ class Network:
         self._lock = threading.Lock()
         self._ports: dict[tuple[int, int, str], int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._servers: list[asyncio.Server] = []
 
     def way(self, viewer: int, target: int, address: str) -> str:
         """The address at which process `viewer` reaches process `target`, which listens at `address`."""
@@ -81,6 +82,8 @@ class Network:
                 self._connected.notify_all()
 
     async def _cancel(self) -> None:
+        for server in self._servers:
+            server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -98,7 +101,7 @@ class Network:
                 self._tasks.discard(task)
                 writer.close()
 
-        await asyncio.start_server(connected, sock=listener, limit=_PIECE_BYTES)
+        self._servers.append(await asyncio.start_server(connected, sock=listener, limit=_PIECE_BYTES))
 
     async def _join(
         self,
