@@ -104,15 +104,21 @@ def _hand_over(cluster: ProcessCluster, source: str, target: str, request_id: st
         return len(call(dense_pb2_grpc.DenseServiceStub(channel).Handover, message).sequences)
 
 
+def _await_links(cluster: ProcessCluster) -> None:
+    """Until the gateway may choose between both dense workers: before, whichever is there does everything."""
+    wait_until(lambda: cluster.log("gateway-0").count("link_ready") == 2)
+
+
 def test_a_stream_goes_on_through_hand_overs(model: Path, tmp_path: Path) -> None:
     """Through real processes: a stream is handed back and forth by `Handover` while it runs, and its client
     sees the reference's tokens. Who is asked wrongly refuses, and nothing happens.
     """
     prompt = random_prompt(60, 3)
-    (expected,) = reference_tokens(model, [prompt], 200)
+    (expected,) = reference_tokens(model, [prompt], 400)
     overrides = {"dense.replicas": 2, "placement.shard_tokens": 32, "attention.block_tokens": 8}
     with process_cluster(model, tmp_path, overrides) as cluster, cluster.client() as client:
-        reader = Reader(client, token_ids=prompt, temperature=0.0, max_tokens=200, ignore_eos=True)
+        _await_links(cluster)
+        reader = Reader(client, token_ids=prompt, temperature=0.0, max_tokens=400, ignore_eos=True)
         reader.wait_tokens(10)
         with pytest.raises(InvalidRequest, match="itself"):
             _hand_over(cluster, "dense-0", "dense-0", reader.request_id)
