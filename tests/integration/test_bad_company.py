@@ -22,7 +22,7 @@ from workers.lanes.frames import TICKET_BYTES
 pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
 
 TOKENS = 200
-_END_S = 20.0
+_END_S = 60.0
 PROMPTS = [random_prompt(30 + 20 * index, seed=index) for index in range(4)]
 
 
