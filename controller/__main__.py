@@ -10,11 +10,11 @@ from pathlib import Path
 
 from cluster import config as configuration
 from cluster.errors import AnabranchError, ConfigError, ModelError
+from cluster.signals import Interrupts
 from cluster.telemetry import configure_logging, logger
 from controller.controller import Controller
 from controller.event_log import LogObserver
 from controller.service import CONTROLLER_ID
-from controller.signals import Interrupts
 
 _EPILOG = """\
 `anabranch up` does the same with a live view and finds models by name; here model.path is a folder.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logging(config.telemetry, role="controller", worker=CONTROLLER_ID)
         controller = Controller(config)
         stop = threading.Event()
-        with Interrupts(stop.set, controller.hurry):
+        with Interrupts(stop.set, lambda _number: controller.hurry()):
             return controller.run(stop, LogObserver(logger("controller")))
     except AnabranchError as error:
         sys.stderr.write(f"controller: {error.message}\n")

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import queue
-import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from prometheus_client import CollectorRegistry
 
@@ -24,6 +21,7 @@ from cluster import config as configuration
 from cluster import fault_points
 from cluster.config import Config
 from cluster.errors import AnabranchError, ConfigError, ModelError, VersionMismatch
+from cluster.signals import Interrupts
 from cluster.telemetry import EventLogger, configure_logging, logger, serve_metrics
 from cluster.types import Epoch, WorkerId, draw_epoch
 
@@ -133,27 +131,8 @@ def _parser(role: str) -> argparse.ArgumentParser:
 
 
 def stop_on_signals(stop: threading.Event) -> None:
-    """Let SIGTERM and SIGINT set `stop`; a second one ends the process at once.
-
-    The handler must not touch `stop` itself: it runs between two bytecodes of the main thread, which
-    may hold the event's lock. It puts into a SimpleQueue, which allows that; a thread does the rest.
-    """
-    received: queue.SimpleQueue[int] = queue.SimpleQueue()
-    seen: list[int] = []
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if seen:
-            os._exit(128 + number)
-        seen.append(number)
-        received.put(number)
-
-    def relay() -> None:
-        received.get()
-        stop.set()
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    threading.Thread(target=relay, name="signals", daemon=True).start()
+    """Let SIGTERM and SIGINT set `stop`; a second one ends the process at once."""
+    Interrupts(stop.set, lambda number: os._exit(128 + number)).start()
 
 
 def run(role: str, serve: Callable[[RoleContext], int | None], argv: Sequence[str] | None = None) -> int:

@@ -18,11 +18,11 @@ from cluster import config as configuration
 from cluster.config import Config
 from cluster.config_text import default_of
 from cluster.errors import ConfigError
+from cluster.signals import Interrupts
 from cluster.telemetry import configure_logging, logger
 from controller import roles
 from controller.event_log import LogObserver
 from controller.events import Event
-from controller.signals import Interrupts
 from controller.state import StateFolder
 
 _DEFAULT_ARENA = "1GiB"
@@ -175,7 +175,7 @@ def run(config: Config, command: roles.Command = roles.module_command) -> int:
         log(event)
         view(event)
 
-    with Interrupts(stop.set, controller.hurry), view:
+    with Interrupts(stop.set, lambda _number: controller.hurry()), view:
         return controller.run(stop, observe)
 
 

@@ -147,9 +147,6 @@ def test_noise_on_every_port_disturbs_nobody(
     assert all(process.poll() is None for process in cluster.processes.values())
 
 
-@pytest.mark.xfail(
-    strict=False, reason="open defect: the forgiven worker sometimes does not leave on SIGTERM"
-)
 def test_a_worker_frozen_for_seconds_changes_no_token(
     cluster: ProcessCluster, expected: Sequence[Sequence[int]]
 ) -> None:
