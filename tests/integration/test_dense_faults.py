@@ -21,7 +21,7 @@ from tests.cluster_harness import (
 )
 from tests.models import random_prompt
 from workers.dense.deltas import FinishReason
-from workers.dense.sequences import Submission
+from workers.dense.sequences import Submission, wire_generation
 
 PROMPT = random_prompt(70, 1)
 COUNT = 150
@@ -256,6 +256,22 @@ def test_a_dense_worker_that_was_replaced_is_fenced(folder: Path, expected: list
             cluster.wait_all_free()
         finally:
             other.stop()
+
+
+def test_the_end_of_an_earlier_submission_is_not_that_of_the_next(folder: Path, expected: list[int]) -> None:
+    """What an attention worker fenced was given to a submission that this one replaced: the sequence goes on.
+    A generation of its own lives that was fenced ends it.
+    """
+    shape = Shape(attention_workers=2, overrides={"attention": {"lease_ms": 2000}})
+    with DenseCluster(folder, shape) as cluster:
+        for fenced, ends in ((wire_generation(1, 7), False), (wire_generation(2, 0), True)):
+            submission = cluster.submit(request(PROMPT, COUNT, generation=2))
+            cluster.listener.wait(submission, some)
+            cluster.engine.superseded(submission.key, fenced, Fenced("another one runs it"))
+            output = cluster.listener.wait(submission)
+            assert isinstance(output.failure, Fenced) is ends
+            assert ends or output.token_ids == expected
+        cluster.wait_all_free()
 
 
 def test_two_dense_workers_share_attention_workers(folder: Path, expected: list[int]) -> None:

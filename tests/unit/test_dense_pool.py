@@ -52,6 +52,12 @@ class Workers:
         """Reserve positions for `KEY`."""
         return self.rooms.reserve(RoomWanted(KEY, generation, BlockChain(GEOMETRY, ""), first, end, shards))
 
+    def taken(self, worker: WorkerId) -> Held:
+        """What a worker holds of `KEY`, which the holders forget."""
+        held = self.holders.take_one(KEY, worker)
+        assert held is not None
+        return held
+
     def held(self) -> list[int]:
         """Blocks held at each worker."""
         return [store.audit().capacity - store.audit().free for store in self.stores]
@@ -134,12 +140,13 @@ def test_renouncing_tells_whether_the_sequence_is_anothers() -> None:
     """Giving back what is ours succeeds; where another dense worker took over it is Fenced."""
     workers = Workers(4)
     workers.reserve(0, 4)
-    workers.rooms.renounce(KEY, WorkerId("w0"))
+    workers.rooms.renounce(KEY, workers.taken(WorkerId("w0")))
     assert workers.held() == [0]
     workers.reserve(0, 4, generation=Generation(2))
     workers.stores[0].adopt(KEY, Generation(9), ())
+    ours = workers.taken(WorkerId("w0"))
     with pytest.raises(Fenced):
-        workers.rooms.renounce(KEY, WorkerId("w0"))
+        workers.rooms.renounce(KEY, ours)
 
 
 @pytest.mark.parametrize(

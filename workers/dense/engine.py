@@ -210,9 +210,9 @@ class Engine:
         """See `PoolListener`."""
         self._inbox.post(lambda: self._keeper.lease_lost(key, worker, generation))
 
-    def superseded(self, key: SequenceKey, error: Fenced) -> None:
+    def superseded(self, key: SequenceKey, generation: Generation, error: Fenced) -> None:
         """See `PoolListener`."""
-        self._inbox.post(lambda: self._keeper.superseded(key, error))
+        self._inbox.post(lambda: self._keeper.superseded(key, generation, error))
 
     def leads_to(self, worker: WorkerId, epoch: Epoch) -> bool:
         """Whether a lane to this life of a worker is open."""

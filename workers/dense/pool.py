@@ -49,8 +49,8 @@ class PoolListener(Protocol):
         """A worker no longer holds what it held of a sequence."""
         ...
 
-    def superseded(self, key: SequenceKey, error: Fenced) -> None:
-        """Somebody else runs the sequence under a higher generation."""
+    def superseded(self, key: SequenceKey, generation: Generation, error: Fenced) -> None:
+        """Somebody else runs the sequence under a higher generation than this one."""
         ...
 
 
@@ -198,10 +198,13 @@ class Pool:
         """
 
         def renounce() -> None:
+            held = self._holders.take_one(key, worker)
+            if held is None:
+                return
             try:
-                self._rooms.renounce(key, worker)
+                self._rooms.renounce(key, held)
             except Fenced as error:
-                self._listener.superseded(key, error)
+                self._listener.superseded(key, held.generation, error)
 
         self._in_order(key, renounce)
 

@@ -249,17 +249,14 @@ class Rooms:
         """Keep nothing of a sequence in mind, and free nothing."""
         self._holders.take(key)
 
-    def renounce(self, key: SequenceKey, worker: WorkerId) -> None:
-        """Give back what one worker holds of a sequence. Raises Fenced where the sequence is another's."""
-        held = self._holders.take_one(key, worker)
-        if held is None:
-            return
+    def renounce(self, key: SequenceKey, held: Held) -> None:
+        """Give back what one worker held of a sequence. Raises Fenced where the sequence is another's."""
         try:
             self._release_at(key, held)
         except Fenced:
             raise
         except AnabranchError as error:
-            _log.warning("release_failed", request_id=key.request_id, peer=worker, problem=error.message)
+            _log.warning("release_failed", request_id=key.request_id, peer=held.worker, problem=error.message)
 
     def _next(
         self, first: int, end: int, shards: Iterable[Placed], refusing: set[WorkerId]

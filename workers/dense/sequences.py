@@ -184,6 +184,10 @@ class LiveSequence:
         """The wire generation of what it reserves next; its present shards may be under lower ones."""
         return wire_generation(self.submission.generation, self.life)
 
+    def is_of_submission(self, generation: Generation) -> bool:
+        """Whether a wire generation is one of this submission's lives."""
+        return generation >> _LIFE_BITS == self.submission.generation
+
     def sample_row(self) -> SampleRow:
         """What the sampler needs for the next token."""
         submission = self.submission

@@ -102,10 +102,12 @@ class ShardKeeper:
             sequence.begin_anew_at(worker)
             self._door.pool.renounce(key, worker)
 
-    def superseded(self, key: SequenceKey, error: AnabranchError) -> None:
-        """Another dense worker runs the sequence."""
+    def superseded(self, key: SequenceKey, generation: Generation, error: AnabranchError) -> None:
+        """Another dense worker runs the sequence; or this one does, where what was fenced is of a submission
+        before the one that lives.
+        """
         sequence = self._door.table.live(key)
-        if sequence is not None:
+        if sequence is not None and sequence.is_of_submission(generation):
             self._door.table.fail(sequence, error)
 
     def _live(self, key: SequenceKey) -> LiveSequence:
