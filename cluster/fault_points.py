@@ -10,6 +10,7 @@ then, one line at a time:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -57,8 +58,9 @@ class FaultPoints:
                 return
             self._wanted = ""
             self._go.clear()
-        self._say(f"reached {point}")
-        self._go.wait(HOLD_MOST_S)
+        with contextlib.suppress(OSError):  # the listener just went
+            self._say(f"reached {point}")
+            self._go.wait(HOLD_MOST_S)
 
     def _say(self, line: str) -> None:
         self._socket.sendall(f"{line}\n".encode())

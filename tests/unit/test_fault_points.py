@@ -111,6 +111,23 @@ def test_a_listener_that_is_gone_holds_nobody(armed: FaultPoints, listener: List
     walker.end()
 
 
+def test_a_listener_that_goes_before_it_hears_ends_nothing(
+    armed: FaultPoints, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point is reached just as its listener hangs up, so that nobody can be told: the thread goes on."""
+    tried = threading.Event()
+
+    def broken(_socket: socket.socket, _line: bytes) -> None:
+        tried.set()
+        raise BrokenPipeError
+
+    monkeypatch.setattr(socket.socket, "sendall", broken)
+    walker = Walker(armed, "append-apply")
+    listener.say("hold append-apply")
+    assert tried.wait(WAIT_S)
+    walker.end()
+
+
 def test_nothing_is_armed_without_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process is armed by one variable only, and is not otherwise: a point passes."""
     monkeypatch.delenv(fault_points.ENVIRONMENT, raising=False)
