@@ -31,10 +31,11 @@ class Scheduler:
           |      +---------+ -----------------------------------------> +---------+
           +----> | WAITING |                                            | RUNNING | --+ rows, room asked for
                  +---------+ <----------------------------------------- +---------+ <-+ ahead, holes refilled
-                    ^   |  preempted, begins anew: loses room and counter |
-              resume|   | hold                                      hold  |
+                        |  preempted, begins anew: loses room and counter |
+                        | hold                                      hold  |
+                        v                                                 |
                  +---------+ <--------------------------------------------+
-                 |  HELD   |  keeps all it has, takes no step
+                 |  HELD   |  keeps all it has, takes no step; whoever goes on with it submits it anew
                  +---------+      any state -- finish, expired, exhausted --> gone
 
     Order is rank: priority (lower first), then arrival. Invariants:
@@ -228,12 +229,6 @@ class Scheduler:
             self._leave(sequence)
             self._held.append(sequence)
 
-    def resume(self, key: SequenceKey) -> None:
-        """Queue a held sequence again, with all it has."""
-        sequence = self._sequences[key]
-        self._held.remove(sequence)
-        insort(self._waiting, sequence, key=_rank)
-
     def finish(self, key: SequenceKey) -> None:
         """The sequence ends, whatever its state (also cancellation). Unknown sequences are ignored."""
         sequence = self._sequences.pop(key, None)
@@ -330,7 +325,7 @@ class Scheduler:
         ahead = self.limits.reserve_ahead_tokens
         first_refused = next((s.rank for s in self._running if s.refused), (inf, inf))
         for sequence in self._waiting[: self.limits.max_batch - len(self._running)]:
-            if sequence.asked is None:
+            if sequence.asked is None and not sequence.frozen:
                 wanted = sequence.wants(ahead, ahead)
                 if wanted is None:
                     self._waiting.remove(sequence)

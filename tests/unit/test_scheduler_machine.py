@@ -204,11 +204,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def resume(self, data: st.DataObject) -> None:
-        """And comes back."""
-        key = data.draw(st.sampled_from(sorted(self.held)))
-        self.held.remove(key)
-        self.scheduler.resume(key)
+    def give_up(self, data: st.DataObject) -> None:
+        """And nobody goes on with what it left."""
+        self.end(data.draw(st.sampled_from(sorted(self.held))))
 
     # -- the engine
 
@@ -321,8 +319,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for key in sorted(self.held):
-            self.scheduler.resume(key)
-        self.held.clear()
+            self.end(key)
         for request in list(self.asked.values()):
             self.answer(request, 1, False, False)
         for _ in range(4000):

@@ -35,6 +35,19 @@ def test_nobody_is_preempted_for_a_frozen_sequence() -> None:
     assert preempted == []
 
 
+def test_a_frozen_sequence_that_waits_does_not_begin_to_run() -> None:
+    """It has no room, and asks for none while its shard moves: it stays in the queue until it may go on."""
+    scheduler = Scheduler(SchedulerLimits(8, 4, 8, reserve_ahead_tokens=2, max_sequence_length=64))
+    key = SequenceKey("first")
+    scheduler.submit(key, 2, 0, 1e9, 0.0, max_length=32)
+    scheduler.freeze(key)
+    assert scheduler.plan(0.0).room == ()
+    assert (scheduler.running, scheduler.waiting) == (0, 1)
+    scheduler.thaw(key)
+    (wanted,) = scheduler.plan(0.0).room
+    assert wanted.key == key
+
+
 def test_what_survived_a_loss_counts_as_computed() -> None:
     """Behind a hole KV is there as far as it survived; within the hole there is none."""
     scheduler = Scheduler(SchedulerLimits(8, 4, 8, reserve_ahead_tokens=2, max_sequence_length=64))

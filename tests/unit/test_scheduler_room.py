@@ -153,8 +153,9 @@ def test_room_of_a_held_sequence_is_waited_for() -> None:
         assert (plan.exhausted, plan.preempted, plan.rows) == ((), (), ())
         for request in plan.room:
             subject.refused(request, tick * 0.1)
-    subject.resume(A)
-    assert spans(subject.plan(9.0).rows) == [("a", 0, 4)]
+    subject.finish(A)
+    (wanted,) = subject.plan(9.0).room
+    assert wanted.key == B
 
 
 def test_answers_to_an_earlier_life_are_declined() -> None:
