@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -261,6 +262,26 @@ def test_threads_do_not_share_what_is_kept() -> None:
         other.submit(operators.merge_own, rows[3], rows[4], rows[5], 1.0, None).result()
     assert torch.equal(first, before)
     assert torch.equal(merged, kept)
+
+
+def test_micro_batches_of_two_sizes_keep_their_memory() -> None:
+    """Calls with two row counts in turn allocate nothing after the first; many row counts keep no more than
+    a few, so that memory does not grow with them.
+    """
+    operators = CpuOperators(torch.float32)
+    rows = {count: numbers(count, 2, 8, dtype=torch.float32) for count in range(1, 20)}
+
+    def answers(count: int) -> tuple[Tensor, Tensor]:
+        numbers_of = rows[count]
+        gated = operators.silu_mul(numbers_of.reshape(count, 16))
+        return gated, operators.merge_own(numbers_of, numbers_of, numbers_of, 1.0, None)
+
+    first, second = answers(3), answers(5)
+    for count, before in ((3, first), (5, second), (3, first)):
+        assert all(now is kept for now, kept in zip(answers(count), before, strict=True))
+    del first, second, before
+    results = [weakref.ref(operators.silu_mul(rows[count].reshape(count, 16))) for count in rows]
+    assert sum(result() is not None for result in results) <= 4
 
 
 def test_what_does_not_fit_is_refused() -> None:

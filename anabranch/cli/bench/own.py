@@ -7,19 +7,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
 
 from anabranch.cli.bench import step_attention
+from anabranch.cli.bench.children import start
 from anabranch.cli.bench.remote import remote_member, remote_peer
 from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, LOCAL_WORKER, StepSettings
 from cluster.sampling import SamplingParameters
@@ -130,18 +129,8 @@ def _settings(stack: contextlib.ExitStack, settings: dict[str, Any]) -> StepSett
     if settings.get("mode", "monolithic") == "monolithic":
         return common
     split = replace(common, dense_cores=(cores[0],), attention_cores=(cores[1],))
-    process = subprocess.Popen(
-        [sys.executable, "-m", step_attention.__name__, split.to_json()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[3],
-    )
-    stack.enter_context(process)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    stack.callback(process.stdin.close)
-    return replace(split, attention_port=int(process.stdout.readline()))
+    _, port = start(stack, step_attention.__name__, split)
+    return replace(split, attention_port=int(port))
 
 
 def _serve(engine: Engine, work: dict[str, Any], names: count[int]) -> dict[str, Any]:
