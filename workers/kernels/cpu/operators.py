@@ -9,13 +9,19 @@ from torch import Tensor
 
 from workers.kernels.cpu import _native
 
+_SHAPES_KEPT = 4
+"""Of one operator, and thread: micro-batches of two sizes, and those of the step before."""
+
 
 class _Kept(threading.local):
-    """What a thread need not allocate again: between two matrix products that costs more than the gate."""
+    """What a thread need not allocate again: between two matrix products that costs more than the gate.
+
+    Results and their addresses, by shape; the shape that came first goes for one too many.
+    """
 
     def __init__(self) -> None:
-        self.gated, self.merged = torch.empty(0, 0), torch.empty(0, 0, 0)
-        self.gated_place = self.merged_place = 0
+        self.gated: dict[tuple[int, ...], tuple[Tensor, int]] = {}
+        self.merged: dict[tuple[int, ...], tuple[Tensor, int]] = {}
 
 
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -79,12 +85,10 @@ class CpuOperators:
         shape = self._whole(gate_up)
         if len(shape) != 2 or shape[1] % 2 != 0 or shape[1] == 0:
             raise ValueError(f"no gate and up of one size in {list(shape)}")
-        kept, rows, size = self._kept, shape[0], shape[1] // 2
-        if kept.gated.shape != (rows, size):
-            kept.gated = torch.empty((rows, size), dtype=self._dtype)
-            kept.gated_place = kept.gated.data_ptr()
-        self._native.gate(gate_up.data_ptr(), kept.gated_place, rows, size, self._threads_now())
-        return kept.gated
+        rows, size = shape[0], shape[1] // 2
+        kept, place = self._memory(self._kept.gated, (rows, size))
+        self._native.gate(gate_up.data_ptr(), place, rows, size, self._threads_now())
+        return kept
 
     def merge_own(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, shards: tuple[Tensor, Tensor] | None
@@ -102,18 +106,15 @@ class CpuOperators:
         if not key_shape == value_shape == [rows, kv_heads, size]:
             raise ValueError(f"keys {list(key.shape)}, values {list(value.shape)} for {list(query.shape)}")
         parts = (0, 0, 0) if shards is None else _parts(query.shape, *shards)
-        kept = self._kept
-        if kept.merged.shape != query.shape:
-            kept.merged = torch.empty(query.shape, dtype=self._dtype)
-            kept.merged_place = kept.merged.data_ptr()
+        kept, place = self._memory(self._kept.merged, query.shape)
         self._native.own(
             *(query.data_ptr(), heads, query_stride),
             *(key.data_ptr(), key_stride, value.data_ptr(), value_stride, kv_heads),
             *parts,
             scale,
-            *(kept.merged_place, rows, size, self._threads_now()),
+            *(place, rows, size, self._threads_now()),
         )
-        return kept.merged
+        return kept
 
     def best_two(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of [rows, size >= 2] where each row's largest number stands first, int64; it; and the largest of
@@ -127,6 +128,18 @@ class CpuOperators:
         found = (places.data_ptr(), best.data_ptr(), second.data_ptr())
         self._native.best(rows.data_ptr(), *found, *shape, self._threads_now())
         return places, best, second
+
+    def _memory(
+        self, kept: dict[tuple[int, ...], tuple[Tensor, int]], shape: tuple[int, ...]
+    ) -> tuple[Tensor, int]:
+        """Memory of a shape, and its address."""
+        found = kept.get(shape)
+        if found is None:
+            if len(kept) == _SHAPES_KEPT:
+                del kept[next(iter(kept))]
+            memory = torch.empty(shape, dtype=self._dtype)
+            found = kept[shape] = memory, memory.data_ptr()
+        return found
 
     def _sizes(self, vectors: Tensor) -> tuple[int, int, int, int]:
         """Rows, heads, numbers of a head, numbers from row to row; only rows may lie apart."""
