@@ -12,6 +12,12 @@ from cluster.types import Epoch, WorkerId
 from workers.lanes.messages import Lane, LayerMessage, PartialReply, PlanRow, StepPlanDifference
 from workers.lanes.plans import PlanEncoder
 
+_PREDICTED_MOST_MS = 180_000
+"""Of what is predicted, for the slowest of machines: a worker that hangs stops steps for minutes at most."""
+
+_ALLOWANCE_MOST_MS = 600_000
+"""Of a reply in all, whatever is configured: a frame's field holds no more than 32 bits."""
+
 
 class StepAborted(Exception):
     """A worker could not serve its part of a step; nothing of the step counts.
@@ -106,7 +112,8 @@ class LaneSet:
 
     def allowance_ms(self, predicted_s: float) -> int:
         """Time a reply may take: a floor plus a multiple of what is predicted (DESIGN 6b, Lanes)."""
-        return self._config.deadline_floor_ms + int(1000 * self._config.deadline_factor * predicted_s)
+        predicted_ms = min(int(1000 * self._config.deadline_factor * predicted_s), _PREDICTED_MOST_MS)
+        return min(self._config.deadline_floor_ms + predicted_ms, _ALLOWANCE_MOST_MS)
 
 
 def deadline_of(message: LayerMessage) -> float:
