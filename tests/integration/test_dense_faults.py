@@ -118,6 +118,27 @@ def test_a_frozen_worker_is_given_up_at_the_lane_deadline(folder: Path, expected
         cluster.wait_all_free()
 
 
+@pytest.mark.parametrize("transport", ["local", "tcp", "grpc"])
+def test_a_frozen_worker_is_given_up_when_membership_says_so(
+    transport: str, folder: Path, expected: list[int]
+) -> None:
+    """A worker hangs, and the lane's deadline is far: the step that waits for it ends as soon as membership
+    names it no more.
+    """
+    overrides = {"lanes": {"deadline_floor_ms": 300_000}, "attention": {"lease_ms": 2000}}
+    shape = Shape(attention_workers=2, transports=(transport,), overrides=overrides)
+    with DenseCluster(folder, shape) as cluster:
+        submission = started(cluster)
+        frozen = cluster.listener.output(submission).maps[-1][0].worker
+        others = [member for member in cluster.members() if member.worker != frozen]
+        turns = cluster.workers[frozen].core.store.turns
+        with turns:
+            wait_until(lambda: turns.waiting > 0)
+            cluster.engine.pool.update(others)
+            assert cluster.listener.wait(submission).token_ids == expected
+        cluster.wait_all_free()
+
+
 def test_a_shard_taken_away_is_computed_again(folder: Path, expected: list[int]) -> None:
     """A worker that no longer has a shard says so, and nobody reads what took its place."""
     with DenseCluster(folder, Shape(attention_workers=2)) as cluster:

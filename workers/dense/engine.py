@@ -204,6 +204,7 @@ class Engine:
 
     def peer_gone(self, worker: WorkerId, epoch: Epoch) -> None:
         """See `PoolListener`."""
+        self._lanes.interrupt(worker, epoch)
         self._inbox.post(lambda: self._drop_lane(worker, epoch))
 
     def lease_lost(self, key: SequenceKey, worker: WorkerId, generation: Generation) -> None:

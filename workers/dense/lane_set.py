@@ -1,4 +1,6 @@
-"""The open lanes of one dense worker, one per life of an attention worker. Used by the engine's thread."""
+"""The open lanes of one dense worker, one per life of an attention worker. Used by the engine's thread, but
+for `interrupt`.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +58,12 @@ class LaneSet:
         opened = self._open.pop(worker, None)
         if opened is not None:
             opened.lane.close()
+
+    def interrupt(self, worker: WorkerId, epoch: Epoch) -> None:
+        """A life of a worker is over: a step that waits for it is aborted now. For other threads."""
+        opened = self._open.get(worker)
+        if opened is not None and opened.epoch == epoch:
+            opened.lane.shut_down()
 
     def close(self) -> None:
         """Close all lanes."""

@@ -69,6 +69,10 @@ class FramedLane:
             raise outcome
         return outcome
 
+    def shut_down(self) -> None:
+        """See `Lane.shut_down`."""
+        self.link.shut_down()
+
     def close(self) -> None:
         """Say goodbye, let the other side finish what was sent (for a second), end the lane. Idempotent."""
         if self._closed:

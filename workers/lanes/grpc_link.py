@@ -83,6 +83,10 @@ class GrpcLink:
         self.bytes_received += count
         return count
 
+    def shut_down(self) -> None:
+        """See `ByteLink.shut_down`."""
+        self.close()
+
     def close(self) -> None:
         """See `ByteLink.close`."""
         self._closed.set()

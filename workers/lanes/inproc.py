@@ -41,6 +41,9 @@ class InProcessLane:
             raise outcome
         return outcome
 
+    def shut_down(self) -> None:
+        """See `Lane.shut_down`. Nobody waits here: the worker attends on the thread that sends."""
+
     def close(self) -> None:
         """End the lane. Idempotent."""
         if not self._closed:

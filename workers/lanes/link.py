@@ -7,9 +7,9 @@ from typing import Protocol
 
 
 class ByteLink(Protocol):
-    """A connected, ordered byte stream, used by one thread; `close` may come from another.
+    """A connected, ordered byte stream, used by one thread; `shut_down` and `close` may come from another.
 
-    Both methods raise LaneBroken when the other side is gone.
+    Reading and writing raise LaneBroken when the other side is gone.
     """
 
     bytes_sent: int
@@ -28,6 +28,10 @@ class ByteLink(Protocol):
 
     def read_into(self, target: memoryview, deadline_s: float) -> int:
         """Receive at least one byte into `target`; returns how many, 0 once `deadline_s` has passed."""
+        ...
+
+    def shut_down(self) -> None:
+        """Wake whoever waits in this link, with LaneBroken; its thread then closes it."""
         ...
 
     def close(self) -> None:

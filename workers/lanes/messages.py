@@ -97,7 +97,7 @@ class PartialReply:
 
 
 class Lane(Protocol):
-    """The dense side of a lane. One thread uses it; every wait has a deadline."""
+    """The dense side of a lane. One thread uses it, but for `shut_down`; every wait has a deadline."""
 
     def send(self, message: LayerMessage) -> None:
         """Hand a message over; returns once the tensors may be reused. Raises LaneBroken."""
@@ -112,6 +112,12 @@ class Lane(Protocol):
         send the layer again with the plan whole (`PlanEncoder.forget`). Fenced: `metadata["shards"]`
         lists the ids of the shards at fault, joined by commas, where they are known; the step is over for
         all its rows at this worker.
+        """
+        ...
+
+    def shut_down(self) -> None:
+        """The other side is gone: whoever waits in the lane, now or later, gets LaneBroken and closes it. For
+        other threads.
         """
         ...
 

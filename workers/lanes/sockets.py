@@ -106,7 +106,7 @@ class SocketLink:
             raise LaneBroken(f"user {user} connected to a lane of user {os.getuid()}")
 
     def shut_down(self) -> None:
-        """Wake whoever waits in this link; its thread then closes it."""
+        """See `ByteLink.shut_down`."""
         with contextlib.suppress(OSError):  # not connected any more
             self._socket.shutdown(socket.SHUT_RDWR)
 
