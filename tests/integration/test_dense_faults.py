@@ -7,7 +7,7 @@ from time import monotonic
 
 import pytest
 
-from cluster.errors import Fenced
+from cluster.errors import Fenced, Internal, InvalidRequest
 from cluster.types import WorkerId
 from tests.cluster_harness import (
     DenseCluster,
@@ -22,6 +22,7 @@ from tests.cluster_harness import (
 from tests.models import random_prompt
 from workers.dense.deltas import FinishReason
 from workers.dense.sequences import Submission, wire_generation
+from workers.lanes.messages import LayerMessage
 
 PROMPT = random_prompt(70, 1)
 COUNT = 150
@@ -137,6 +138,26 @@ def test_a_frozen_worker_is_given_up_when_membership_says_so(
             cluster.engine.pool.update(others)
             assert cluster.listener.wait(submission).token_ids == expected
         cluster.wait_all_free()
+
+
+def test_a_message_that_no_lane_carries_is_not_the_workers_fault(
+    folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense worker cannot pack its own message: the step's sequences end with an internal error, once and
+    for all; the lane stays, and serves the next sequence.
+    """
+
+    def refuse(_message: LayerMessage) -> None:
+        raise InvalidRequest("a STEP frame exceeds the lane's limits")
+
+    with DenseCluster(folder, Shape(attention_workers=1)) as cluster:
+        submission = started(cluster)
+        (lane,) = cluster.lanes
+        with monkeypatch.context() as patched:
+            patched.setattr(lane, "send", refuse)
+            assert isinstance(cluster.listener.wait(submission).failure, Internal)
+        assert cluster.listener.wait(started(cluster)).token_ids == expected
+        assert cluster.lanes == [lane]
 
 
 def test_a_shard_taken_away_is_computed_again(folder: Path, expected: list[int]) -> None:

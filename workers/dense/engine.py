@@ -16,7 +16,7 @@ from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, WorkerId
 from workers.dense.deltas import FinishReason, Handoff, Outbox, Subscriber
 from workers.dense.inbox import Inbox
-from workers.dense.lane_set import LaneSet, StepAborted
+from workers.dense.lane_set import LaneSet, StepAborted, StepUnsendable
 from workers.dense.members import AttentionMember, Connect
 from workers.dense.metrics import DenseMetrics
 from workers.dense.micro_batches import MicroBatches
@@ -258,6 +258,9 @@ class Engine:
         except StepAborted as aborted:
             self._recover(aborted)
             return None
+        except StepUnsendable as unsendable:
+            self._end_step(plan, unsendable)
+            return None
         self._told_full.clear()
         return outcome
 
@@ -354,6 +357,16 @@ class Engine:
             epoch = self._lanes.epoch(worker)
             self._drop_lane(worker, epoch)
             self.pool.broken(worker, epoch)
+
+    def _end_step(self, plan: StepPlan, unsendable: StepUnsendable) -> None:
+        """A step that cannot be told to a worker could not be the next time either: its sequences end."""
+        worker, problem = unsendable.worker, unsendable.cause.message
+        _log.error("step_unsendable", step=plan.step, peer=worker, problem=problem)
+        self._lanes.forget(worker)
+        for row in plan.rows:
+            sequence = self._table.live(row.key)
+            if sequence is not None:
+                self._table.fail(sequence, Internal(f"a step could not be sent to {worker}: {problem}"))
 
     def _drop_lane(self, worker: WorkerId, epoch: Epoch) -> None:
         """A life of a worker is over or out of reach, and all shards there with it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from cluster.config import LaneConfig
-from cluster.errors import AnabranchError
+from cluster.errors import AnabranchError, InvalidRequest
 from cluster.types import Epoch, WorkerId
 from workers.lanes.messages import Lane, LayerMessage, PartialReply, PlanRow, StepPlanDifference
 from workers.lanes.plans import PlanEncoder
@@ -28,6 +28,17 @@ class StepAborted(Exception):
     """
 
     def __init__(self, worker: WorkerId, cause: AnabranchError) -> None:
+        super().__init__(f"{worker}: {cause.message}")
+        self.worker = worker
+        self.cause = cause
+
+
+class StepUnsendable(Exception):
+    """A message of a step does not fit a lane, which is a bug here: the worker is well, and repeating is no
+    use. Not of the tree, likewise.
+    """
+
+    def __init__(self, worker: WorkerId, cause: InvalidRequest) -> None:
         super().__init__(f"{worker}: {cause.message}")
         self.worker = worker
         self.cause = cause
@@ -103,9 +114,11 @@ class LaneSet:
         return encoder.encode(step, micro_batch, rows)
 
     def send(self, worker: WorkerId, message: LayerMessage) -> None:
-        """Raises StepAborted."""
+        """Raises StepAborted, and StepUnsendable for a message that no lane carries."""
         try:
             self._open[worker].lane.send(message)
+        except InvalidRequest as error:
+            raise StepUnsendable(worker, error) from error
         except AnabranchError as error:
             raise StepAborted(worker, error) from error
 

@@ -77,7 +77,9 @@ class StepRunner:
 
     @torch.inference_mode()
     def run(self, step: int, chunks: Sequence[Chunk]) -> StepOutcome:
-        """Compute a step. Raises StepAborted; then none of it counts, and it may simply be repeated."""
+        """Compute a step. Raises StepAborted; then none of it counts, and it may simply be repeated. Raises
+        StepUnsendable.
+        """
         began_s = monotonic()
         remote = not all(map(self._lanes.is_local, workers_of(chunks)))
         halves = self._micro_batches.split(chunks, remote=remote)

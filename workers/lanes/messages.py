@@ -100,7 +100,9 @@ class Lane(Protocol):
     """The dense side of a lane. One thread uses it, but for `shut_down`; every wait has a deadline."""
 
     def send(self, message: LayerMessage) -> None:
-        """Hand a message over; returns once the tensors may be reused. Raises LaneBroken."""
+        """Hand a message over; returns once the tensors may be reused. Raises LaneBroken, and InvalidRequest
+        for a message beyond the lane's limits, of which nothing left.
+        """
         ...
 
     def receive(self, step: int, micro_batch: int, layer: int, deadline_s: float) -> PartialReply:
