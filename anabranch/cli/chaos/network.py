@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from typing import Any
 
 _PIECE_BYTES = 64 * 1024
 _CLOSE_S = 5.0
@@ -70,8 +71,8 @@ class Network:
         self._thread.join(_CLOSE_S)
         self._loop.close()
 
-    def _run(self, coroutine: object) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)  # type: ignore[arg-type]
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _set(self, process_id: int, *, is_cut: bool) -> None:
         async with self._connected:
