@@ -93,7 +93,7 @@ class Controller:
         with (
             self._state.claim(),
             self._fleet(demands) as fleet,
-            self._registry() as writer,
+            self._registry(service) as writer,
             self._serving(service, fleet, writer),
         ):
             place = Placer(self._config, demands, fleet.nodes)
@@ -144,10 +144,11 @@ class Controller:
             server.stop()
 
     @contextmanager
-    def _registry(self) -> Iterator[RegistryWriter]:
+    def _registry(self, service: ControlService) -> Iterator[RegistryWriter]:
         # The processes of a private Ray cluster ended with the controller that started it.
         inherits = self._config.ray.address is not None
-        with registry_writer(self._config, self._table, inherits=inherits) as writer:
+        taken = service.step_down
+        with registry_writer(self._config, self._table, inherits=inherits, on_taken=taken) as writer:
             serve_metrics(self._config, writer.metrics)
             yield writer
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Gauge
@@ -49,7 +49,8 @@ class RegistryWriter:
                                    +--another controller took over--> TAKEN (for good: it writes no more)
 
     The first time the registry answers, the table gets from it who lived under an earlier controller,
-    unless `inherits` is off: then those are known to be gone.
+    unless `inherits` is off: then those are known to be gone. `on_taken` is called once, when another
+    controller took over.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class RegistryWriter:
         table: MembershipTable,
         *,
         inherits: bool = True,
+        on_taken: Callable[[], None] = lambda: None,
         clock: Clock = monotonic,
     ) -> None:
         self._registry = registry
         self._table = table
+        self._on_taken = on_taken
         self._controller: ControllerRecord | None = None
         self._inherits = inherits
         self._clock = clock
@@ -118,7 +121,9 @@ class RegistryWriter:
         self._registry.close()
 
     def write(self) -> None:
-        """One round: make the registry equal to the table. After `claim`."""
+        """One round: make the registry equal to the table; what fails in it counts as the registry's absence.
+        After `claim`.
+        """
         assert self._controller is not None
         try:
             self._write(self._controller)
@@ -128,6 +133,9 @@ class RegistryWriter:
             self._enter(RegistryState.READ_ONLY, error)
         except AnabranchError as error:
             self._enter(RegistryState.AWAY, error)
+        except Exception as error:  # noqa: BLE001  a bug in one round must not end all later ones
+            _log.error("registry_round_failed", error=error)
+            self._enter(RegistryState.AWAY, Internal(f"{type(error).__name__}: {error}"))
         else:
             self._enter(RegistryState.UP)
 
@@ -190,6 +198,8 @@ class RegistryWriter:
         self._up.set(state is RegistryState.UP)
         if state is before:
             return
+        if state is RegistryState.TAKEN:
+            self._on_taken()
         if error is None:
             _log.info("registry_up")
         else:
@@ -198,10 +208,14 @@ class RegistryWriter:
 
 @contextmanager
 def registry_writer(
-    config: Config, table: MembershipTable, *, inherits: bool = True
+    config: Config,
+    table: MembershipTable,
+    *,
+    inherits: bool = True,
+    on_taken: Callable[[], None] = lambda: None,
 ) -> Iterator[RegistryWriter]:
     """A writer that has told the table who lived; stopped at the end. Raises ConfigError, Unauthenticated."""
-    writer = RegistryWriter(open_registry(config.registry), table, inherits=inherits)
+    writer = RegistryWriter(open_registry(config.registry), table, inherits=inherits, on_taken=on_taken)
     try:
         writer.inherit()
         yield writer

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import control_pb2, control_pb2_grpc, types_pb2
 from cluster import rpc
 from cluster.config import Config
-from cluster.errors import Fenced, NotFound
+from cluster.errors import NotFound, Unavailable
 from cluster.types import Epoch
 from controller.balancer import NO_MOVES, Balancer, BalancerSettings
 from controller.directory_service import DirectoryKeeper
@@ -53,6 +53,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._drain = drain
         self._shut_down = shut_down
         self._stopping = False
+        self._is_replaced = False
         self.directory = DirectoryKeeper(table)
         self._balancer = Balancer(balancing, table, self.directory)
 
@@ -68,6 +69,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.RegisterRequest, _context: grpc.ServicerContext
     ) -> control_pb2.RegisterResponse:
         """See control.proto."""
+        self._require_office()
         membership = self._table.register(request)
         welcome = self.welcome()
         welcome.membership.CopyFrom(membership)
@@ -77,13 +79,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     def Heartbeat(
         self, request: control_pb2.HeartbeatRequest, _context: grpc.ServicerContext
     ) -> control_pb2.HeartbeatResponse:
-        """See control.proto. A member from before a restart of the controller hears NOT_FOUND, not
-        that it believed in another epoch: registering again is what it must do.
+        """See control.proto. A member of another controller, or from before a restart, hears NOT_FOUND:
+        registering again is what it must do.
         """
+        self._require_office()
         news = self._table.heartbeat(request)
         if request.believed.epoch not in (0, self._responder.epoch):
-            raise Fenced(
-                f"this controller is {self._responder.epoch:016x}, not {request.believed.epoch:016x}"
+            raise NotFound(
+                f"this controller is {self._responder.epoch:016x}, not {request.believed.epoch:016x}: "
+                "register again"
             )
         is_taken = self.directory.take(request)
         return control_pb2.HeartbeatResponse(
@@ -98,6 +102,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.FindPrefixRequest, _context: grpc.ServicerContext
     ) -> control_pb2.FindPrefixResponse:
         """See control.proto."""
+        self._require_office()
         return control_pb2.FindPrefixResponse(responder=self._responder, runs=self.directory.find(request))
 
     @rpc.unary
@@ -145,6 +150,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     def announce_stop(self) -> None:
         """Let `GetFleet` say that the cluster stops."""
         self._stopping = True
+
+    def step_down(self) -> None:
+        """Another controller took over: send members away from here, so that they look for it. Idempotent."""
+        self._is_replaced = True
+
+    def _require_office(self) -> None:
+        if self._is_replaced:
+            raise Unavailable("another controller took over from this one: the registry says where it is")
 
 
 class ControlServer:

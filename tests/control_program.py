@@ -34,7 +34,7 @@ def main(file: str) -> None:
     service = ControlService(
         table, draw_epoch(), geometry_message(geometry), tuple, lambda _grace_ms: stop.set()
     )
-    with registry_writer(config, table) as writer:
+    with registry_writer(config, table, on_taken=service.step_down) as writer:
         server = ControlServer(config, service)
         writer.claim(service.welcome(), f"127.0.0.1:{server.port}", config.digest)
         writer.start()

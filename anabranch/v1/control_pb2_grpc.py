@@ -73,7 +73,7 @@ class ControlServiceServicer:
 
     def Register(self, request, context):
         """Joins the cluster. Errors: FAILED_PRECONDITION (VERSION_MISMATCH names what differs; FENCED: this
-        slot has a newer incarnation, end the process).
+        slot has a newer incarnation, end the process); UNAVAILABLE (another controller took over: look for it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,8 +81,8 @@ class ControlServiceServicer:
 
     def Heartbeat(self, request, context):
         """Says "alive", reports load, and learns the membership when it changed.
-        Errors: NOT_FOUND (not registered here, for example after a controller restart: register again);
-        FAILED_PRECONDITION (FENCED: start again under a new epoch).
+        Errors: NOT_FOUND (not registered here, or with another life of the controller: register again);
+        FAILED_PRECONDITION (FENCED: start again under a new epoch); UNAVAILABLE as `Register`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,7 +90,8 @@ class ControlServiceServicer:
 
     def FindPrefix(self, request, context):
         """Where sealed blocks of a prefix lie, as attention workers reported them to this controller. A hint: only the
-        worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size).
+        worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size);
+        UNAVAILABLE as `Register`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

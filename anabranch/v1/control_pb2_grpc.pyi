@@ -35,16 +35,17 @@ class ControlServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ControlServiceAsyncStub: ...
     Register: _grpc.UnaryUnaryMultiCallable[_control_pb2.RegisterRequest, _control_pb2.RegisterResponse]
     """Joins the cluster. Errors: FAILED_PRECONDITION (VERSION_MISMATCH names what differs; FENCED: this
-    slot has a newer incarnation, end the process).
+    slot has a newer incarnation, end the process); UNAVAILABLE (another controller took over: look for it).
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_control_pb2.HeartbeatRequest, _control_pb2.HeartbeatResponse]
     """Says "alive", reports load, and learns the membership when it changed.
-    Errors: NOT_FOUND (not registered here, for example after a controller restart: register again);
-    FAILED_PRECONDITION (FENCED: start again under a new epoch).
+    Errors: NOT_FOUND (not registered here, or with another life of the controller: register again);
+    FAILED_PRECONDITION (FENCED: start again under a new epoch); UNAVAILABLE as `Register`.
     """
     FindPrefix: _grpc.UnaryUnaryMultiCallable[_control_pb2.FindPrefixRequest, _control_pb2.FindPrefixResponse]
     """Where sealed blocks of a prefix lie, as attention workers reported them to this controller. A hint: only the
-    worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size).
+    worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size);
+    UNAVAILABLE as `Register`.
     """
     GetFleet: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetFleetRequest, _control_pb2.GetFleetResponse]
     """The fleet as the controller sees it. Always answers."""
@@ -63,16 +64,17 @@ class ControlServiceAsyncStub(ControlServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Register: _aio.UnaryUnaryMultiCallable[_control_pb2.RegisterRequest, _control_pb2.RegisterResponse]  # type: ignore[assignment]
     """Joins the cluster. Errors: FAILED_PRECONDITION (VERSION_MISMATCH names what differs; FENCED: this
-    slot has a newer incarnation, end the process).
+    slot has a newer incarnation, end the process); UNAVAILABLE (another controller took over: look for it).
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_control_pb2.HeartbeatRequest, _control_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Says "alive", reports load, and learns the membership when it changed.
-    Errors: NOT_FOUND (not registered here, for example after a controller restart: register again);
-    FAILED_PRECONDITION (FENCED: start again under a new epoch).
+    Errors: NOT_FOUND (not registered here, or with another life of the controller: register again);
+    FAILED_PRECONDITION (FENCED: start again under a new epoch); UNAVAILABLE as `Register`.
     """
     FindPrefix: _aio.UnaryUnaryMultiCallable[_control_pb2.FindPrefixRequest, _control_pb2.FindPrefixResponse]  # type: ignore[assignment]
     """Where sealed blocks of a prefix lie, as attention workers reported them to this controller. A hint: only the
-    worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size).
+    worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size);
+    UNAVAILABLE as `Register`.
     """
     GetFleet: _aio.UnaryUnaryMultiCallable[_control_pb2.GetFleetRequest, _control_pb2.GetFleetResponse]  # type: ignore[assignment]
     """The fleet as the controller sees it. Always answers."""
@@ -94,7 +96,7 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.RegisterResponse, _abc.Awaitable[_control_pb2.RegisterResponse]]:
         """Joins the cluster. Errors: FAILED_PRECONDITION (VERSION_MISMATCH names what differs; FENCED: this
-        slot has a newer incarnation, end the process).
+        slot has a newer incarnation, end the process); UNAVAILABLE (another controller took over: look for it).
         """
 
     @_abc_1.abstractmethod
@@ -104,8 +106,8 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.HeartbeatResponse, _abc.Awaitable[_control_pb2.HeartbeatResponse]]:
         """Says "alive", reports load, and learns the membership when it changed.
-        Errors: NOT_FOUND (not registered here, for example after a controller restart: register again);
-        FAILED_PRECONDITION (FENCED: start again under a new epoch).
+        Errors: NOT_FOUND (not registered here, or with another life of the controller: register again);
+        FAILED_PRECONDITION (FENCED: start again under a new epoch); UNAVAILABLE as `Register`.
         """
 
     @_abc_1.abstractmethod
@@ -115,7 +117,8 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.FindPrefixResponse, _abc.Awaitable[_control_pb2.FindPrefixResponse]]:
         """Where sealed blocks of a prefix lie, as attention workers reported them to this controller. A hint: only the
-        worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size).
+        worker's own answer to Acquire counts. Errors: INVALID_ARGUMENT (no hash, too many, or one of a wrong size);
+        UNAVAILABLE as `Register`.
         """
 
     @_abc_1.abstractmethod

@@ -18,8 +18,8 @@ from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2, types_pb2
 from anabranch.wire import geometry_message
 from cluster import rpc
 from cluster.config import Config, ControllerConfig, ModelConfig, TlsConfig
-from cluster.errors import Cancelled, Fenced, NotFound, VersionMismatch
-from cluster.types import Epoch, KvGeometry, WorkerId, draw_epoch
+from cluster.errors import Cancelled, Fenced, NotFound, Unavailable, VersionMismatch
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, KvGeometry, WorkerId, draw_epoch
 from controller.membership import MembershipTable, Terms
 from controller.service import ControlServer, ControlService
 from workers.membership import MembershipClient
@@ -43,10 +43,10 @@ class Controller:
         terms = Terms(self.config.digest, controller.heartbeat_ms, controller.expiry_ms)
         self.table = MembershipTable(terms, on_change=self.changes.put)
         slot = control_pb2.Slot(worker_id="dense-0", role=inference_pb2.ROLE_DENSE, starts=1)
-        service = ControlService(
+        self.service = ControlService(
             self.table, self.epoch, geometry_message(GEOMETRY), lambda: [slot], self.shutdowns.append
         )
-        self.server = ControlServer(self.config, service)
+        self.server = ControlServer(self.config, self.service)
         self.address = f"127.0.0.1:{self.server.port}"
 
     def await_state(self, worker_id: str, state: int) -> None:
@@ -282,7 +282,7 @@ def refusal(call: Any) -> Exception:
 
 
 def test_a_heartbeat_for_another_controller_is_refused() -> None:
-    """Whoever believes in another epoch speaks to the wrong one; 0 believes nothing."""
+    """Whoever believes in another epoch registers again, and does not end; 0 believes nothing."""
     config = configured(heartbeat_ms=60_000)
     with controlling(config) as controller, member(config, controller.address) as role:
         beat = control_pb2.HeartbeatRequest(worker_id="dense-0", epoch=role.context.epoch)
@@ -291,7 +291,7 @@ def test_a_heartbeat_for_another_controller_is_refused() -> None:
             beat.believed.epoch = controller.epoch
             control.Heartbeat(beat, timeout=DEADLINE_S)
             beat.believed.epoch = controller.epoch ^ 2
-            assert isinstance(refusal(lambda: control.Heartbeat(beat, timeout=DEADLINE_S)), Fenced)
+            assert isinstance(refusal(lambda: control.Heartbeat(beat, timeout=DEADLINE_S)), NotFound)
 
 
 def test_an_unknown_member_is_told_to_register() -> None:
@@ -301,6 +301,32 @@ def test_an_unknown_member_is_told_to_register() -> None:
             worker_id="dense-7", epoch=7, believed=types_pb2.Believed(epoch=99)
         )
         assert isinstance(refusal(lambda: control.Heartbeat(beat, timeout=DEADLINE_S)), NotFound)
+
+
+def test_a_replaced_controller_sends_members_away() -> None:
+    """Once another controller took over, nobody joins here, and no member is fenced."""
+    config = configured()
+    with controlling(config) as controller, stub(controller) as control:
+        controller.service.step_down()
+        beat = control_pb2.HeartbeatRequest(
+            worker_id="dense-7", epoch=7, believed=types_pb2.Believed(epoch=99)
+        )
+        find = control_pb2.FindPrefixRequest(block_hashes=[bytes(32)])
+        join = control_pb2.RegisterRequest(
+            member=inference_pb2.Member(
+                worker_id="dense-7", role=inference_pb2.ROLE_DENSE, epoch=7, address="127.0.0.1:9"
+            ),
+            wire_version=WIRE_VERSION,
+            layout_version=LAYOUT_VERSION,
+            config_digest=config.digest,
+        )
+        for call in (
+            lambda: control.Register(join, timeout=DEADLINE_S),
+            lambda: control.Heartbeat(beat, timeout=DEADLINE_S),
+            lambda: control.FindPrefix(find, timeout=DEADLINE_S),
+        ):
+            assert isinstance(refusal(call), Unavailable)
+        assert not controller.table.membership().members
 
 
 def test_the_fleet_is_told_to_anyone() -> None:

@@ -42,7 +42,10 @@ class Controller:
         self.welcome = control_pb2.RegisterResponse(
             responder=types_pb2.Responder(worker_id="controller-0", epoch=epoch)
         )
-        self.writer = RegistryWriter(self.registry, self.table, inherits=inherits, clock=self.clock)
+        self.times_taken = 0
+        self.writer = RegistryWriter(
+            self.registry, self.table, inherits=inherits, on_taken=self._note_taken, clock=self.clock
+        )
 
     def begin(self) -> None:
         """Learn who lived, and take over the writing."""
@@ -74,6 +77,9 @@ class Controller:
             self.clock.advance(HEARTBEAT_S)
             silent += [each.worker_id for each in self.table.sweep(frozen=self.writer.is_away)]
         return silent
+
+    def _note_taken(self) -> None:
+        self.times_taken += 1
 
     @property
     def lives(self) -> dict[str, int]:
@@ -167,6 +173,23 @@ def test_away_and_back(server: LocalRedis, first: Controller, how: str) -> None:
         assert sorted(first.pass_time(HEARTBEAT_S)) == ["dense-0", "dense-2"]
     finally:
         log.removeHandler(handler)
+
+
+def test_a_round_that_fails_does_not_end_the_next(first: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody foresaw counts as the registry's absence; the next round writes everything."""
+
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    first.register("dense-2", 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(first.table, "registrations", fail)
+        first.writer.write()
+        assert (first.writer.state, first.up) == (RegistryState.AWAY, 0)
+        assert first.pass_time(10 * EXPIRY_S) == []
+    first.writer.write()
+    assert (first.writer.state, first.up) == (RegistryState.UP, 1)
+    assert _written(first.registry) == {"dense-0": 10, "dense-1": 11, "dense-2": 12}
 
 
 def test_a_full_registry_is_away_for_writes_only(server: LocalRedis, first: Controller) -> None:
@@ -268,7 +291,7 @@ def test_the_registry_answers_late(
 def test_a_controller_that_was_replaced_writes_no_more(
     server: LocalRedis, first: Controller, controllers: list[Controller]
 ) -> None:
-    """It expires nobody either: it may be the one that is cut off."""
+    """It expires nobody either: it may be the one that is cut off. Its service hears of it, once."""
     second = Controller(server, 2)
     controllers.append(second)
     second.begin()
@@ -276,6 +299,7 @@ def test_a_controller_that_was_replaced_writes_no_more(
     for _ in range(2):
         first.writer.write()
     assert (first.writer.state, first.up) == (RegistryState.TAKEN, 0)
+    assert (first.times_taken, second.times_taken) == (1, 0)
     assert first.pass_time(10 * EXPIRY_S) == []
     assert _written(second.registry) == {"dense-0": 10, "dense-1": 11}
 
