@@ -112,6 +112,18 @@ def _names(server: LocalRedis) -> set[bytes]:
         return {key.rpartition(b":")[2] for key in client.scan_iter(match="*:member:*")}
 
 
+def _looks(cluster: ControlledCluster, count: int) -> list[dict[str, int]]:
+    """Who lived at each of so many looks, one after the other."""
+    seen: list[dict[str, int]] = []
+
+    def look() -> bool:
+        seen.append(cluster.epochs())
+        return len(seen) >= count
+
+    await_(look)
+    return seen
+
+
 def test_nobody_is_taken_for_dead_while_the_registry_is_away(
     model: Path, tmp_path: Path, server: LocalRedis
 ) -> None:
@@ -121,9 +133,7 @@ def test_nobody_is_taken_for_dead_while_the_registry_is_away(
         server.signal(signal.SIGSTOP)
         cluster.await_logged("controller", '"registry_state"')
         cluster.signal("dense-0", signal.SIGSTOP)
-        beats = []  # the others' signs of life tell how much time passed
-        await_(lambda: beats.append(cluster.epochs()) or len(beats) >= 150)  # type: ignore[func-returns-value]  # counts
-        assert all(set(each) == set(ROLES) for each in beats)
+        assert all(set(each) == set(ROLES) for each in _looks(cluster, 150))
         server.signal(signal.SIGCONT)
         await_(lambda: "dense-0" not in cluster.epochs())
 
@@ -139,9 +149,7 @@ def test_a_restarted_controller_knows_who_lived(model: Path, tmp_path: Path, ser
             cluster.signal(name, signal.SIGSTOP)
         cluster.kill("controller")
         cluster.start_controller()
-        seen = []  # for 1.5 s, the expiry being one
-        await_(lambda: seen.append(cluster.epochs()) or len(seen) >= 75)  # type: ignore[func-returns-value]  # counts
-        assert all(each == lives for each in seen)
+        assert all(each == lives for each in _looks(cluster, 75))  # for 1.5 s, the expiry being one
         assert cluster.log("controller").count('"membership_restored"') == 1
         for name in ROLES:
             cluster.signal(name, signal.SIGCONT)

@@ -70,6 +70,10 @@ class TracedLane:
         self._trace.add("attention", micro_batch, layer, attending_s, self._free_s)
         return reply
 
+    def shut_down(self) -> None:
+        """See `Lane`."""
+        self._lane.shut_down()
+
     def close(self) -> None:
         """See `Lane`."""
         self._lane.close()
