@@ -199,6 +199,25 @@ def test_breaks_of_one_life_double_the_pause() -> None:
     assert pauses[-1] == 30
 
 
+def test_breaks_long_ago_do_not_count() -> None:
+    """A worker that broke often, and then was usable for a minute, is tried again soon."""
+    members = Workers(4).members
+    worker, epoch, now_s = WorkerId("w0"), Epoch(1), 0.0
+    pauses: list[float] = []
+    for usable_s in (1.0, 1.0, 50.0, 70.0):
+        peer = members.disconnect(worker, epoch, now_s)
+        assert peer is not None
+        began_s = now_s
+        while not (due := members.due(now_s, 0.5)):
+            now_s += 0.1
+        pauses.append(round(now_s - began_s, 1))
+        members.connected(due[0], peer)
+        now_s += usable_s
+    members.disconnect(worker, epoch, now_s)
+    assert pauses == [0.1, 0.2, 0.4, 0.8]
+    assert members.due(now_s + 0.1, 0.5) != []
+
+
 def test_holders_know_what_to_renew_and_what_to_release() -> None:
     """A sequence is renewed at a life of a worker exactly while something of it is held there."""
     holders = Holders()

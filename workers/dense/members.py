@@ -34,6 +34,7 @@ Connect = Callable[[AttentionMember], AttentionPeer]
 _RETRY_FIRST_S = 0.1
 _RETRY_MOST_S = 30.0
 _BREAKS_MOST = 16
+_WELL_AGAIN_S = 60.0
 
 EndedLife = tuple[WorkerId, Epoch, AttentionPeer | None]
 """A life that is over, and its connection to close."""
@@ -56,7 +57,8 @@ class MemberTable:
           gone, or another epoch: the entry goes
 
     The pause doubles with each break of one life, so that a worker that answers but cannot keep up
-    stalls a step now and then, not each second one (a circuit breaker).
+    stalls a step now and then, not each second one (a circuit breaker). One that was usable for a minute
+    begins with a short pause again.
     """
 
     def __init__(self) -> None:
@@ -112,6 +114,8 @@ class MemberTable:
             known = self._known.get(worker)
             if known is None or known.member.epoch != epoch:
                 return None
+            if known.peer is not None and now_s - known.retry_s >= _WELL_AGAIN_S:
+                known.breaks = 0
             known.retry_s = now_s + min(_RETRY_FIRST_S * 2**known.breaks, _RETRY_MOST_S)
             known.breaks = min(known.breaks + 1, _BREAKS_MOST)
             peer, known.peer = known.peer, None
