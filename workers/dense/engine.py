@@ -103,7 +103,7 @@ class Engine:
         index = PrefixIndex() if config.attention.prefix_sharing else None
         self._submissions = Submissions(self._door, config.dense.max_waiting, index)
         self._keeper = ShardKeeper(self._door)
-        self._mover = Mover(self._door, config.placement.move_tokens)
+        self._mover = Mover(self._door, config.placement.move_tokens, config.placement.max_shards // 2)
         self._trimmer = WindowTrimmer(self._door, decoder.spec.window_tokens, self._mover.is_moving)
         self._clock = clock
         self._step = 0

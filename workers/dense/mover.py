@@ -15,10 +15,13 @@ from workers.dense.submissions import Door
 _log = logger("dense.mover")
 
 _RETRY_S = 0.5
-"""Pause after a move that failed, before others begin by themselves."""
+"""Pause after a move that failed, before others begin by themselves; also after a piece in vain."""
 
 _MOVES_MOST = 2
-"""Shards under way at once, so that steps are not disturbed."""
+"""Shards under way at once, so that steps are not disturbed; without those whose sequences wait for room."""
+
+_MOVES_IN_ALL_MOST = 8
+"""With those."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +45,10 @@ class _Move:
     """A piece is being pulled."""
     is_last: bool = False
     """The piece that was pulled frozen: whatever came, the switch follows."""
+    in_vain: tuple[int, float] | None = None
+    """The last piece brought nothing: the tokens computed by then, and until when nothing is pulled unless
+    there are more.
+    """
 
 
 class Mover:
@@ -51,9 +58,13 @@ class Mover:
     for as long as it takes. What the source had not committed by then is computed again: a token, as a rule.
     """
 
-    def __init__(self, door: Door, piece_tokens: int) -> None:
+    def __init__(self, door: Door, piece_tokens: int, shards_most: int) -> None:
+        """`shards_most`: a sequence that has so many is not split further, for each part that moves adds a
+        shard, and it must be able to grow.
+        """
         self._door = door
         self._piece_tokens = piece_tokens
+        self._shards_most = shards_most
         self._moves: list[_Move] = []
         self._retry_s = 0.0
 
@@ -66,12 +77,13 @@ class Mover:
         sequence, epoch = self._door.table.live(key), members.remote_epoch(target)
         if sequence is None or epoch is None or source == target or self.is_moving(sequence):
             return
-        if tokens is not None and len(self._moves) >= _MOVES_MOST:
+        if tokens is not None and self._is_busy():
             return  # a part is an order of the controller's, which plans it anew; drains go first
         for placed in sequence.shards:
             if placed.shard.worker == source and members.remote_epoch(source) == placed.shard.epoch:
                 end = self._part_end(placed, tokens)
-                if end != placed.shard.first:
+                may_split = end is None or len(sequence.shards) < self._shards_most
+                if end != placed.shard.first and may_split:
                     self._moves.append(_Move(sequence, placed.identity, (target, epoch), end))
                 return
 
@@ -87,21 +99,33 @@ class Mover:
 
     def tick(self) -> None:
         """Take every move as far as it goes without waiting; begin to empty workers that drain."""
-        if len(self._moves) < _MOVES_MOST and self._door.clock() >= self._retry_s:
+        if not self._is_busy() and self._door.clock() >= self._retry_s:
             self._evacuate()
         for move in [move for move in self._moves if not move.waits]:
             self._advance(move)
 
+    def _is_busy(self) -> bool:
+        """Whether as many shards as may be are on their way."""
+        waiting = sum(self._waits_for_room(move.sequence) for move in self._moves)
+        return len(self._moves) - waiting >= _MOVES_MOST or len(self._moves) >= _MOVES_IN_ALL_MOST
+
+    def _waits_for_room(self, sequence: LiveSequence) -> bool:
+        """Whether it asked for room and has no answer, which may be long: its move cannot end meanwhile."""
+        return self._door.table.is_live(sequence) and self._door.scheduler.is_asking(sequence.key)
+
     def _evacuate(self) -> None:
-        """Sequences of which a move failed come after all others."""
+        """Sequences that wait for room, and those of which a move failed, come after all others."""
         members = self._door.pool.members
         for worker in members.draining():
-            for sequence in sorted(self._door.table.holding_at(worker), key=_moves_failed):
-                if len(self._moves) >= _MOVES_MOST:
+            for sequence in sorted(self._door.table.holding_at(worker), key=self._lateness):
+                if self._is_busy():
                     return
                 target = members.roomiest(apart_from=worker, blocks=self._blocks_at(sequence, worker))
                 if target is not None:
                     self.start(sequence.key, worker, target)
+
+    def _lateness(self, sequence: LiveSequence) -> tuple[bool, int]:
+        return self._waits_for_room(sequence), sequence.moves_failed
 
     def _blocks_at(self, sequence: LiveSequence, worker: WorkerId) -> int:
         """Blocks of a sequence's first shard on a worker: a target has room for all of it, or is none."""
@@ -112,6 +136,8 @@ class Mover:
         placed = self._placed(move)
         if placed is None:
             self._give_up(move)
+            return
+        if self._is_in_vain(move):
             return
         key, scheduler = move.sequence.key, self._door.scheduler
         done = placed.shard.first if move.copy is None else move.copy.shard.end
@@ -172,8 +198,20 @@ class Mover:
             _log.warning("move_failed", request_id=move.sequence.key.request_id, problem=answer.message)
             self._retry_s = self._door.clock() + _RETRY_S
             self._give_up(move)
-        elif answer is not None:
-            move.copy = answer
+            return
+        grew = answer is not None and (move.copy is None or answer.shard.end > move.copy.shard.end)
+        move.copy = answer or move.copy
+        computed = self._door.scheduler.computed(move.sequence.key)
+        move.in_vain = None if grew else (computed, self._door.clock() + _RETRY_S)
+
+    def _is_in_vain(self, move: _Move) -> bool:
+        """Whether another piece would bring nothing either: a source is certain of what it has with the next
+        step. The last piece is not tried twice.
+        """
+        if move.in_vain is None or move.is_last:
+            return False
+        computed, until_s = move.in_vain
+        return self._door.clock() < until_s and self._door.scheduler.computed(move.sequence.key) == computed
 
     def _switch(self, move: _Move, placed: Placed) -> None:
         """The map names the copy from now on; what it lacks of the source's range is lost."""
@@ -220,7 +258,3 @@ class Mover:
             self._door.pool.renounce(sequence.key, target)
         elif move.copy is not None:
             self._door.pool.release_shard(sequence.key, move.copy)
-
-
-def _moves_failed(sequence: LiveSequence) -> int:
-    return sequence.moves_failed
