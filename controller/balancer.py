@@ -24,6 +24,11 @@ _log = logger("controller.balancer")
 _REST_S = 30.0
 """A sequence that was to move is left where it is for so long: its move may be under way, or was refused."""
 
+_SETTLE_S = 6.0
+"""An arena that was to give something away is left alone for so long: orders leave with a heartbeat, and what
+they did is reported with another. Planned from the report before, too much would leave.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class BalancerSettings:
@@ -75,6 +80,7 @@ class Balancer:
         self._next_s = clock() + settings.interval_s
         self._orders: dict[WorkerId, list[control_pb2.MoveOrder]] = {}
         self._resting: dict[SequenceKey, float] = {}
+        self._settling: dict[WorkerId, float] = {}
 
     def tick(self) -> None:
         """Plan a round, if one is due."""
@@ -84,10 +90,12 @@ class Balancer:
             return
         self._next_s = now_s + interval_s
         self._resting = {key: end_s for key, end_s in self._resting.items() if end_s > now_s}
+        self._settling = {worker: end_s for worker, end_s in self._settling.items() if end_s > now_s}
         members = self._table.membership().members
         moves = self._plan([member for member in members if member.state == inference_pb2.MEMBER_STATE_READY])
         for move in moves:
             self._resting[move.sequence] = now_s + _REST_S
+            self._settling[move.source] = now_s + _SETTLE_S
             _log.info(
                 "move_planned",
                 request_id=move.sequence.request_id,
@@ -115,6 +123,8 @@ class Balancer:
         lives = {WorkerId(member.worker_id): Epoch(member.epoch) for member in arenas}
 
         def held(worker: WorkerId) -> Mapping[SequenceKey, int]:
+            if worker in self._settling:
+                return {}
             blocks = self._directory.sequences_at(Life(worker, lives[worker]))
             return {
                 key: count * self._settings.block_tokens
