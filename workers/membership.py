@@ -51,13 +51,14 @@ class MembershipClient:
 
     While the controller is away the last known members stay valid: the data path does not need it. Where a
     registry is configured, it is asked meanwhile: for newer members, for where the controller is now, and by
-    a process that starts for its welcome.
+    a process that starts for its welcome. Another life of the controller may know nobody yet: whom it does
+    not name stays a member here until the expiry after joining it, unless another life takes that name.
     `load`, `on_change` and `on_fenced` are called on the client's thread and must not block; from
     asyncio, hand over with `loop.call_soon_threadsafe`. `on_change` receives the whole membership,
     this process included, after each change. A usual `on_fenced` is `context.stop.set`.
 
     `load` leaves resident memory out: it is filled in here. `set_pool` lets heartbeats report on a pool
-    too, `set_mover` hears of moves.
+    too, `set_mover` hears of moves, `set_follower` of where the controller answers now.
     """
 
     def __init__(
@@ -82,19 +83,24 @@ class MembershipClient:
         self._state = inference_pb2.MEMBER_STATE_STARTING
         self._welcome: control_pb2.RegisterResponse | None = None
         self._membership = control_pb2.Membership()
+        self._heard_from = 0
+        self._kept: dict[str, inference_pb2.Member] = {}
+        self._kept_until_s = 0.0
         self._first: futures.Future[control_pb2.RegisterResponse] = futures.Future()
         self._pool: PoolReporter | None = None
         self._move: Callable[[control_pb2.MoveOrder], None] = lambda _order: None
+        self._follow: Callable[[str], None] = lambda _controller: None
         self._closing = False
         self._wake = threading.Event()
         self._reader = RegistryReader(context.config)
-        self._controller = context.controller
+        self._controller = self._followed = context.controller
         self._channel = rpc.channel(self._controller, context.config.security.tls)
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
 
     def start(self) -> control_pb2.RegisterResponse:
-        """Join; blocks, trying again while neither controller nor registry is there, until joined.
+        """Join; blocks, trying again while neither controller nor registry is there, until joined and
+        `on_change` was called.
 
         Raises VersionMismatch or Fenced when refused, Cancelled when the role is told to stop first.
         """
@@ -113,6 +119,12 @@ class MembershipClient:
     def set_mover(self, move: Callable[[control_pb2.MoveOrder], None]) -> None:
         """Carry out what the controller plans; called on the client's thread, must not block."""
         self._move = move
+
+    def set_follower(self, follow: Callable[[str], None]) -> None:
+        """Hear at which host:port the controller answers, whenever that is another one; to be set before
+        `start`. Called on the client's thread, must not block.
+        """
+        self._follow = follow
 
     def membership(self) -> control_pb2.Membership:
         """Everyone alive as last heard; never modified in place."""
@@ -139,27 +151,35 @@ class MembershipClient:
         retry_s = _RETRY_FIRST_S
         while not self._is_over():
             try:
-                pause_s = self._speak()
-                retry_s = _RETRY_FIRST_S
-            except NotFound:
-                _log.warning("membership_forgotten")
-                self._welcome = None
-                pause_s = 0.0
+                pause_s, retry_s = self._round(retry_s)
             except Fenced as error:
                 self._end(error)
                 return
-            except AnabranchError as error:
-                _log.warning("controller_away", controller=self._controller, problem=error.message)
-                self._ask_registry()
-                pause_s, retry_s = retry_s, min(2 * retry_s, _RETRY_MOST_S)
-            except Exception as error:  # a bug in what is reported must not look like a death
-                if self._welcome is None:
+            except Exception as error:  # a bug in what is reported or read must not look like a death
+                if not self._first.done():
                     raise
                 _log.error("heartbeat_failed", error=error)
                 pause_s = _RETRY_MOST_S
             self._wake.wait(pause_s)
             self._wake.clear()
         self._settle(Cancelled("told to stop before the controller was reached"))
+
+    def _round(self, retry_s: float) -> tuple[float, float]:
+        """One attempt to be alive; the pause before the next, and the one after a next that fails. Raises
+        Fenced.
+        """
+        try:
+            return self._speak(), _RETRY_FIRST_S
+        except NotFound:
+            _log.warning("membership_forgotten")
+            self._welcome = None
+            return 0.0, retry_s
+        except Fenced:
+            raise
+        except AnabranchError as error:
+            _log.warning("controller_away", controller=self._controller, problem=error.message)
+            self._ask_registry()
+            return retry_s, min(2 * retry_s, _RETRY_MOST_S)
 
     def _is_over(self) -> bool:
         return self._closing or (self._welcome is None and self._context.stop.is_set())
@@ -176,6 +196,8 @@ class MembershipClient:
         except grpc.RpcError as error:
             raise rpc.from_rpc(error) from error
         assert self._welcome is not None
+        self._note_controller()
+        self._let_go()
         if is_behind:
             return 0.0
         return max(0.0, self._welcome.heartbeat_ms / 1000 - (time.monotonic() - began_s))
@@ -185,9 +207,9 @@ class MembershipClient:
         news = self._reader.look(self._membership.version)
         if news is not None:
             _log.info("membership_from_registry", members=len(news.membership.members))
+            self._learn(news, news.membership)
             if not self._first.done():
                 self._first.set_result(news)
-            self._learn(news.membership)
         places = {self._context.controller, self._reader.controller or self._context.controller}
         for place in places - {self._controller}:
             self._controller = place
@@ -218,11 +240,12 @@ class MembershipClient:
         welcome = self._stub.Register(request, timeout=_REGISTER_TIMEOUT_S)
         _log.info("registered", controller=self._controller, members=len(welcome.membership.members))
         self._welcome = welcome
+        if self._first.done() and self._first.result().geometry != welcome.geometry:
+            raise VersionMismatch("this controller serves another model than the one that was joined; end")
+        self._learn(welcome, welcome.membership)
+        self._kept_until_s = time.monotonic() + welcome.expiry_ms / 1000
         if not self._first.done():
             self._first.set_result(welcome)
-        elif self._first.result().geometry != welcome.geometry:
-            raise VersionMismatch("this controller serves another model than the one that was joined; end")
-        self._learn(welcome.membership)
 
     def _heartbeat(self, welcome: control_pb2.RegisterResponse) -> bool:
         """Returns whether there is more to report at once."""
@@ -242,7 +265,7 @@ class MembershipClient:
         if pool is not None:
             pool.acknowledge(wants_all=response.wants_all)
         if response.HasField("membership"):
-            self._learn(response.membership)
+            self._learn(welcome, response.membership)
         for order in response.moves:
             self._move(order)
         return response.wants_all or (report is not None and report.has_more)
@@ -255,7 +278,37 @@ class MembershipClient:
         load.resident_peak_bytes = memory.peak_bytes
         return load
 
-    def _learn(self, membership: control_pb2.Membership) -> None:
+    def _note_controller(self) -> None:
+        """The controller answered where it is looked for now."""
+        if self._followed != self._controller:
+            self._followed = self._controller
+            self._follow(self._controller)
+
+    def _learn(self, welcome: control_pb2.RegisterResponse, membership: control_pb2.Membership) -> None:
+        """Take what the controller that gave this welcome says. A new one has not met everybody yet."""
+        if self._heard_from not in (0, welcome.responder.epoch):
+            self._kept = {member.worker_id: member for member in self._membership.members}
+            self._kept_until_s = time.monotonic() + welcome.expiry_ms / 1000
+        self._heard_from = welcome.responder.epoch
+        for member in membership.members:
+            self._kept.pop(member.worker_id, None)
+        self._publish(membership)
+
+    def _let_go(self) -> None:
+        """Whom the controller has not named by now is gone. Called only when it answered: while it is away,
+        nobody could have joined it.
+        """
+        if self._kept and time.monotonic() >= self._kept_until_s:
+            _log.warning("members_not_found_again", members=sorted(self._kept))
+            members = [each for each in self._membership.members if each.worker_id not in self._kept]
+            self._kept = {}
+            self._publish(control_pb2.Membership(version=self._membership.version, members=members))
+
+    def _publish(self, membership: control_pb2.Membership) -> None:
+        """Let everyone know these members, and those that are kept."""
+        if self._kept:
+            members = sorted((*membership.members, *self._kept.values()), key=lambda each: each.worker_id)
+            membership = control_pb2.Membership(version=membership.version, members=members)
         self._membership = membership
         try:
             self._on_change(membership)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
-from concurrent import futures
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -15,108 +12,20 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2, types_pb2
-from anabranch.wire import geometry_message
 from cluster import rpc
-from cluster.config import Config, ControllerConfig, ModelConfig, TlsConfig
+from cluster.config import TlsConfig
 from cluster.errors import Cancelled, Fenced, NotFound, Unavailable, VersionMismatch
-from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, KvGeometry, WorkerId, draw_epoch
-from controller.membership import MembershipTable, Terms
-from controller.service import ControlServer, ControlService
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION
+from tests.members import (
+    DEADLINE_S,
+    Controller,
+    Role,
+    configured,
+    controlling,
+    member,
+    starting,
+)
 from workers.membership import MembershipClient
-from workers.role import RoleContext
-
-DEADLINE_S = 10.0
-GEOMETRY = KvGeometry(2, 4, 2, 16, "float32", 32, "digest-of-the-model")
-
-
-@dataclass
-class Controller:
-    """A control server on loopback, and what it was told."""
-
-    config: Config
-    epoch: Epoch = field(default_factory=draw_epoch)
-    changes: queue.SimpleQueue[inference_pb2.Member] = field(default_factory=queue.SimpleQueue)
-    shutdowns: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        controller = self.config.controller
-        terms = Terms(self.config.digest, controller.heartbeat_ms, controller.expiry_ms)
-        self.table = MembershipTable(terms, on_change=self.changes.put)
-        slot = control_pb2.Slot(worker_id="dense-0", role=inference_pb2.ROLE_DENSE, starts=1)
-        self.service = ControlService(
-            self.table, self.epoch, geometry_message(GEOMETRY), lambda: [slot], self.shutdowns.append
-        )
-        self.server = ControlServer(self.config, self.service)
-        self.address = f"127.0.0.1:{self.server.port}"
-
-    def await_state(self, worker_id: str, state: int) -> None:
-        """Wait until a member reported a state."""
-        while True:
-            member = self.changes.get(timeout=DEADLINE_S)
-            if (member.worker_id, member.state) == (worker_id, state):
-                return
-
-
-def configured(port: int = 0, heartbeat_ms: int = 50, **model: Any) -> Config:
-    """A configuration with a quick heartbeat."""
-    controller = ControllerConfig(port=port, heartbeat_ms=heartbeat_ms, expiry_ms=max(2500, 2 * heartbeat_ms))
-    return Config(controller=controller, model=ModelConfig(**model))
-
-
-@contextmanager
-def controlling(config: Config) -> Iterator[Controller]:
-    """A controller that stops at the end."""
-    controller = Controller(config)
-    try:
-        yield controller
-    finally:
-        controller.server.stop()
-
-
-class Role:
-    """A member's side: its client, and what it was told."""
-
-    def __init__(
-        self, config: Config, address: str, worker_id: str = "dense-0", epoch: Epoch | None = None
-    ) -> None:
-        epoch = draw_epoch() if epoch is None else epoch
-        self.context = RoleContext("dense", config, WorkerId(worker_id), 0, epoch, address)
-        self.memberships: queue.SimpleQueue[control_pb2.Membership] = queue.SimpleQueue()
-        self.fenced = threading.Event()
-        self.client = MembershipClient(
-            self.context,
-            inference_pb2.ROLE_DENSE,
-            "127.0.0.1:9",
-            load=lambda: inference_pb2.Load(sequences_running=3),
-            on_change=self.memberships.put,
-            on_fenced=self.fenced.set,
-        )
-
-    def await_members(self, *names: str) -> control_pb2.Membership:
-        """Wait until the membership consists of exactly these."""
-        while True:
-            membership = self.memberships.get(timeout=DEADLINE_S)
-            if [member.worker_id for member in membership.members] == sorted(names):
-                return membership
-
-
-@contextmanager
-def member(config: Config, address: str, worker_id: str = "dense-0") -> Iterator[Role]:
-    """A role that joined, and leaves at the end."""
-    role = Role(config, address, worker_id)
-    role.client.start()
-    try:
-        yield role
-    finally:
-        role.client.close()
-
-
-def starting(role: Role) -> futures.Future[control_pb2.RegisterResponse]:
-    """`start()` on a thread of its own."""
-    pool = futures.ThreadPoolExecutor(1)
-    result = pool.submit(role.client.start)
-    pool.shutdown(wait=False)
-    return result
 
 
 def test_joining_teaches_everything_a_role_needs() -> None:
@@ -138,6 +47,29 @@ def test_joining_teaches_everything_a_role_needs() -> None:
         block_tokens=32,
         digest="digest-of-the-model",
     )
+
+
+def test_a_role_that_joined_was_told_the_members() -> None:
+    """start() returns after on_change: nobody has to tell the role once more."""
+    config = configured()
+    told, going_on = threading.Event(), threading.Event()
+
+    def take(_membership: control_pb2.Membership) -> None:
+        told.set()
+        going_on.wait(DEADLINE_S)
+
+    with controlling(config) as controller:
+        role = Role(config, controller.address)
+        role.client = MembershipClient(
+            role.context, inference_pb2.ROLE_DENSE, "127.0.0.1:9", inference_pb2.Load, take, role.fenced.set
+        )
+        result = starting(role)
+        assert told.wait(DEADLINE_S)
+        with pytest.raises(TimeoutError):
+            result.result(0.2)
+        going_on.set()
+        result.result(DEADLINE_S)
+        role.client.close()
 
 
 def test_members_learn_of_each_other() -> None:
@@ -167,37 +99,6 @@ def test_the_load_reaches_the_others_with_resident_memory() -> None:
         load = controller.table.membership().members[0].load
     assert load.sequences_running == 3
     assert 2**20 < load.resident_bytes <= load.resident_peak_bytes
-
-
-def test_a_role_may_start_before_its_controller() -> None:
-    """start() waits for the controller to appear."""
-    config = configured()
-    with controlling(config) as controller:
-        port = controller.server.port
-    role = Role(config, f"127.0.0.1:{port}")
-    result = starting(role)
-    with controlling(configured(port)) as controller:
-        assert result.result(DEADLINE_S).responder.epoch == controller.epoch
-        role.client.close()
-
-
-def test_a_member_outlives_its_controller_and_finds_the_next() -> None:
-    """While the controller is away the last known members stay; a new one, which knows nobody, is
-    joined again without anybody's help.
-    """
-    config = configured()
-    with controlling(config) as controller:
-        port = controller.server.port
-        role = Role(config, controller.address)
-        role.client.start()
-        role.await_members("dense-0")
-    assert [each.worker_id for each in role.client.membership().members] == ["dense-0"]
-    with controlling(configured(port)) as controller:
-        role.client.set_state(inference_pb2.MEMBER_STATE_READY)
-        controller.await_state("dense-0", inference_pb2.MEMBER_STATE_READY)
-        assert controller.table.holds("dense-0", role.context.epoch)
-        role.client.close()
-    assert not role.fenced.is_set()
 
 
 def test_a_replaced_incarnation_is_told_so() -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 
+from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2
+from cluster import rpc
 from cluster.blocks import BlockHash
 from cluster.clock import ManualClock
-from cluster.config import TlsConfig
+from cluster.config import SecurityConfig, TlsConfig
 from cluster.policies.directory import Life, Run
-from cluster.types import Epoch, SequenceKey, WorkerId
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, SequenceKey, WorkerId
 from tests.cluster_harness import (
+    WAIT_S,
     DenseCluster,
     Shape,
     assert_continues,
@@ -197,3 +204,75 @@ def test_a_controller_that_does_not_answer_is_left_alone() -> None:
     clock.advance(1.0)
     assert not finder.is_paused
     finder.close()
+
+
+class MuteController(control_pb2_grpc.ControlServiceServicer):
+    """Takes a question, and keeps whoever asked waiting."""
+
+    def __init__(self) -> None:
+        self.asked, self.going_on = threading.Event(), threading.Event()
+
+    def FindPrefix(
+        self, _request: control_pb2.FindPrefixRequest, _context: grpc.ServicerContext
+    ) -> control_pb2.FindPrefixResponse:
+        """See control.proto."""
+        self.asked.set()
+        self.going_on.wait(WAIT_S)
+        return control_pb2.FindPrefixResponse()
+
+
+@contextmanager
+def mute_controller() -> Iterator[tuple[MuteController, str]]:
+    """It, and where it listens."""
+    controller, server = MuteController(), rpc.server(2)
+    control_pb2_grpc.add_ControlServiceServicer_to_server(controller, server)
+    port = rpc.bind(server, "127.0.0.1", 0, SecurityConfig())
+    server.start()
+    try:
+        yield controller, f"127.0.0.1:{port}"
+    finally:
+        controller.going_on.set()
+        server.stop(grace=None).wait(WAIT_S)
+
+
+def test_a_finder_goes_where_the_controller_is() -> None:
+    """A call under way when the controller's place changes finds nothing and is no failure; the next one is
+    asked at the new place, at once, even if the last one was left alone. After the end nothing is found.
+    """
+    hashes = [BlockHash(b"x" * 32)]
+    controller, clock = DirectoryController(), ManualClock()
+    with mute_controller() as (mute, address), futures.ThreadPoolExecutor(1) as pool:
+        finder = PrefixFinder(address, TlsConfig(), clock, timeout_s=WAIT_S)
+        under_way = pool.submit(finder.find, hashes, 0)
+        assert mute.asked.wait(WAIT_S)
+        finder.follow(controller.address)
+        assert under_way.result(WAIT_S) == ()
+        assert not finder.is_paused
+        joined_holding(controller, hashes)
+        assert [run.blocks for run in finder.find(hashes, 0)] == [1]
+        finder.follow("127.0.0.1:9")
+        assert finder.find(hashes, 0) == ()
+        assert finder.is_paused
+        finder.follow(controller.address)
+        assert [run.blocks for run in finder.find(hashes, 0)] == [1]
+        finder.close()
+        assert finder.find(hashes, 0) == ()
+    controller.stop()
+
+
+def joined_holding(controller: DirectoryController, hashes: Sequence[BlockHash]) -> None:
+    """An attention worker joins and says that it holds these blocks."""
+    member = inference_pb2.Member(
+        worker_id="attention-0", role=inference_pb2.ROLE_ATTENTION, epoch=7, address="127.0.0.1:9"
+    )
+    register = control_pb2.RegisterRequest(
+        member=member,
+        wire_version=WIRE_VERSION,
+        layout_version=LAYOUT_VERSION,
+        config_digest=controller.config.digest,
+    )
+    controller.table.register(register)
+    published = [control_pb2.SealedBlock(hash=each, prefix_blocks=1) for each in hashes]
+    report = control_pb2.PoolReport(number=1, starts_over=True, published=published)
+    beat = control_pb2.HeartbeatRequest(worker_id="attention-0", epoch=7, pool=report)
+    assert controller.service.directory.take(beat)

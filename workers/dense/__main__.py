@@ -53,10 +53,12 @@ def serve(context: RoleContext) -> int:
             stack.callback(finder.close)
         worker = _worker(context, decoder, local, finder, spin_s)
         stack.callback(worker.stop)
-        return _join_and_serve(context, worker, stack)
+        return _join_and_serve(context, worker, finder, stack)
 
 
-def _join_and_serve(context: RoleContext, worker: DenseWorker, stack: contextlib.ExitStack) -> int:
+def _join_and_serve(
+    context: RoleContext, worker: DenseWorker, finder: PrefixFinder | None, stack: contextlib.ExitStack
+) -> int:
     def on_change(membership: control_pb2.Membership) -> None:
         worker.set_members(membership.members)
 
@@ -73,11 +75,12 @@ def _join_and_serve(context: RoleContext, worker: DenseWorker, stack: contextlib
         _SERVING[context.config.dense.serves_at(context.index)],
     )
     membership.set_mover(worker.move)
+    if finder is not None:
+        membership.set_follower(finder.follow)
     stack.callback(membership.close)
     theirs = geometry_value(membership.start().geometry)
     if theirs != worker.geometry:
         raise VersionMismatch(f"the controller serves {theirs}, this worker's model gives {worker.geometry}")
-    worker.set_members(membership.membership().members)
     worker.wait_connected(_CONNECT_S)
     membership.set_state(inference_pb2.MEMBER_STATE_READY)
     context.log.info("serving", address=address)
@@ -141,16 +144,17 @@ def _worker(
     spin_s: float,
 ) -> DenseWorker:
     serves = context.config.dense.serves_at(context.index)
-    arena = _local_arena(local) if local is not None else None
+    arena = local_arena(local) if local is not None else None
     find = finder.find if finder is not None else None
     return DenseWorker(context.config, decoder, context.worker_id, context.epoch, arena, spin_s, serves, find)
 
 
-def _local_arena(local: AttentionCore) -> LocalArena:
+def local_arena(local: AttentionCore) -> LocalArena:
+    """The cache in this process as the worker sees it; a member's account never waits for a computation."""
     store = local.store
 
     def member() -> AttentionMember:
-        account = store.account()
+        account = local.account
         return AttentionMember(
             store.worker, store.epoch, "", account.capacity, account.available, is_local=True
         )

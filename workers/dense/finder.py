@@ -32,7 +32,7 @@ _DOUBLINGS_MOST = 16
 
 class PrefixFinder:
     """`FindPrefix` with a short deadline. A controller that does not answer is left alone for a while, and
-    longer each time: requests go on without it.
+    longer each time: requests go on without it. Where the controller is may change: see `follow`.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class PrefixFinder:
     ) -> None:
         self._clock = clock
         self._timeout_s = timeout_s
+        self._tls = tls
         self._channel = rpc.channel(controller, tls)
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
         self._lock = threading.Lock()
@@ -48,17 +49,20 @@ class PrefixFinder:
 
     def find(self, hashes: Sequence[BlockHash], blocks_before: int) -> tuple[Run, ...]:
         """The longest run of these consecutive blocks that may lie somewhere; nothing while the controller
-        does not answer.
+        does not answer. Raises nothing.
         """
         if not hashes or self.is_paused:
             return ()
         request = control_pb2.FindPrefixRequest(
             block_hashes=hashes[:HASHES_MOST], blocks_before=blocks_before
         )
+        stub = self._stub
         try:
-            response = self._stub.FindPrefix(request, timeout=self._timeout_s)
+            response = stub.FindPrefix(request, timeout=self._timeout_s)
         except grpc.RpcError as error:
-            self._pause(rpc.from_rpc(error).message)
+            self._pause(stub, rpc.from_rpc(error).message)
+            return ()
+        except ValueError:  # what grpc says of a channel that was closed since
             return ()
         self._failures = 0
         return tuple(Run(run.blocks, tuple(map(_life, run.holders))) for run in response.runs)
@@ -68,13 +72,22 @@ class PrefixFinder:
         """Whether the controller is left alone for now."""
         return self._clock() < self._resume_s
 
+    def follow(self, controller: str) -> None:
+        """Ask at this host:port from now on, at once. A call under way to the last one finds nothing."""
+        channel = rpc.channel(controller, self._tls)
+        with self._lock:
+            last, self._channel = self._channel, channel
+            self._stub = control_pb2_grpc.ControlServiceStub(channel)
+            self._failures, self._resume_s = 0, 0.0
+        last.close()
+
     def close(self) -> None:
         """Close the channel. Idempotent."""
         self._channel.close()
 
-    def _pause(self, problem: str) -> None:
+    def _pause(self, stub: control_pb2_grpc.ControlServiceStub, problem: str) -> None:
         with self._lock:
-            if self.is_paused:  # calls that failed together are one failure
+            if stub is not self._stub or self.is_paused:  # calls that failed together are one failure
                 return
             pause_s = min(_PAUSE_FIRST_S * 2 ** min(self._failures, _DOUBLINGS_MOST), _PAUSE_MOST_S)
             self._failures += 1
