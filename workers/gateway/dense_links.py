@@ -28,17 +28,21 @@ class DenseLinks:
         self._absent: dict[WorkerId, asyncio.TimerHandle] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def choose(self, has_prompt: bool, avoid: DenseLink | None = None) -> DenseLink | None:
+    def choose(
+        self, has_prompt: bool, avoid: DenseLink | None = None, *, unfit_first: bool = False
+    ) -> DenseLink | None:
         """The least loaded usable link of those that serve what a sequence needs next: decoding where it
-        `has_prompt` computed, else its prompt. Others, and then `avoid`, only where there is nobody else.
+        `has_prompt` computed, else its prompt. `avoid` only where there is no other such one, and those that
+        serve something else only where there is none at all; `unfit_first` these come first.
         """
         unfit = inference_pb2.SERVING_PREFILL if has_prompt else inference_pb2.SERVING_DECODE
         usable = [link for link in self._links.values() if link.usable]
-        return min(
-            usable,
-            key=lambda link: (link is avoid, link.member.serving == unfit, link.load),
-            default=None,
-        )
+
+        def undesired(link: DenseLink) -> tuple[bool, bool]:
+            is_unfit, is_avoided = link.member.serving == unfit, link is avoid
+            return (is_avoided, not is_unfit) if unfit_first else (is_unfit, is_avoided)
+
+        return min(usable, key=lambda link: (undesired(link), link.load), default=None)
 
     def named(self, worker_id: str) -> DenseLink | None:
         """The usable link to a worker."""

@@ -93,13 +93,15 @@ class Router:
             if choice.phase is Phase.WAITING and key not in self._resting
         ]
 
-    def _route(self, choices: Sequence[Choice], avoid: DenseLink | None = None) -> bool:
+    def _route(
+        self, choices: Sequence[Choice], avoid: DenseLink | None = None, *, unfit_first: bool = False
+    ) -> bool:
         """Send waiting choices to the least loaded link that serves them, those of one kind together; False
-        if there is none.
+        if there is none. See `DenseLinks.choose`.
         """
         for has_prompt in (False, True):
             alike = [choice for choice in choices if bool(choice.tokens) is has_prompt]
-            link = self._links.choose(has_prompt, avoid) if alike else None
+            link = self._links.choose(has_prompt, avoid, unfit_first=unfit_first) if alike else None
             if link is not None:
                 self._send(alike, link)
             elif alike:
@@ -180,23 +182,31 @@ class Router:
             return True
         if not isinstance(error, ResourceExhausted):
             return False
-        return choice.refusals < (_FULL_REFUSALS_MAX if choice.tokens else self._links.others(link))
+        return choice.refusals < self._offers(choice, link)
+
+    def _offers(self, choice: Choice, link: DenseLink) -> int:
+        """How often a refused sequence is offered again. Only the last offer, and any beyond, goes to a
+        worker that serves something else: one for prompts would keep a sequence with tokens for life.
+        """
+        return _FULL_REFUSALS_MAX if choice.tokens else self._links.others(link)
 
     def _rest(self, choice: Choice, link: DenseLink) -> None:
         """Try again after a pause, elsewhere if possible; without one where it is the first refusal."""
-        if choice.refusals == 1 and self._links.others(link):
-            self._resubmit(choice, "refused", avoid=link)
+        unfit_first = choice.refusals >= self._offers(choice, link)
+        elsewhere = self._links.choose(bool(choice.tokens), link, unfit_first=unfit_first)
+        if choice.refusals == 1 and elsewhere not in (None, link):
+            self._resubmit(choice, "refused", avoid=link, target=elsewhere)
             return
         choice.leave_link(Phase.WAITING)
         self._count_resubmission("refused")
         self._resting.add(choice.key)
         pause_s = min(_REST_FIRST_S * 2 ** min(choice.refusals, 10), _REST_MOST_S)
-        self._loop.call_later(pause_s, self._wake, choice, link)
+        self._loop.call_later(pause_s, self._wake, choice, link, unfit_first)
 
-    def _wake(self, choice: Choice, avoid: DenseLink) -> None:
+    def _wake(self, choice: Choice, avoid: DenseLink, unfit_first: bool) -> None:
         self._resting.discard(choice.key)
         if choice.phase is Phase.WAITING:
-            self._route([choice], avoid)
+            self._route([choice], avoid, unfit_first=unfit_first)
 
     def _resubmit(
         self, choice: Choice, cause: str, avoid: DenseLink, target: DenseLink | None = None
