@@ -323,6 +323,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _registry_is_missed_in_time(self) -> Config:
+        # A controller that is cut off must know it before it takes anybody's silence for death.
+        noticed_ms = self.controller.heartbeat_ms + 2 * self.registry.deadline_ms
+        if self.registry.url is None or noticed_ms < self.controller.expiry_ms:
+            return self
+        raise ValueError(
+            "controller.expiry_ms must exceed controller.heartbeat_ms + 2 * registry.deadline_ms"
+        )
+
+    @model_validator(mode="after")
     def _limits_agree(self) -> Config:
         if self.attention.replicas == 0 and self.dense.local_arena == 0:
             raise ValueError("attention.replicas: 0 (monolithic) needs dense.local_arena, for example 1GiB")

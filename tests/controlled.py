@@ -50,7 +50,7 @@ class ControlledCluster:
             "controller.expiry_ms": 1000,
             "attention.arena": "8MiB",
             "attention.block_tokens": 8,
-            "registry": registry.model_dump(),
+            "registry": registry.model_dump() | {"deadline_ms": 440},
         }
         self._settings = base | {key.replace("__", "."): value for key, value in settings.items()}
         self._file = folder / "config.yaml"

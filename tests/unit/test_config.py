@@ -195,6 +195,20 @@ def test_a_registry_that_cannot_be_used_is_refused(given: object, said: str) -> 
     assert "hush" not in caught.value.message
 
 
+@pytest.mark.parametrize("key", ["controller.expiry_ms", "controller.heartbeat_ms", "registry.deadline_ms"])
+def test_a_registry_must_be_missed_before_members_are(key: str) -> None:
+    """A controller that is cut off from its registry knows it before it takes silence for death; one that
+    keeps it in its own memory has nothing to miss.
+    """
+    tight = {"controller.heartbeat_ms": 400, "controller.expiry_ms": 1000, "registry.deadline_ms": 300}
+    shared = {"registry.url": "redis://127.0.0.1"}
+    with pytest.raises(ConfigError) as caught:
+        load(None, tight | shared)
+    assert key in caught.value.message
+    assert load(None, tight).registry.url is None
+    assert load(None, tight | shared | {"controller.expiry_ms": 1001}).registry.url is not None
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis without its client: the error says what to install."""
     monkeypatch.setitem(sys.modules, "redis", None)
