@@ -328,9 +328,7 @@ class Config(Section):
         noticed_ms = self.controller.heartbeat_ms + 2 * self.registry.deadline_ms
         if self.registry.url is None or noticed_ms < self.controller.expiry_ms:
             return self
-        raise ValueError(
-            "controller.expiry_ms must exceed controller.heartbeat_ms + 2 * registry.deadline_ms"
-        )
+        raise ValueError("controller.expiry_ms is not above controller.heartbeat_ms + 2 registry.deadline_ms")
 
     @model_validator(mode="after")
     def _limits_agree(self) -> Config:

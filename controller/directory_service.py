@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 
-from anabranch.v1 import control_pb2, inference_pb2
+from anabranch.v1 import control_pb2
 from anabranch.wire import sequence_key
 from cluster.blocks import HASH_BYTES, HASHES_MOST, BlockHash
 from cluster.errors import InvalidRequest
-from cluster.policies.directory import Capacity, Directory, Life, Report
+from cluster.policies.directory import Directory, Life, Report
 from cluster.types import Epoch, SequenceKey, WorkerId
 from controller.membership import MembershipTable
 
@@ -58,12 +58,6 @@ class DirectoryKeeper:
         with self._lock:
             return self._directory.sequences_at(life)
 
-    @property
-    def entries(self) -> int:
-        """Identities known."""
-        with self._lock:
-            return len(self._directory)
-
     def sweep(self) -> None:
         """Forget the lives that membership no longer names. To be called now and then."""
         with self._lock:
@@ -78,17 +72,11 @@ def read_report(request: control_pb2.HeartbeatRequest) -> Report:
     return Report(
         Life(WorkerId(request.worker_id), Epoch(request.epoch)),
         pool.number,
-        _capacity(request.load.blocks),
         pool.starts_over,
-        pool.has_more,
         list(zip(hashes, lengths, strict=True)),
         list(_hashes(pool.withdrawn)),
         [(sequence_key(each.sequence), each.blocks) for each in pool.sequences],
     )
-
-
-def _capacity(blocks: inference_pb2.BlockAccount) -> Capacity:
-    return Capacity(blocks.capacity, blocks.free, blocks.reserved, blocks.sealed_cached)
 
 
 def _hashes(given: Iterable[bytes]) -> Iterator[BlockHash]:

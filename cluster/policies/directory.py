@@ -22,34 +22,15 @@ class Life(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Capacity:
-    """Blocks of a worker's arena: all, those that hold nothing, those promised but not written, and those
-    kept for reuse only.
-    """
-
-    blocks: int
-    free: int
-    reserved: int
-    cached: int
-
-    @property
-    def available(self) -> int:
-        """Blocks that could be reserved."""
-        return self.free + self.cached
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """What changed at one life of a worker since its last report; `number` counts its reports.
 
-    starts_over: nothing said before holds. has_more: the next reports tell the rest.
+    starts_over: nothing said before holds.
     """
 
     life: Life
     number: int
-    capacity: Capacity
     starts_over: bool = False
-    has_more: bool = False
     published: Sequence[tuple[BlockHash, int]] = ()
     """Identities that may be shared, each with the blocks of the prefix it ends."""
     withdrawn: Sequence[BlockHash] = ()
@@ -72,14 +53,12 @@ class _Known:
     alone: tuple[Life]
     """The holders of a block that only it holds: one value for all of them."""
     number: int
-    capacity: Capacity
-    is_whole: bool = False
     prefix_blocks: dict[BlockHash, int] = field(default_factory=dict)
     sequences: dict[SequenceKey, int] = field(default_factory=dict)
 
 
 class Directory:
-    """Identity -> the lives that hold the block; sequence -> blocks held at each life; life -> capacity.
+    """Identity -> the lives that hold the block; sequence -> blocks held at each life.
 
     Bounded by what the workers' arenas hold. Invariant: a life is among an identity's holders exactly if that
     life's last word was that it publishes it.
@@ -102,11 +81,10 @@ class Directory:
             return True
         if report.starts_over:
             self.forget(report.life)
-            known = self._lives[report.life] = _Known((report.life,), report.number, report.capacity)
+            known = self._lives[report.life] = _Known((report.life,), report.number)
         elif known is None or report.number != known.number + 1:
             return False
-        known.number, known.capacity = report.number, report.capacity
-        known.is_whole |= not report.has_more
+        known.number = report.number
         self._withdraw(known, report.withdrawn)
         self._publish(known, report.published)
         for key, blocks in report.sequences:
@@ -141,15 +119,6 @@ class Directory:
             else:
                 runs.append(Run(1, holders))
         return tuple(runs)
-
-    def capacities(self) -> Mapping[Life, Capacity]:
-        """Every life that reported, with its capacity."""
-        return {life: known.capacity for life, known in self._lives.items()}
-
-    def is_whole(self, life: Life) -> bool:
-        """Whether a life has told all it holds: before, what it has not named may lie there all the same."""
-        known = self._lives.get(life)
-        return known is not None and known.is_whole
 
     def sequences_at(self, life: Life) -> Mapping[SequenceKey, int]:
         """The request placement map of one life: blocks held by each sequence."""

@@ -162,12 +162,19 @@ def test_a_restarted_controller_learns_everything_again(folder: Path) -> None:
 def test_what_a_lost_worker_held_is_not_named(folder: Path) -> None:
     """As soon as membership takes a worker for dead, no answer names it, and a sweep forgets what it held."""
     with TwoDenseWorkers(folder, Shape(attention_workers=1)) as pool:
-        pool.generate(request(SHORT, 4), pool.first)
+        pool.cluster.listener.acknowledges = False
+        submission = request(SHORT, 4)
+        pool.generate(submission, pool.first)
         pool.wait_found(SHORT, 64)
-        pool.controller.table.remove("attention-0")
+        directory = pool.controller.service.directory
+        life = Life(WorkerId("attention-0"), pool.cluster.epochs[WorkerId("attention-0")])
+        wait_until(lambda: bool(directory.sequences_at(life)))
+        pool.controller.table.remove(life.worker)
         assert pool.found(SHORT) == 0
-        pool.controller.service.directory.sweep()
-        assert pool.controller.service.directory.entries == 0
+        directory.sweep()
+        assert not directory.sequences_at(life)
+        pool.first.acknowledge(submission.key, submission.generation, 1.0)
+        pool.cluster.wait_all_free()
 
 
 @pytest.mark.parametrize("epoch", ["living", "past"])

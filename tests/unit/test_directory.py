@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cluster.blocks import BlockHash
-from cluster.policies.directory import Capacity, Directory, Life, Report, Run
+from cluster.policies.directory import Directory, Life, Report, Run
 from cluster.types import Epoch, SequenceKey, WorkerId
 
 LIVES = [Life(WorkerId(worker), Epoch(epoch)) for worker in ("a", "b", "c") for epoch in (1, 2)]
 LIFE = st.sampled_from(LIVES)
 DEPTHS = 6
-CAPACITY = Capacity(blocks=100, free=60, reserved=5, cached=10)
 
 
 def identity(number: int) -> BlockHash:
@@ -66,9 +65,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         report = Report(
             life,
             self.numbers[life],
-            CAPACITY,
             starts_over,
-            False,
             [entry(number) for number in published],
             [identity(number) for number in withdrawn],
             [(key(name), blocks) for name, blocks in held.items()],
@@ -118,8 +115,7 @@ class DirectoryMachine(RuleBasedStateMachine):
 
     @invariant()
     def knows_what_was_told(self) -> None:
-        """Lives, their sequences, and the number of identities are those that were told."""
-        assert self.directory.capacities() == dict.fromkeys(self.told, CAPACITY)
+        """The sequences of lives, and the number of identities are those that were told."""
         assert len(self.directory) == len(set().union(*self.told.values()))
         for life in LIVES:
             held = self.sequences.get(life, {})
@@ -133,7 +129,7 @@ TestDirectory.settings = settings(max_examples=150, stateful_step_count=30, dead
 def test_an_identity_of_another_length_is_no_hit() -> None:
     """Identity and length are compared: a block found behind another number of blocks ends the run."""
     directory = Directory()
-    directory.apply(Report(LIVES[0], 1, CAPACITY, starts_over=True, published=[entry(0), (identity(1), 3)]))
+    directory.apply(Report(LIVES[0], 1, starts_over=True, published=[entry(0), (identity(1), 3)]))
     assert directory.find([identity(0), identity(1)]) == (Run(1, (LIVES[0],)),)
     assert directory.find([identity(1)], 2) == (Run(1, (LIVES[0],)),)
     assert directory.find([identity(0)], 5) == ()
@@ -142,24 +138,11 @@ def test_an_identity_of_another_length_is_no_hit() -> None:
 def test_runs_are_as_long_as_their_holders_agree() -> None:
     """Consecutive blocks of the same holders are one run."""
     directory = Directory()
-    directory.apply(Report(LIVES[0], 1, CAPACITY, starts_over=True, published=[entry(n) for n in (0, 1, 2)]))
-    directory.apply(Report(LIVES[2], 1, CAPACITY, starts_over=True, published=[entry(n) for n in (2, 3)]))
+    directory.apply(Report(LIVES[0], 1, starts_over=True, published=[entry(n) for n in (0, 1, 2)]))
+    directory.apply(Report(LIVES[2], 1, starts_over=True, published=[entry(n) for n in (2, 3)]))
     runs = directory.find(map(identity, range(6)))
     assert runs == (
         Run(2, (LIVES[0],)),
         Run(1, (LIVES[0], LIVES[2])),
         Run(1, (LIVES[2],)),
     )
-
-
-def test_a_life_is_whole_when_its_last_page_came() -> None:
-    """Until all that follows a report that starts over has come, what a life holds is not all known."""
-    directory = Directory()
-    life = LIVES[0]
-    assert not directory.is_whole(life)
-    directory.apply(Report(life, 4, CAPACITY, starts_over=True, has_more=True))
-    assert not directory.is_whole(life)
-    directory.apply(Report(life, 5, CAPACITY))
-    assert directory.is_whole(life)
-    directory.apply(Report(life, 6, CAPACITY, has_more=True))
-    assert directory.is_whole(life)
