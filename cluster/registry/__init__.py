@@ -1,1 +1,1 @@
-"""Who lives and who holds which block, kept where a restarted controller and new processes find it."""
+"""Who lives, kept where a restarted controller and new processes find it."""

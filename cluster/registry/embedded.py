@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Sequence
 
-from cluster.blocks import BlockHash
 from cluster.clock import Clock, monotonic
 from cluster.errors import Fenced
 from cluster.registry.interface import (
     PAST_EPOCHS_MOST,
     ControllerRecord,
-    Holder,
     MemberRecord,
     RegistryView,
 )
 from cluster.types import Epoch, WorkerId
-
-BLOCKS_MOST = 1_000_000
-"""Blocks remembered; beyond, those written longest ago are forgotten."""
 
 
 class EmbeddedRegistry:
@@ -34,7 +29,6 @@ class EmbeddedRegistry:
         self._version, self._version_until_s = 0, 0.0
         self._members: dict[WorkerId, tuple[MemberRecord, float]] = {}
         self._past: dict[WorkerId, deque[Epoch]] = {}
-        self._blocks: OrderedDict[BlockHash, tuple[dict[WorkerId, Holder], float]] = OrderedDict()
 
     def claim(self, controller: ControllerRecord, *, take_over: bool) -> None:
         """See `Registry`."""
@@ -75,35 +69,6 @@ class EmbeddedRegistry:
             past = {worker: tuple(epochs) for worker, epochs in self._past.items()}
             return RegistryView(self._present_version(), self._present_controller(), tuple(members), past)
 
-    def put(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
-        """See `Registry`."""
-        with self._lock:
-            self._require(writer)
-            until_s = self._clock() + self._lease_s
-            for block, holders in entries.items():
-                known = self._holders_of(block)
-                self._blocks[block] = (known | {holder.worker: holder for holder in holders}, until_s)
-                self._blocks.move_to_end(block)
-            while len(self._blocks) > BLOCKS_MOST:
-                self._blocks.popitem(last=False)
-
-    def remove(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
-        """See `Registry`."""
-        with self._lock:
-            self._require(writer)
-            for block, holders in entries.items():
-                known = self._holders_of(block)
-                for holder in holders:
-                    if holder.worker in known and known[holder.worker].epoch == holder.epoch:
-                        del known[holder.worker]
-                if not known:
-                    self._blocks.pop(block, None)
-
-    def holders(self, hashes: Sequence[BlockHash]) -> Mapping[BlockHash, tuple[Holder, ...]]:
-        """See `Registry`."""
-        with self._lock:
-            return {block: self._living(block) for block in hashes}
-
     def close(self) -> None:
         """Nothing is open."""
 
@@ -134,13 +99,3 @@ class EmbeddedRegistry:
 
     def _retire(self, worker: WorkerId, epoch: Epoch) -> None:
         self._past.setdefault(worker, deque(maxlen=PAST_EPOCHS_MOST)).append(epoch)
-
-    def _holders_of(self, block: BlockHash) -> dict[WorkerId, Holder]:
-        known, until_s = self._blocks.get(block, ({}, 0.0))
-        return known if self._clock() < until_s else {}
-
-    def _living(self, block: BlockHash) -> tuple[Holder, ...]:
-        known = self._holders_of(block)
-        return tuple(
-            known[worker] for worker in sorted(known) if self._epoch_of(worker) == known[worker].epoch
-        )

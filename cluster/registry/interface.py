@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.blocks import BlockHash
 from cluster.types import Epoch, WorkerId
 
 PAST_EPOCHS_MOST = 64
@@ -53,18 +52,8 @@ class RegistryView:
     past: Mapping[WorkerId, tuple[Epoch, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """A life that holds a block; `position` is the block's index in its chain."""
-
-    worker: WorkerId
-    epoch: Epoch
-    position: int
-
-
 class Registry(Protocol):
-    """Membership and prefix directory. Safe to call from several threads; a call takes a few
-    deadlines at most.
+    """The membership. Safe to call from several threads; a call takes a few deadlines at most.
 
     Every method raises Unavailable when the registry does not answer, ResourceExhausted when it answers
     but refuses writes, Unauthenticated when it refuses the password. What is not written again within
@@ -97,18 +86,6 @@ class Registry(Protocol):
         """The whole membership. What is written meanwhile may be in it already: its version is that of the
         beginning, so that whoever compares versions looks again.
         """
-        ...
-
-    def put(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
-        """Add holders of blocks; a worker's entry replaces its earlier one. Raises Fenced as `publish`."""
-        ...
-
-    def remove(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
-        """Remove holders of blocks, of these lives only. Raises Fenced as `publish`."""
-        ...
-
-    def holders(self, hashes: Sequence[BlockHash]) -> Mapping[BlockHash, tuple[Holder, ...]]:
-        """Who holds each of these blocks, in order of names; lives that are not members are left out."""
         ...
 
     def close(self) -> None:

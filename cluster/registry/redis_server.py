@@ -5,7 +5,7 @@ The one file that imports `redis`, and its one translator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,11 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cluster.blocks import BlockHash
 from cluster.errors import AnabranchError, Fenced, Internal, ResourceExhausted, Unauthenticated, Unavailable
 from cluster.registry import scripts
 from cluster.registry.interface import (
     PAST_EPOCHS_MOST,
     ControllerRecord,
-    Holder,
     MemberRecord,
     RegistryView,
 )
@@ -28,7 +26,7 @@ from cluster.types import Epoch, WorkerId
 
 _REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
 _BATCH_MOST = 500
-"""Members or blocks in one call: Redis does nothing else meanwhile."""
+"""Members in one call: Redis does nothing else meanwhile."""
 
 
 class RedisRegistry:
@@ -45,9 +43,6 @@ class RedisRegistry:
         self._publish = script(scripts.PUBLISH.replace("{past_most}", str(PAST_EPOCHS_MOST)))
         self._head = script(scripts.HEAD)
         self._members = script(scripts.MEMBERS)
-        self._put = script(scripts.PUT)
-        self._remove = script(scripts.REMOVE)
-        self._holders = script(scripts.HOLDERS)
 
     def claim(self, controller: ControllerRecord, *, take_over: bool) -> None:
         """See `Registry`."""
@@ -89,24 +84,6 @@ class RedisRegistry:
                 if ended:
                     past[worker] = tuple(map(_epoch, reversed(ended)))
         return RegistryView(int(version), _controller(controller), tuple(members), past)
-
-    def put(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
-        """See `Registry`."""
-        for words in _entry_words(entries):
-            self._write(self._put, writer, words)
-
-    def remove(self, writer: Epoch, entries: Mapping[BlockHash, Sequence[Holder]]) -> None:
-        """See `Registry`."""
-        for words in _entry_words(entries):
-            self._write(self._remove, writer, words)
-
-    def holders(self, hashes: Sequence[BlockHash]) -> Mapping[BlockHash, tuple[Holder, ...]]:
-        """See `Registry`."""
-        found: dict[BlockHash, tuple[Holder, ...]] = {}
-        for part in _parts(hashes):
-            answers = self._run(self._holders, part)
-            found |= {block: _read_holders(raw) for block, raw in zip(part, answers, strict=True)}
-        return found
 
     def close(self) -> None:
         """See `Registry`."""
@@ -193,21 +170,3 @@ def _controller(raw: Sequence[bytes | None]) -> ControllerRecord | None:
     if epoch is None or address is None or agreement is None or welcome is None:
         return None
     return ControllerRecord(_epoch(epoch), address.decode(), agreement.decode(), welcome)
-
-
-def _entry_words(entries: Mapping[BlockHash, Sequence[Holder]]) -> Iterator[list[Any]]:
-    flat = [(block, holder) for block, holders in entries.items() for holder in holders]
-    for part in _parts(flat):
-        yield [
-            word
-            for block, holder in part
-            for word in (block, holder.worker, _hexadecimal(holder.epoch), holder.position)
-        ]
-
-
-def _read_holders(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Holder, ...]:
-    found = []
-    for worker, place in raw:
-        epoch, _, position = place.partition(b":")
-        found.append(Holder(WorkerId(worker.decode()), _epoch(epoch), int(position)))
-    return tuple(sorted(found, key=lambda holder: holder.worker))

@@ -6,7 +6,6 @@ cluster's name in braces, so that they share a slot where Redis is itself a clus
     PREFIX names             set of worker ids
     PREFIX member:WORKER     hash: epoch, body
     PREFIX past:WORKER       list of epochs, newest first
-    PREFIX block:HASH        hash: worker -> EPOCH:POSITION
 
 Every key has a time to live. Epochs are 16 hexadecimal digits. KEYS[1] is PREFIX controller, ARGV[1] PREFIX;
 what writes gets the writer's epoch as ARGV[2] and the lease in milliseconds as ARGV[3].
@@ -90,48 +89,3 @@ end
 return found
 """
 """Also: workers. For each, epoch and body if it is a member, and its past epochs."""
-
-PUT = (
-    _REQUIRE_WRITER
-    + """
-for at = 4, #ARGV, 4 do
-  local block = prefix .. 'block:' .. ARGV[at]
-  redis.call('HSET', block, ARGV[at + 1], ARGV[at + 2] .. ':' .. ARGV[at + 3])
-  redis.call('PEXPIRE', block, lease)
-end
-return 'OK'
-"""
-)
-"""Also: entries as hash, worker, epoch and position. FENCED or OK."""
-
-REMOVE = (
-    _REQUIRE_WRITER
-    + """
-for at = 4, #ARGV, 4 do
-  local block, worker = prefix .. 'block:' .. ARGV[at], ARGV[at + 1]
-  local held = redis.call('HGET', block, worker)
-  if held and string.sub(held, 1, 16) == ARGV[at + 2] then redis.call('HDEL', block, worker) end
-end
-return 'OK'
-"""
-)
-"""Arguments as PUT's; positions do not matter."""
-
-HOLDERS = """
-local prefix, lives, found = ARGV[1], {}, {}
-for at = 2, #ARGV do
-  local block, living = redis.call('HGETALL', prefix .. 'block:' .. ARGV[at]), {}
-  for i = 1, #block, 2 do
-    local worker = block[i]
-    if lives[worker] == nil then
-      lives[worker] = redis.call('HGET', prefix .. 'member:' .. worker, 'epoch')
-    end
-    if lives[worker] == string.sub(block[i + 1], 1, 16) then
-      living[#living + 1] = {worker, block[i + 1]}
-    end
-  end
-  found[#found + 1] = living
-end
-return found
-"""
-"""Also: hashes. For each, its holders as worker and EPOCH:POSITION, members' lives only."""

@@ -27,7 +27,7 @@ class RegistryAddress:
 
 
 class RegistryConfig(Section):
-    """Where membership and prefix directory are kept; `registry: redis://HOST:PORT/DB` is short for url."""
+    """Where the membership is kept; `registry: redis://HOST:PORT/DB` is short for url."""
 
     url: str | None = Field(
         None,

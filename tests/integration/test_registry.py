@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.blocks import BlockHash
 from cluster.clock import ManualClock
 from cluster.errors import ConfigError, Fenced, Unauthenticated, Unavailable
 from cluster.registry.embedded import EmbeddedRegistry
-from cluster.registry.interface import ControllerRecord, Holder, MemberRecord, Registry
+from cluster.registry.interface import ControllerRecord, MemberRecord, Registry
 from cluster.registry.opening import open_registry
 from cluster.registry.settings import RegistryConfig
 from cluster.types import Epoch, WorkerId
@@ -112,17 +111,12 @@ def _member(worker: WorkerId, epoch: int, body: bytes = b"body") -> MemberRecord
     return MemberRecord(worker, Epoch(epoch), body)
 
 
-def _block(number: int) -> BlockHash:
-    return BlockHash(number.to_bytes(32, "big"))
-
-
 def test_an_empty_registry_knows_nothing(make: Make) -> None:
-    """Nobody wrote: version 0, no controller, no members, no holders."""
+    """Nobody wrote: version 0, no controller, no members."""
     registry = make(LEASE_S).registry
     assert registry.version() == 0
     view = registry.read()
     assert (view.version, view.controller, view.members, dict(view.past)) == (0, None, (), {})
-    assert registry.holders([_block(1)]) == {_block(1): ()}
 
 
 def test_what_is_published_is_read(registry: Registry) -> None:
@@ -175,8 +169,6 @@ def test_leases_run_out_and_are_renewed(make: Make) -> None:
 def test_only_the_controller_that_claimed_last_writes(registry: Registry) -> None:
     """A second controller takes over; what the first writes afterwards is refused, whatever it is."""
     registry.publish(WRITER, 1, [_member(DENSE, 1)], ())
-    entries = {_block(1): [Holder(DENSE, Epoch(1), 0)]}
-    registry.put(WRITER, entries)
     successor = ControllerRecord(Epoch(0xB), "127.0.0.2:8600", "wire 2", b"")
     with pytest.raises(Fenced):
         registry.claim(successor, take_over=False)
@@ -184,14 +176,11 @@ def test_only_the_controller_that_claimed_last_writes(registry: Registry) -> Non
     for write in (
         lambda: registry.claim(CONTROLLER, take_over=False),
         lambda: registry.publish(WRITER, 2, (), [(DENSE, Epoch(1))]),
-        lambda: registry.put(WRITER, {_block(2): [Holder(DENSE, Epoch(1), 0)]}),
-        lambda: registry.remove(WRITER, entries),
     ):
         with pytest.raises(Fenced):
             write()
     view = registry.read()
     assert (view.controller, view.version, view.members) == (successor, 1, (_member(DENSE, 1),))
-    assert registry.holders([_block(1), _block(2)]) == {_block(1): (entries[_block(1)][0],), _block(2): ()}
 
 
 def test_nobody_writes_before_a_claim(make: Make) -> None:
@@ -200,44 +189,12 @@ def test_nobody_writes_before_a_claim(make: Make) -> None:
         make(LEASE_S).registry.publish(WRITER, 1, [_member(DENSE, 1)], ())
 
 
-def test_holders_of_blocks(registry: Registry) -> None:
-    """Several workers hold a block; each has one entry, the latest; removal is by life."""
-    registry.publish(WRITER, 1, [_member(DENSE, 1), _member(ATTENTION, 2)], ())
-    dense, attention = Holder(DENSE, Epoch(1), 3), Holder(ATTENTION, Epoch(2), 3)
-    registry.put(WRITER, {_block(1): [dense, Holder(ATTENTION, Epoch(2), 9)], _block(2): [attention]})
-    registry.put(WRITER, {_block(1): [attention]})
-    assert registry.holders([_block(2), _block(1), _block(3)]) == {
-        _block(1): (attention, dense),
-        _block(2): (attention,),
-        _block(3): (),
-    }
-    registry.remove(WRITER, {_block(1): [dense, Holder(ATTENTION, Epoch(99), 3)], _block(3): [dense]})
-    assert registry.holders([_block(1)]) == {_block(1): (attention,)}
-
-
-def test_entries_of_a_gone_life_are_never_returned(registry: Registry) -> None:
-    """Neither of a life that was replaced nor of one that left nor of one that never was a member."""
-    registry.publish(WRITER, 1, [_member(DENSE, 1), _member(ATTENTION, 2)], ())
-    stranger = Holder(WorkerId("attention-9"), Epoch(9), 0)
-    registry.put(WRITER, {_block(1): [Holder(DENSE, Epoch(1), 0), Holder(ATTENTION, Epoch(2), 0), stranger]})
-    registry.publish(WRITER, 2, [_member(DENSE, 7)], [(ATTENTION, Epoch(2))])
-    assert registry.holders([_block(1)]) == {_block(1): ()}
-    registry.put(WRITER, {_block(1): [Holder(DENSE, Epoch(7), 0)]})
-    assert registry.holders([_block(1)]) == {_block(1): (Holder(DENSE, Epoch(7), 0),)}
-
-
-def test_thousands_of_members_and_blocks(registry: Registry) -> None:
+def test_thousands_of_members(registry: Registry) -> None:
     """What takes more than one call is written and read as a whole."""
     members = [_member(WorkerId(f"attention-{index:04}"), index + 1) for index in range(1201)]
     registry.publish(WRITER, 5, members, ())
     assert registry.read().members == tuple(members)
     assert registry.version() == 5
-    blocks = {
-        _block(index): (Holder(members[index % 1201].worker, members[index % 1201].epoch, index),)
-        for index in range(2500)
-    }
-    registry.put(WRITER, blocks)
-    assert registry.holders(list(blocks)) == blocks
 
 
 @pytest.mark.redis
@@ -251,7 +208,6 @@ def test_every_key_has_a_time_to_live_and_the_clusters_name(tmp_path: Path) -> N
             registry.publish(WRITER, 1, [_member(DENSE, 1)], ())
             registry.publish(WRITER, 2, [_member(DENSE, 2), _member(ATTENTION, 1)], ())
             registry.publish(WRITER, 3, (), [(ATTENTION, Epoch(1))])
-            registry.put(WRITER, {_block(1): [Holder(DENSE, Epoch(2), 0)]})
             assert registry.read().version == 3
             registry.close()
         keys = [key.decode(errors="replace") for key in client.scan_iter()]
