@@ -111,11 +111,13 @@ class TwoDenseWorkers:
         wait_until(lambda: self.found(token_ids) == tokens)
 
     def _join(self, worker: WorkerId) -> None:
-        self._clients.append(joined(self.controller, self.cluster, worker))
+        client = joined(self.controller, self.cluster, worker)
+        client.set_state(inference_pb2.MEMBER_STATE_READY)
+        self._clients.append(client)
 
 
 def joined(controller: DirectoryController, cluster: DenseCluster, worker: WorkerId) -> MembershipClient:
-    """A cluster's attention worker as a member that reports its pool; to be closed."""
+    """A cluster's attention worker as a member that still starts and reports its pool; to be closed."""
     server = cluster.workers[worker]
     client = MembershipClient(
         RoleContext("attention", controller.config, worker, 0, cluster.epochs[worker], controller.address),
@@ -127,5 +129,4 @@ def joined(controller: DirectoryController, cluster: DenseCluster, worker: Worke
     )
     client.start()
     client.set_pool(server.core.journal)
-    client.set_state(inference_pb2.MEMBER_STATE_READY)
     return client

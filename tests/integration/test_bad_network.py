@@ -28,6 +28,8 @@ from tests.misbehaving_proxy import PROXY_HOST, Manner, MisbehavingProxy
 from tests.models import Reference, random_prompt, reference_tokens
 from workers.dense.members import AttentionMember
 
+pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
+
 PROMPT = random_prompt(75, 1)
 COUNT = 120
 FIRST, SECOND = (WorkerId(f"attention-{index}") for index in range(2))

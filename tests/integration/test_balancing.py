@@ -29,7 +29,7 @@ from workers.membership import MembershipClient
 from workers.role import RoleContext
 
 PROMPT = random_prompt(120, 1)
-COUNT = 240
+COUNT = 380
 SHAPE = Shape(attention_workers=2, worker_blocks=16, shard_tokens=48)
 SETTINGS = BalancerSettings(block_tokens=SHAPE.block_tokens, interval_s=0.05)
 THIRD = WorkerId("attention-2")
@@ -56,7 +56,7 @@ class Balanced:
         self._stack.callback(self.dense.stop)
         self.dense.start()
         for worker in self.cluster.workers:
-            self.join(worker)
+            self.join(worker).set_state(inference_pb2.MEMBER_STATE_READY)
         config, address = self.controller.config, self.controller.address
         client = MembershipClient(
             RoleContext("dense", config, WorkerId("dense-0"), 0, draw_epoch(), address),
@@ -76,10 +76,11 @@ class Balanced:
     def __exit__(self, *_error: object) -> None:
         self._stack.close()
 
-    def join(self, worker: WorkerId) -> None:
-        """An attention worker becomes a member."""
+    def join(self, worker: WorkerId) -> MembershipClient:
+        """An attention worker becomes a member that nobody uses before it says that it is ready."""
         client = joined(self.controller, self.cluster, worker)
         self._stack.callback(client.close)
+        return client
 
     @property
     def moved(self) -> float:
@@ -101,11 +102,12 @@ def test_a_worker_that_joins_is_given_its_part(folder: Path, expected: Reference
     tokens are the reference's.
     """
     with Balanced(folder, SETTINGS) as pool:
+        pool.cluster.start_worker(THIRD)
+        third = pool.join(THIRD)
         submission = pool.cluster.submit(request(PROMPT, COUNT), pool.dense.engine)
         output = pool.cluster.listener.wait(submission, some)
         assert pool.moved == 0
-        pool.cluster.start_worker(THIRD)
-        pool.join(THIRD)
+        third.set_state(inference_pb2.MEMBER_STATE_READY)
         wait_until(lambda: pool.moved > 0)
         assert_continues(pool.cluster.listener.wait(submission), expected)
         assert any(shard.worker == THIRD for shards in output.maps for shard in shards)
@@ -124,10 +126,11 @@ def test_an_even_pool_is_left_alone(folder: Path, expected: Reference) -> None:
 def test_no_interval_plans_nothing(folder: Path, expected: Reference) -> None:
     """`placement.plan_interval_s: 0`: a worker that joins gets new sequences only."""
     with Balanced(folder, replace(SETTINGS, interval_s=0.0)) as pool:
+        pool.cluster.start_worker(THIRD)
+        third = pool.join(THIRD)
         submission = pool.cluster.submit(request(PROMPT, COUNT), pool.dense.engine)
         output = pool.cluster.listener.wait(submission, some)
-        pool.cluster.start_worker(THIRD)
-        pool.join(THIRD)
+        third.set_state(inference_pb2.MEMBER_STATE_READY)
         wait_until(lambda: pool.moved >= 0 and output.is_over)
         assert_continues(output, expected)
         assert pool.moved == 0

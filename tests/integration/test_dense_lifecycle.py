@@ -25,7 +25,7 @@ from tests.models import random_prompt
 from workers.dense.deltas import FinishReason, Handoff
 
 PROMPT = random_prompt(40, 1)
-LONG = 250
+LONG = 450
 """Tokens enough that a test can act while they are generated."""
 
 TWO = Shape(attention_workers=2)
@@ -57,7 +57,7 @@ def test_an_abort_of_an_earlier_life_is_ignored(folder: Path) -> None:
 def test_a_deadline_ends_a_decoding_sequence(folder: Path) -> None:
     """A sequence whose time is over while it decodes fails DEADLINE_EXCEEDED and frees its blocks."""
     with DenseCluster(folder, TWO) as cluster:
-        output = cluster.listener.wait(cluster.submit(request(PROMPT, LONG, deadline_s=0.3)))
+        output = cluster.listener.wait(cluster.submit(request(PROMPT, LONG, deadline_s=0.15)))
         assert isinstance(output.failure, DeadlineExceeded)
         assert 0 < len(output.token_ids) < LONG
         cluster.wait_all_free(within_s=1.0)
@@ -69,7 +69,7 @@ def test_a_deadline_ends_a_queued_sequence(folder: Path) -> None:
         running = cluster.submit(request(PROMPT, LONG))
         cluster.listener.wait(running, some)
         began_s = monotonic()
-        queued = cluster.listener.wait(cluster.submit(request(PROMPT, 5, deadline_s=0.2)))
+        queued = cluster.listener.wait(cluster.submit(request(PROMPT, 5, deadline_s=0.1)))
         assert isinstance(queued.failure, DeadlineExceeded)
         assert queued.token_ids == []
         assert monotonic() - began_s < 1.0

@@ -13,6 +13,8 @@ from cluster.errors import ResourceExhausted
 from tests.models import Reference, random_prompt, reference_tokens, tiny_model
 from tests.processes import ProcessCluster, process_cluster
 
+pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
+
 TOKENS = 20
 PROMPT = random_prompt(200, 5)
 

@@ -10,6 +10,8 @@ from anabranch.cli.bench.long_decode import measure as measure_decode
 from anabranch.cli.bench.long_prefill import measure as measure_prefill
 from anabranch.cli.bench.records import Results, is_within_bound
 
+pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
+
 CACHED_TOKENS = 20_000
 STEPS = 5
 
