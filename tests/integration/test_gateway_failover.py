@@ -9,7 +9,16 @@ import pytest
 from anabranch.v1 import dense_pb2, inference_pb2, types_pb2
 from cluster import errors
 from tests.fake_dense import LETTER_IDS, FakeDense
-from tests.gateways import TOKENIZER, asynchronous, completion, eventually, expected_letters, fleet, generate
+from tests.gateways import (
+    SEED,
+    TOKENIZER,
+    asynchronous,
+    completion,
+    eventually,
+    expected_letters,
+    fleet,
+    generate,
+)
 from workers.gateway.gateway import Gateway
 
 
@@ -203,6 +212,23 @@ async def test_without_any_worker_a_new_request_fails_soon(tmp_path: Path) -> No
         await eventually(lambda: cluster.gateways[0].desk.streams_open == 1, "the request waits")
         await cluster.add_dense(FakeDense("dense-0"))
         assert (await stream).tokens() == expected_letters()
+
+
+@asynchronous
+async def test_a_resumed_stream_waits_longer_than_a_new_request(tmp_path: Path) -> None:
+    """What has tokens already is not given up while no worker is there: it waits for its deadline."""
+    known = expected_letters()[:7]
+    resume = inference_pb2.Resume(
+        generation=2, received=[inference_pb2.TokenPrompt(token_ids=known)], seed=SEED
+    )
+    async with fleet(tmp_path, gateway={"no_worker_wait_ms": 50}) as cluster:
+        resumed = asyncio.create_task(generate(cluster.stub(), completion(request_id="begun", resume=resume)))
+        await eventually(lambda: cluster.gateways[0].desk.streams_open == 1, "the stream waits")
+        with pytest.raises(errors.Unavailable, match="no dense worker"):
+            await generate(cluster.stub(), completion())
+        await cluster.add_dense(FakeDense("dense-0"))
+        rest = [token for event in (await resumed).events for token in event.delta.token_ids]
+    assert rest == expected_letters()[7:]
 
 
 @asynchronous

@@ -185,6 +185,7 @@ def test_new_processes_find_the_cluster_while_the_controller_is_away(
             cluster.launch(name)
         cluster.await_ready(*ROLES)
         lives = cluster.epochs()
+        await_(lambda: _names(server) == {name.encode() for name in ROLES})  # written a heartbeat later
         with cluster.client("gateway-0") as client:
             _assert_same(_generate(client, lambda: cluster.kill("controller")), reference)
         newcomers = ("attention-1", "dense-1", "gateway-1")

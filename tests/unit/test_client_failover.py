@@ -8,6 +8,7 @@ from anabranch.failover import Failover
 from cluster.clock import ManualClock
 from cluster.errors import DeadlineExceeded, Stopping, Unavailable
 
+NO_WORKER = Unavailable("no dense worker is ready")
 GONE = Unavailable("gone")
 
 
@@ -74,6 +75,18 @@ def test_a_gateway_that_says_nothing_new_is_no_outage() -> None:
     clock.advance(25)
     with pytest.raises(Unavailable, match="no gateway answered"):
         failover.interrupted(GONE)
+
+
+def test_a_gateway_that_begins_and_then_says_no_is_an_outage() -> None:
+    """A gateway without a dense worker accepts a request and ends it after some seconds, again and again."""
+    clock = ManualClock()
+    failover = make_failover(clock)
+    for _ in range(6):
+        failover.interrupted(NO_WORKER, is_answer=True)
+        clock.advance(5)
+        failover.heard()
+    with pytest.raises(Unavailable, match=r"no gateway serves this for 30 s \(a\): no dense worker"):
+        failover.interrupted(NO_WORKER, is_answer=True)
 
 
 def test_a_cluster_that_was_stopped_is_named_as_such() -> None:

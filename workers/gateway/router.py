@@ -71,7 +71,8 @@ class Router:
         if preferred is not None and preferred.usable:
             self._send(choices, preferred)
         elif not self._route(choices):
-            self._loop.call_later(self._patience_s, self._give_up, choices)
+            new = [choice for choice in choices if not choice.tokens]  # what has begun waits for its deadline
+            self._loop.call_later(self._patience_s, self._give_up, new)
 
     def end(self, choice: Choice, abort: bool) -> None:
         """Forget a choice; `abort` lets its dense worker free what it holds. Idempotent."""
