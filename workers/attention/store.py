@@ -21,8 +21,6 @@ from workers.attention.turns import Turns
 from workers.peer import Acquisition, Adoption, HeldShard, Reservation, ShardPrefix
 
 _OF_NOBODY = ShardPrefix()
-_LAST_LAYERS_S = 0.5
-"""Longest wait for a step's last layers when its sequence is released."""
 
 
 class Store:
@@ -41,8 +39,9 @@ class Store:
         lease_ms: int,
         clock: Clock,
         sharing: Sharing | None = None,
+        last_layers_s: float = 0.5,
     ) -> None:
-        """`capacity` in blocks. Without `sharing` sequences share nothing."""
+        """`capacity` in blocks. Without `sharing` nothing is shared. `last_layers_s`: see `release`."""
         self.worker = worker
         self.epoch = epoch
         self.geometry = geometry
@@ -58,6 +57,7 @@ class Store:
         self.empty.set()
         self._lease_ms = lease_ms
         self._clock = clock
+        self._last_layers_s = last_layers_s
         self._blocks = ShardBlocks(geometry, capacity, sharing)
         self._holdings: dict[SequenceKey, Holding] = {}
         self._fences = Fences(lease_ms, clock)
@@ -131,13 +131,13 @@ class Store:
 
         Positions before `computed_end` were computed by steps that are over: no row will follow that makes
         the last one certain, so it becomes certain now, and its full blocks stay as a cache. Its last layers
-        may still be on their way, which this call overtook: they are waited for, a moment.
+        may still be on their way, which this call overtook: they are waited for, at most `last_layers_s`.
         """
         with self.turns:
             holding = self._holdings.get(key)
             due = holding.arrivals(computed_end) if holding is not None else []
         for arrival in due:
-            arrival.wait(_LAST_LAYERS_S)
+            arrival.wait(self._last_layers_s)
         with self.turns:
             self._check_not_lower(key, generation)
             holding = self._holdings.get(key)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from cluster.clock import Clock, monotonic
 from cluster.config import Config, Serves
 from cluster.errors import Fenced, Internal, NeedFull
 from cluster.fault_points import reach
 from cluster.perfmodel import Line
-from cluster.policies.placement import PlacementPolicy
-from cluster.policies.scheduler import Scheduler, SchedulerLimits, StepPlan
+from cluster.policies.scheduler import Scheduler, StepPlan
 from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, WorkerId
 from workers.dense.deltas import FinishReason, Handoff, Outbox, Subscriber
@@ -22,11 +22,12 @@ from workers.dense.metrics import DenseMetrics
 from workers.dense.micro_batches import MicroBatches
 from workers.dense.model import Decoder
 from workers.dense.mover import Mover
-from workers.dense.pool import Pool
+from workers.dense.pool import Executors, Pool
 from workers.dense.prefixes import Find, PrefixIndex
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable, TableLimits
 from workers.dense.sequences import LiveSequence, Submission
+from workers.dense.settings import placement_policy, scheduler_limits
 from workers.dense.shard_keeper import ShardKeeper
 from workers.dense.step_layout import Chunk
 from workers.dense.step_runner import StepOutcome, StepRunner
@@ -65,10 +66,12 @@ class Engine:
         on_step: Callable[[StepOutcome], None] | None = None,
         serves: Serves = "both",
         find: Find | None = None,
+        executors: Executors = ThreadPoolExecutor,
     ) -> None:
         """`connect` makes the peers of attention workers; `kernel` attends chunks over themselves; `on_step`
         is told of each step on the engine's thread, before its tokens leave. One that serves "prefill" gives
-        new sequences away as soon as their prompt is certain. `find` asks the directory for prefixes.
+        new sequences away as soon as their prompt is certain. `find` asks the directory for prefixes;
+        `executors` run the pool's calls.
         """
         self._on_step = on_step
         self._serves = serves
@@ -79,14 +82,15 @@ class Engine:
             decoder.spec.max_sequence_length,
         )
         self._eos_token_ids = decoder.spec.eos_token_ids
-        self._inbox = Inbox(_OFFERS_MOST)
+        self._inbox = Inbox(_OFFERS_MOST, clock)
         self._outbox = Outbox()
         self._lanes = LaneSet(config.lanes)
         self._micro_batches = MicroBatches(config.dense.micro_batches)
         self._runner = StepRunner(decoder, kernel, self._lanes, self._micro_batches)
-        limits = _scheduler_limits(config, self.max_sequence_length, decoder.spec.window_tokens)
+        limits = scheduler_limits(config, self.max_sequence_length, decoder.spec.window_tokens)
         self._scheduler = Scheduler(limits)
-        self.pool = Pool(_placement_policy(config), connect, self, config.attention.lease_ms, find)
+        policy, lease_ms = placement_policy(config), config.attention.lease_ms
+        self.pool = Pool(policy, connect, self, lease_ms, find, clock, executors)
         table_limits = TableLimits(config.dense.max_finished, config.dense.orphan_grace_ms / 1000)
         self._table = SequenceTable(table_limits, self._scheduler, self.pool, self._outbox, clock)
         self._door = Door(
@@ -219,25 +223,37 @@ class Engine:
         """Whether a lane to this life of a worker is open."""
         return self._lanes.leads_to(worker, epoch)
 
+    def turn(self) -> bool:
+        """One pass of the loop; whether there was something to compute. For the engine's thread, or for
+        whoever keeps the clock in its place.
+        """
+        plan = self._plan()
+        if not plan.rows:
+            return False
+        outcome = self._run(plan)
+        if outcome is not None:
+            reach("append-apply")
+            self._apply(plan, outcome)
+        return True
+
+    def leave(self) -> None:
+        """The last pass: every sequence goes back to its gateway."""
+        self._inbox.run(_OFFERS_MOST, _LAST_CALLS_BUDGET_S)
+        self._table.hand_over_all()
+        self._outbox.flush(self._step)
+
     def _loop(self) -> None:
         try:
             while not self._stopping:
-                plan = self._plan()
-                if not plan.rows:
+                if not self.turn():
                     self._inbox.wait(self._pause_s())
-                    continue
-                outcome = self._run(plan)
-                if outcome is not None:
-                    reach("append-apply")
-                    self._apply(plan, outcome)
-            self._inbox.run(_OFFERS_MOST, _LAST_CALLS_BUDGET_S)
-            self._table.hand_over_all()
+            self.leave()
         except Exception as error:  # noqa: BLE001  every request gets an answer, also from an engine that broke
             _log.error("engine_failed", error=error, step=self._step)
             self._table.fail_all(Internal(f"the dense worker's engine failed: {type(error).__name__}"))
             self._submissions.draining = True
             self.failed.set()
-        self._outbox.flush(self._step)
+            self._outbox.flush(self._step)
 
     def _plan(self) -> StepPlan:
         """What the next step does; maps and refusals leave before it."""
@@ -377,22 +393,3 @@ class Engine:
     def _pause_s(self) -> float:
         """Until something is due by itself."""
         return max(0.0, min(_IDLE_S, self._scheduler.due_s() - self._clock()))
-
-
-def _scheduler_limits(config: Config, max_sequence_length: int, window_tokens: int | None) -> SchedulerLimits:
-    return SchedulerLimits(
-        step_tokens=config.dense.step_tokens,
-        max_batch=config.dense.max_batch,
-        max_waiting=config.dense.max_waiting,
-        reserve_ahead_tokens=config.dense.reserve_ahead_tokens,
-        max_sequence_length=max_sequence_length,
-        window_tokens=window_tokens,
-    )
-
-
-def _placement_policy(config: Config) -> PlacementPolicy:
-    return PlacementPolicy(
-        block_tokens=config.attention.block_tokens,
-        shard_tokens=config.placement.shard_tokens,
-        max_shards=config.placement.max_shards,
-    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from time import monotonic
 
+from cluster.clock import Clock, monotonic
 from cluster.errors import Unavailable
 
 Call = Callable[[], None]
@@ -19,8 +19,9 @@ class Inbox:
     adoptions, peers) and bounded by it: at most a few per live sequence and per peer.
     """
 
-    def __init__(self, offers_most: int) -> None:
+    def __init__(self, offers_most: int, clock: Clock = monotonic) -> None:
         self._offers_most = offers_most
+        self._clock = clock
         self._calls: deque[Call] = deque()
         self._changed = threading.Condition()
 
@@ -45,9 +46,9 @@ class Inbox:
 
     def run(self, most: int, budget_s: float) -> int:
         """Do up to `most` calls within about `budget_s` seconds, so that steps go on; returns how many."""
-        began_s = monotonic()
+        began_s = self._clock()
         done = 0
-        while done < most and monotonic() - began_s < budget_s:
+        while done < most and self._clock() - began_s < budget_s:
             with self._changed:
                 if not self._calls:
                     break

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from time import monotonic
 from typing import Protocol, TypeVar
 
+from cluster.clock import Clock, monotonic
 from cluster.errors import AnabranchError, Fenced, Internal
 from cluster.policies.placement import PlacementPolicy, inadmissible
 from cluster.telemetry import logger
@@ -32,6 +32,10 @@ _PULL_THREADS = 2
 _RECONNECT_S = 0.5
 _RENEW_KEYS_MOST = 1024
 """Sequences named in one call to renew."""
+
+
+Executors = Callable[[int, str], Executor]
+"""Makes an executor of so many threads, called so; one of a single thread keeps the order of its calls."""
 
 
 class PoolListener(Protocol):
@@ -69,6 +73,8 @@ class Pool:
         listener: PoolListener,
         lease_ms: int,
         find: Find | None = None,
+        clock: Clock = monotonic,
+        executors: Executors = ThreadPoolExecutor,
     ) -> None:
         """`find` asks the directory; without it only prefixes seen here are known."""
         self.members = MemberTable()
@@ -78,10 +84,12 @@ class Pool:
         self._find = find
         self._connect = connect
         self._listener = listener
+        self._clock = clock
         self._renew_pause_s = lease_ms / 4000
-        self._by_key = [ThreadPoolExecutor(1, f"pool-{index}") for index in range(_KEY_THREADS)]
-        self._connectors = ThreadPoolExecutor(_CONNECT_THREADS, "connect")
-        self._pullers = ThreadPoolExecutor(_PULL_THREADS, "pull")
+        self._renew_s = clock() + self._renew_pause_s
+        self._by_key = [executors(1, f"pool-{index}") for index in range(_KEY_THREADS)]
+        self._connectors = executors(_CONNECT_THREADS, "connect")
+        self._pullers = executors(_PULL_THREADS, "pull")
         self._connected = threading.Condition()
         self._closing = False
         self._wake = threading.Event()
@@ -118,7 +126,7 @@ class Pool:
 
     def broken(self, worker: WorkerId, epoch: Epoch) -> None:
         """The lane to a life of a worker broke. It is connected again if it still lives."""
-        peer = self.members.disconnect(worker, epoch, monotonic())
+        peer = self.members.disconnect(worker, epoch, self._clock())
         if peer is not None:
             self._later(self._connectors, peer.close)
 
@@ -208,6 +216,18 @@ class Pool:
 
         self._in_order(key, renounce)
 
+    def tend(self) -> float:
+        """Connect where membership names a life without a lane; renew leases before they end. Returns after
+        how many seconds to look again.
+        """
+        for member in self.members.due(self._clock(), _RECONNECT_S):
+            self._later(self._connectors, partial(self._open, member))
+        if self._clock() >= self._renew_s:
+            self._renew_s = self._clock() + self._renew_pause_s
+            for peer in self.members.peers():
+                self._later(self._connectors, partial(self._renew, peer))
+        return min(_RECONNECT_S, max(0.0, self._renew_s - self._clock()))
+
     def _looked_up(self, wanted: PrefixWanted) -> PrefixWanted:
         """With what the directory knows beyond the sources given."""
         if self._find is None or not wanted.asks:
@@ -220,7 +240,7 @@ class Pool:
     def _in_order(self, key: SequenceKey, call: Callable[[], None]) -> None:
         self._later(self._by_key[zlib.crc32(str(key).encode()) % _KEY_THREADS], call)
 
-    def _later(self, executor: ThreadPoolExecutor, call: Callable[[], None]) -> None:
+    def _later(self, executor: Executor, call: Callable[[], None]) -> None:
         def guarded() -> None:
             try:
                 call()
@@ -231,16 +251,8 @@ class Pool:
             executor.submit(guarded)
 
     def _keep(self) -> None:
-        """Connect where membership names a life without a lane; renew leases before they end."""
-        renew_s = monotonic() + self._renew_pause_s
         while not self._closing:
-            for member in self.members.due(monotonic(), _RECONNECT_S):
-                self._later(self._connectors, partial(self._open, member))
-            if monotonic() >= renew_s:
-                renew_s = monotonic() + self._renew_pause_s
-                for peer in self.members.peers():
-                    self._later(self._connectors, partial(self._renew, peer))
-            self._wake.wait(min(_RECONNECT_S, max(0.0, renew_s - monotonic())))
+            self._wake.wait(self.tend())
             self._wake.clear()
 
     def _open(self, member: AttentionMember) -> None:
