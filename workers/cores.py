@@ -13,6 +13,7 @@ from typing import Literal
 
 from cluster.config import Config
 from cluster.errors import ConfigError
+from workers.kernels.select import let_threads_spin
 
 _SPIN_US = 50
 """Longer than a reply takes that comes at once, shorter than what a sleeping core takes to wake twice."""
@@ -52,8 +53,16 @@ def pin(config: Config, role: Literal["dense", "attention"], index: int) -> floa
     """
     cores = own_cores(config, role, index, sorted(os.sched_getaffinity(0)))
     if cores:
-        os.sched_setaffinity(0, cores)
+        keep_to(cores)
     return spin_s(config, is_pinned=bool(cores))
+
+
+def keep_to(cores: Sequence[int]) -> None:
+    """Keep this process, and every thread it starts from now on, on cores that nobody else computes on: its
+    threads ask for more work for a moment before they sleep.
+    """
+    os.sched_setaffinity(0, cores)
+    let_threads_spin()
 
 
 def spin_s(config: Config, *, is_pinned: bool) -> float:

@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from cluster.model_spec import ModelSpec
 from tests.memory_attention import MemoryAttention, run_step
 from tests.models import random_prompt, tiny_model
 from workers.dense.model import Decoder
-from workers.dense.weights import Linear, load_weights, packing_pays
+from workers.dense.weights import load_weights
 
 CPU = torch.device("cpu")
 MEBIBYTE = 2**20
@@ -39,7 +38,7 @@ BIG = {
 MEASURE = """
 import sys, torch
 from cluster.model_spec import ModelSpec
-from workers.dense.weights import Linear, load_weights, packing_pays
+from workers.dense.weights import load_weights
 
 def peak_bytes():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -119,27 +118,6 @@ def test_sharded_weights_are_the_same_model(tmp_path: Path, folder: Path) -> Non
     assert one.spec.digest == many.spec.digest
 
 
-def weight_of(linear: Linear) -> torch.Tensor:
-    """[outputs, inputs], whatever order a projection keeps its weights in: what it makes of unit vectors."""
-    return replace(linear, bias=None)(torch.eye(linear.weight.shape[1], dtype=linear.weight.dtype)).T
-
-
-def test_packed_weights_are_the_same_projection(folder: Path) -> None:
-    """A projection whose weights were packed gives what the plain one does up to a rounding, for any rows."""
-    if not packing_pays(torch.bfloat16, CPU):
-        pytest.skip("this processor or build has no packed bfloat16 projections")
-    generator = torch.Generator().manual_seed(0)
-    plain = Linear(
-        torch.randn(96, 64, generator=generator).bfloat16(), torch.randn(96, generator=generator).bfloat16()
-    )
-    for rows in (0, 1, 3, 8, 33):
-        inputs = torch.randn(rows, 64, generator=generator).bfloat16()
-        torch.testing.assert_close(plain.packed()(inputs), plain(inputs), atol=0.05, rtol=0.02)
-    spec = ModelSpec.from_folder(folder)
-    assert load_weights(spec, folder, torch.bfloat16, CPU).layers[0].gate_up.is_packed
-    assert not load_weights(spec, folder, torch.float32, CPU).layers[0].gate_up.is_packed
-
-
 def test_conversion_rounds_like_torch(folder: Path) -> None:
     """Float32 files load as bfloat16 and float16 with every element rounded to nearest."""
     spec, stored = ModelSpec.from_folder(folder), load_file(folder / "model.safetensors")
@@ -147,8 +125,8 @@ def test_conversion_rounds_like_torch(folder: Path) -> None:
         layer = load_weights(spec, folder, dtype, CPU).layers[1]
         attention = "model.layers.1.self_attn."
         fused = torch.cat([stored[f"{attention}{name}_proj.weight"] for name in "kv"]).to(dtype)
-        assert torch.equal(weight_of(layer.key_value), fused)
-        assert torch.equal(weight_of(layer.query), stored[f"{attention}q_proj.weight"].to(dtype))
+        assert torch.equal(layer.key_value.weight, fused)
+        assert torch.equal(layer.query.weight, stored[f"{attention}q_proj.weight"].to(dtype))
         assert layer.key_value.bias is not None
         assert layer.key_value.bias.shape == (2 * spec.kv_heads * spec.head_size,)
 

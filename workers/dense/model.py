@@ -16,7 +16,7 @@ from cluster.model_spec import ModelSpec
 from workers.dense.attention_port import AttentionPort
 from workers.dense.operators import select_operators
 from workers.dense.rope import RotaryEmbedding
-from workers.dense.weights import DecoderWeights, LayerWeights, Linear, Progress, load_weights
+from workers.dense.weights import DecoderWeights, LayerWeights, Progress, Projection, load_weights
 
 
 class Decoder:
@@ -68,7 +68,7 @@ class Decoder:
         """[n, hidden_size] final-normed hidden states -> [n, vocabulary_size] float32."""
         return self._weights.head(hidden).to(torch.float32)
 
-    def projections(self) -> Iterator[Linear]:
+    def projections(self) -> Iterator[Projection]:
         """Every matrix product of a step, in order: what remains of it without attention and all else."""
         return self._weights.projections()
 

@@ -103,12 +103,18 @@ class TorchOperators:
 
 def select_operators(dtype: torch.dtype, device: torch.device) -> RowOperators:
     """The compiled operators where they are built and serve `dtype` on `device`, else PyTorch's."""
-    if device.type != "cpu" or dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return TorchOperators()
-    try:
-        importlib.import_module("workers.kernels.cpu._native")
-    except ImportError:
+    is_served = device.type == "cpu" and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if not is_served or not has_compiled_code():
         return TorchOperators()
     from workers.kernels.cpu.operators import CpuOperators  # only now: it imports the extension
 
     return CpuOperators(dtype)
+
+
+def has_compiled_code() -> bool:
+    """Whether the extension for CPUs was built."""
+    try:
+        importlib.import_module("workers.kernels.cpu._native")
+    except ImportError:
+        return False
+    return True

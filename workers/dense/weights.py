@@ -7,9 +7,10 @@ tensor, each source range being given back at once, so that loading peaks little
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,60 +18,64 @@ from torch import Tensor
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import StoredTensor, read_stored_tensors
 from cluster.weight_shapes import require_shapes
-from workers.dense.large_pages import lay_on_large_pages
+from workers.dense.operators import has_compiled_code
 from workers.dense.weight_mapping import WeightMapping
+from workers.kernels.memory import Slabs, reserve
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each tensor."""
 
 
-_PACKED_ROWS = 8
-"""Rows for which weights are packed. Measured: one order of the weights serves batches of 1 to 256."""
+class Projection(Protocol):
+    """y = x weight^T + bias."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[outputs, inputs]; may be a copy."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[outputs]"""
+        ...
+
+    @property
+    def inputs(self) -> int:
+        """Numbers of a row."""
+        ...
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[rows, inputs] -> [rows, outputs]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """y = x weight^T + bias."""
+    """A projection with PyTorch, over the weights as they lie."""
 
     weight: Tensor
-    """[outputs, inputs]; in oneDNN's own order where packed"""
     bias: Tensor | None
-    """[outputs]"""
-    is_packed: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """See `Projection`."""
+        return self.weight.shape[1]
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """[rows, inputs] -> [rows, outputs]."""
-        if self.is_packed:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(
-                inputs, self.weight, self.bias, "none", [], ""
-            )
-            return product
+        """See `Projection`."""
         return torch.nn.functional.linear(inputs, self.weight, self.bias)
 
-    def memory(self) -> tuple[int, int]:
-        """Where packed weights lie, and their bytes."""
-        assert self.is_packed, "a plain tensor knows it by itself"
-        return torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight)
 
-    def packed(self) -> Linear:
-        """The same projection with its weights in the order in which the processor reads them.
+def projection(weight: Tensor, bias: Tensor | None, slabs: Slabs) -> Projection:
+    """The compiled product over packed weights where it is built and takes them, which is bfloat16 on CPUs;
+    else PyTorch's, which brings such weights into another order at every call.
+    """
+    if weight.dtype is torch.bfloat16 and has_compiled_code():
+        from workers.kernels.cpu.product import PackedProduct, packs  # only now: it imports the extension
 
-        `linear` brings bfloat16 weights into that order at every call: on one core with AVX-512-BF16 packing
-        once makes SmolLM2's projections 1.4 times as fast at 1 to 32 rows and 1.8 times at 256.
-        """
-        return Linear(
-            torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), _PACKED_ROWS), self.bias, True
-        )
-
-
-def packing_pays(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether packed weights are faster: bfloat16 where oneDNN has it. In float32 it depends on the rows."""
-    return (
-        dtype is torch.bfloat16
-        and device.type == "cpu"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+        if packs(weight):
+            return PackedProduct(weight, bias, slabs)
+    return Linear(weight, bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,16 +83,16 @@ class LayerWeights:
     """One decoder layer. The query projection stands alone because q leaves before k and v exist."""
 
     input_norm: Tensor
-    query: Linear
-    key_value: Linear
+    query: Projection
+    key_value: Projection
     """keys in the first half of the outputs, values in the second"""
     query_norm: Tensor | None
     key_norm: Tensor | None
-    output: Linear
+    output: Projection
     post_attention_norm: Tensor
-    gate_up: Linear
+    gate_up: Projection
     """gate in the first half of the outputs, up in the second"""
-    down: Linear
+    down: Projection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,10 +103,10 @@ class DecoderWeights:
     """[vocabulary, hidden]"""
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
-    head: Linear
+    head: Projection
     """hidden -> vocabulary; over the embedding itself where tied and not packed"""
 
-    def projections(self) -> Iterator[Linear]:
+    def projections(self) -> Iterator[Projection]:
         """Every matrix product of a step, in order."""
         for layer in self.layers:
             yield from (layer.query, layer.key_value, layer.output, layer.gate_up, layer.down)
@@ -137,7 +142,7 @@ class _Loader:
         self._dtype = dtype
         self._device = device
         self._progress = progress
-        self._packs = packing_pays(dtype, device)
+        self._slabs = Slabs()
         self._stored = read_stored_tensors(folder)
         require_shapes(folder, spec, self._stored)
         self._mappings = {path: WeightMapping(path) for path in {t.path for t in self._stored.values()}}
@@ -149,15 +154,13 @@ class _Loader:
         spec = self._spec
         embedding = self._take("model.embed_tokens.weight")
         # The largest first: to pack a tensor takes room for it twice, which is there before the others come.
-        head = (
-            self._projection(embedding, None)
-            if spec.tied_embeddings
-            else self._linear(["lm_head"], biased=False)
-        )
+        if spec.tied_embeddings:
+            head = projection(embedding, None, self._slabs)
+        else:
+            head = self._linear(["lm_head"], biased=False)
         layers = tuple(self._take_layer(f"model.layers.{layer}") for layer in range(spec.layers))
         final_norm = self._take("model.norm.weight")
         weights = DecoderWeights(embedding, layers, final_norm, head)
-        lay_on_large_pages(linear.memory() for linear in weights.projections() if linear.is_packed)
         if self._progress is not None:
             self._progress(self._bytes_total, self._bytes_total)
         return weights
@@ -177,27 +180,23 @@ class _Loader:
             down=self._linear([f"{mlp}.down_proj"], biases.mlp),
         )
 
-    def _linear(self, names: list[str], biased: bool) -> Linear:
+    def _linear(self, names: list[str], biased: bool) -> Projection:
         """One projection, or several of equal shape fused along their outputs."""
         weight = self._fuse([f"{name}.weight" for name in names])
         bias = self._fuse([f"{name}.bias" for name in names]) if biased else None
-        projection = self._projection(weight, bias)
-        if projection.is_packed:
+        made = projection(weight, bias, self._slabs)
+        if not isinstance(made, Linear):
             for name in names:
                 stored = self._stored[f"{name}.weight"]
                 self._mappings[stored.path].give_back(stored)
-        return projection
-
-    def _projection(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        plain = Linear(weight, bias)
-        return plain.packed() if self._packs else plain
+        return made
 
     def _fuse(self, names: list[str]) -> Tensor:
         """Tensors of equal shape stacked along the first axis; one alone need not be copied."""
         if len(names) == 1:
             return self._take(names[0])
         shape = self._stored[names[0]].shape
-        fused = torch.empty((len(names) * shape[0], *shape[1:]), dtype=self._dtype, device=self._device)
+        fused = self._room((len(names) * shape[0], *shape[1:]))
         for part, name in zip(fused.chunk(len(names)), names, strict=True):
             self._copy(name, part)
         return fused
@@ -210,9 +209,14 @@ class _Loader:
             self._mappings[stored.path].read_in(stored)
             self._count(stored)
             return view
-        target = torch.empty(stored.shape, dtype=self._dtype, device=self._device)
+        target = self._room(stored.shape)
         self._copy(name, target)
         return target
+
+    def _room(self, shape: Sequence[int]) -> Tensor:
+        """A tensor of its own pages: one that is packed afterwards leaves none behind in the heap."""
+        size = torch.Size(shape).numel() * self._dtype.itemsize
+        return reserve(size, self._device).view(self._dtype).view(shape)
 
     def _copy(self, name: str, target: Tensor) -> None:
         """Convert one tensor into `target` and give its file pages back."""

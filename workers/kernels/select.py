@@ -70,6 +70,14 @@ def compiled_kernel() -> Kernel | None:
     return CpuKernel()
 
 
+def let_threads_spin() -> None:
+    """This process has cores of its own: threads of the C++ kernel may wait for work on them."""
+    if compiled_kernel() is not None:
+        from workers.kernels.cpu import _native
+
+        _native.let_threads_spin(may=True)
+
+
 @functools.cache
 def warn_once() -> None:
     """Say, once a process, that attention is slower than it could be."""

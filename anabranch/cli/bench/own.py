@@ -24,6 +24,7 @@ from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, LOCAL_WORKER, Ste
 from cluster.sampling import SamplingParameters
 from cluster.types import SequenceKey
 from workers.attention.core import AttentionCore
+from workers.cores import keep_to
 from workers.dense.deltas import Delta
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
@@ -89,7 +90,7 @@ def main(settings: dict[str, Any]) -> None:
 def _engine(stack: contextlib.ExitStack, settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     """An engine that may begin, and what made it what it is."""
     step = _settings(stack, settings)
-    os.sched_setaffinity(0, step.dense_cores)
+    keep_to(step.dense_cores)
     torch.set_num_threads(len(step.dense_cores))
     config = step.config()
     decoder = Decoder.from_folder(step.model, _DTYPES[settings["dtype"]])

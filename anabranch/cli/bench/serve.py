@@ -36,7 +36,8 @@ _OWN_SPLIT = "anabranch_split"
 _PEERS = Path(__file__).parent / "peers"
 _ARENA_BYTES = 2**30
 _WARM_UP_PROMPT_MOST = 256
-_WARM_UP_STEPS = 4
+_WARM_UP_STEPS = 12
+"""More than a batch's prompts take: steps count in which every sequence gets a token."""
 
 Say = Callable[[str], None]
 

@@ -7,7 +7,6 @@ SETTINGS is the JSON of `StepSettings`. Prints its gRPC port, and ends when its 
 
 from __future__ import annotations
 
-import os
 import sys
 
 import torch
@@ -15,11 +14,12 @@ import torch
 from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, StepSettings
 from cluster.model_spec import ModelSpec
 from workers.attention.worker import AttentionWorker
+from workers.cores import keep_to
 
 
 def main(settings: StepSettings) -> None:
     """Serve until the parent closes our standard input."""
-    os.sched_setaffinity(0, settings.attention_cores)
+    keep_to(settings.attention_cores)
     torch.set_num_threads(len(settings.attention_cores))
     config = settings.config()
     worker = AttentionWorker(config, settings.attention_worker, ATTENTION_EPOCH, settings.spin_us / 1e6)

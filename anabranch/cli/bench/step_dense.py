@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from cluster.errors import AnabranchError, DeadlineExceeded
 from cluster.sampling import SamplingParameters
 from cluster.types import SequenceKey, ShardRef
 from workers.attention.core import AttentionCore
+from workers.cores import keep_to
 from workers.dense.deltas import Delta
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
@@ -153,11 +153,11 @@ class DenseBench:
         with torch.inference_mode():
             inputs = {
                 width: torch.ones(rows, width, dtype=self._decoder.dtype)
-                for width in {linear.weight.shape[1] for linear in self._decoder.projections()}
+                for width in {linear.inputs for linear in self._decoder.projections()}
             }
             began_s = monotonic()
             for linear in self._decoder.projections():
-                linear(inputs[linear.weight.shape[1]])
+                linear(inputs[linear.inputs])
             return monotonic() - began_s
 
     def _find_member(self) -> AttentionMember:
@@ -199,7 +199,7 @@ def _submission(key: SequenceKey, shard: ShardRef, context_tokens: int, steps: i
 
 def main(settings: StepSettings) -> None:
     """Answer turns until the parent closes our standard input."""
-    os.sched_setaffinity(0, settings.dense_cores)
+    keep_to(settings.dense_cores)
     torch.set_num_threads(len(settings.dense_cores))
     bench = DenseBench(settings)
     print("{}", flush=True)

@@ -40,6 +40,9 @@ def append(
 def read(layer: Layer, slots: Tensor, key: Tensor, value: Tensor) -> None: ...
 def read_probe(storage: Tensor, threads: int, level: str) -> None: ...
 def record_bytes(cache_type: str, block_tokens: int, head_size: int) -> int: ...
+def let_threads_spin(may: bool) -> None:
+    """Whether threads that compute ask for the next call for a moment before they sleep."""
+
 def levels() -> list[str]: ...
 
 class RowOperators:
@@ -81,6 +84,18 @@ class RowOperators:
         merged: int,
         rows: int,
         size: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def product(
+        self,
+        rows: int,
+        weights: int,
+        bias: int,
+        out: int,
+        count: int,
+        inputs: int,
+        outputs: int,
         threads: int,
         /,
     ) -> None: ...

@@ -187,6 +187,7 @@ NB_MODULE(_native, module) {
         return shape_from(type, 1, block_tokens, 1, head_size).record_bytes();
       },
       nb::arg("cache_type"), nb::arg("block_tokens"), nb::arg("head_size"));
+  module.def("let_threads_spin", [](bool may) { Pool::get().let_spin(may); }, nb::arg("may"));
   module.def("levels", [] {
     std::vector<std::string> names;
     for (const Level* level : levels()) names.push_back(level->name);

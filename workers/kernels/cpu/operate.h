@@ -291,6 +291,8 @@ static void best_rows(const BestTwo& work, int64_t first, int64_t end) {
                       work.second + row);
 }
 
+#include "product.h"
+
 #define BY_TYPE(operate, work)                                       \
   switch (type) {                                                    \
     case CacheType::float32: return operate<Float32>(work, first, end);  \
@@ -305,4 +307,4 @@ static void best(CacheType type, const BestTwo& work, int64_t first, int64_t end
 #undef BY_TYPE
 
 // All of them: a level names this list, and cannot leave one out.
-constexpr Operators operators = {norm, rotate, gate, own, best};
+constexpr Operators operators = {norm, rotate, gate, own, best, product};

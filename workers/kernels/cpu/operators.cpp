@@ -66,6 +66,21 @@ class RowOperators {
     run(code_.best, work, rows, size, threads);
   }
 
+  // Panels are computed each by itself, so that results do not depend on the number of threads.
+  void product(uintptr_t rows, uintptr_t weights, uintptr_t bias, uintptr_t out, int64_t count, int64_t inputs,
+               int64_t outputs, int threads) const {
+    if (type_ != CacheType::bfloat16 || inputs < 32 || inputs % 32 != 0 || outputs < 1 || count < 0 || threads < 1)
+      refuse("no product of " + std::to_string(count) + " rows of " + std::to_string(inputs) + " with " +
+             std::to_string(outputs) + " outputs over " + std::to_string(threads) + " threads");
+    const Product work{at(rows), at(weights), at(bias), at(out), count, inputs, outputs};
+    const int64_t pairs = (outputs + 31) / 32;
+    nb::gil_scoped_release released;
+    const int64_t parts = std::min<int64_t>({threads, pairs, pairs * inputs * 32 / part_numbers + 1});
+    Pool::get().run(static_cast<int>(parts), [&](int part) {
+      code_.product(work, pairs * part / parts, pairs * (part + 1) / parts);
+    });
+  }
+
  private:
   static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -100,7 +115,8 @@ void bind_operators(nb::module_& module) {
       .def("rotate", &RowOperators::rotate)
       .def("gate", &RowOperators::gate)
       .def("own", &RowOperators::own)
-      .def("best", &RowOperators::best);
+      .def("best", &RowOperators::best)
+      .def("product", &RowOperators::product);
 }
 
 }  // namespace anabranch

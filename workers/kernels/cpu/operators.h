@@ -54,6 +54,15 @@ struct BestTwo {
   float *best, *second;
 };
 
+// out = rounded(rows x weights^T + bias), all bfloat16, sums in single precision. Weights as product.h has them.
+struct Product {
+  const void* rows;     // [count, inputs]; inputs are a multiple of 32
+  const void* weights;  // [outputs in whole pairs of panels of sixteen, inputs], packed
+  const void* bias;     // [outputs], or null
+  void* out;            // [count, outputs]
+  int64_t count, inputs, outputs;
+};
+
 // One instruction set's code for one type, never int8: rows first..end.
 struct Operators {
   void (*norm)(CacheType, const Norm&, int64_t first, int64_t end);
@@ -61,6 +70,7 @@ struct Operators {
   void (*gate)(CacheType, const Gating&, int64_t first, int64_t end);
   void (*own)(CacheType, const OwnRows&, int64_t first, int64_t end);
   void (*best)(CacheType, const BestTwo&, int64_t first, int64_t end);
+  void (*product)(const Product&, int64_t first, int64_t end);  // pairs of panels, for all rows
 };
 
 }  // namespace anabranch

@@ -1,6 +1,8 @@
-// Threads that compute the parts of one call. They sleep between calls: other processes share the cores.
+// Threads that compute the parts of one call. They sleep between calls, for other processes share the cores; where
+// none does, they may ask for the next call for a moment before: to wake one takes as long as a small call.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -19,8 +21,12 @@ class Pool {
   // runs all of its parts itself: the result is the same.
   void run(int parts, const std::function<void(int)>& work);
 
+  // Whether threads ask before they sleep.
+  void let_spin(bool may) { may_spin_ = may; }
+
  private:
   void serve();
+  void await_call() const;
 
   std::mutex one_call_;
   std::mutex mutex_;
@@ -29,6 +35,7 @@ class Pool {
   const std::function<void(int)>* work_ = nullptr;
   int next_ = 0, parts_ = 0;
   std::atomic<int> running_{0};
+  std::atomic<bool> has_parts_{false}, may_spin_{false};
 };
 
 }  // namespace anabranch

@@ -26,6 +26,17 @@ class Tiles {
     if (rows_) asm volatile("tilerelease");
   }
 
+  // For product.h: four results and two first factors of so many rows, two second factors, all whole.
+  void shape_product(int rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    Config config{};
+    config.palette = 1;
+    for (int tile = 0; tile < 6; tile++) config.set(tile, rows, 64);
+    for (int tile = 6; tile < 8; tile++) config.set(tile, tile_rows, 64);
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+
   // Results and first factors of so many rows; a hundred cycles where that changes.
   void shape(CacheType type, int rows) {
     if (rows == rows_) return;
