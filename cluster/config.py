@@ -73,9 +73,7 @@ class GatewayConfig(Section):
     http_port: Port | None = Field(
         8651, description="OpenAI-compatible HTTP; null turns it off; replica i adds i."
     )
-    max_streams: int = Field(
-        256, ge=1, description="Open requests a gateway takes before RESOURCE_EXHAUSTED."
-    )
+    max_streams: int = Field(256, ge=1, description="Open requests a gateway takes before it refuses more.")
     max_request_bytes: Bytes = Field(16 * 2**20, description="Largest message accepted.")
     default_max_tokens: int = Field(512, ge=1, description="max_tokens of a request that names none.")
     max_choices: int = Field(16, ge=1, le=128, description="Largest n.")
@@ -145,6 +143,9 @@ class AttentionConfig(Section):
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
+    give_back_s: float = Field(
+        10.0, ge=0, description="Memory of blocks free for so long goes back to the system; 0 keeps it."
+    )
     block_tokens: int = Field(32, ge=1, le=1024, description="Tokens per block.")
     kernel: Literal["auto", "cpu", "reference", "torch", "triton"] = Field(
         "auto", description="Attention backend; auto is the fastest that is installed for the device."

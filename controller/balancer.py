@@ -141,6 +141,7 @@ class Balancer:
             home_of(worker, settings.homes) if settings.homes else None,
             blocks.capacity * settings.block_tokens,
             (blocks.free + blocks.sealed_cached) * settings.block_tokens,
+            self._directory.blocks_at(Life(worker, Epoch(member.epoch))) * settings.block_tokens,
         )
 
 

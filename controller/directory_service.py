@@ -58,6 +58,11 @@ class DirectoryKeeper:
         with self._lock:
             return self._directory.sequences_at(life)
 
+    def blocks_at(self, life: Life) -> int:
+        """Blocks that all sequences hold at one life; those they share count for each."""
+        with self._lock:
+            return self._directory.blocks_at(life)
+
     def sweep(self) -> None:
         """Forget the lives that membership no longer names. To be called now and then."""
         with self._lock:

@@ -55,6 +55,8 @@ class _Known:
     number: int
     prefix_blocks: dict[BlockHash, int] = field(default_factory=dict)
     sequences: dict[SequenceKey, int] = field(default_factory=dict)
+    blocks: int = 0
+    """Of all sequences together; those they share count for each."""
 
 
 class Directory:
@@ -88,10 +90,9 @@ class Directory:
         self._withdraw(known, report.withdrawn)
         self._publish(known, report.published)
         for key, blocks in report.sequences:
+            known.blocks += blocks - known.sequences.pop(key, 0)
             if blocks:
                 known.sequences[key] = blocks
-            else:
-                known.sequences.pop(key, None)
         return True
 
     def forget(self, life: Life) -> None:
@@ -124,6 +125,11 @@ class Directory:
         """The request placement map of one life: blocks held by each sequence."""
         known = self._lives.get(life)
         return dict(known.sequences) if known is not None else {}
+
+    def blocks_at(self, life: Life) -> int:
+        """Blocks held by all sequences at one life; those they share count for each."""
+        known = self._lives.get(life)
+        return known.blocks if known is not None else 0
 
     def _publish(self, known: _Known, published: Iterable[tuple[BlockHash, int]]) -> None:
         for identity, prefix_blocks in published:

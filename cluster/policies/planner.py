@@ -18,13 +18,15 @@ from cluster.types import SequenceKey, WorkerId
 @dataclass(frozen=True, slots=True)
 class ArenaView:
     """An attention worker as last heard. `home`: the dense worker whose instance it belongs to; None where
-    all dense workers share it.
+    all dense workers share it. `read_tokens`: what its sequences have there, together; more than it holds
+    where they share blocks, which each of them reads.
     """
 
     worker: WorkerId
     home: WorkerId | None
     capacity_tokens: int
     free_tokens: int
+    read_tokens: int
 
     @property
     def use(self) -> float:
@@ -32,9 +34,14 @@ class ArenaView:
         return 1 - self.free_tokens / self.capacity_tokens if self.capacity_tokens else 1.0
 
     @property
-    def held_tokens(self) -> int:
-        """Tokens in it."""
-        return self.capacity_tokens - self.free_tokens
+    def load(self) -> float:
+        """What is read there in a step, in arenas: more than 1 where much is shared."""
+        return self.read_tokens / self.capacity_tokens if self.capacity_tokens else 0.0
+
+    def freed_by(self, tokens: int) -> int:
+        """Room that so many tokens of its sequences leave when they move: what others share stays."""
+        held = self.capacity_tokens - self.free_tokens
+        return min(tokens, tokens * held // self.read_tokens) if self.read_tokens else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ class Move:
 class PlannerPolicy:
     """`full_use`: an arena fuller than this makes its instance a debtor before room runs out; none is filled
     beyond it by moves. `gain_least`: what a move must add to the tokens per second of those it concerns, as a
-    share. `uneven_least`: difference in use between two arenas that is worth levelling. `moves_most`: of one
+    share. `uneven_least`: difference in load between two arenas that is worth levelling. `moves_most`: of one
     round.
     """
 
@@ -135,13 +142,17 @@ class _Round:
         return True
 
     def level(self) -> bool:
-        """Move from the fullest arena of a home to its emptiest, where they differ most."""
+        """Move from the busiest arena of a home to the one of which least is read, where they differ most.
+
+        Blocks that many sequences share are read by each of them: moving one of these copies the blocks, and
+        those that follow find them there. So hot blocks are replicated.
+        """
         pairs = []
         for arenas in self._homes.values():
-            by_use = sorted(arenas.values(), key=lambda arena: (arena.use, arena.worker))
-            if by_use[-1].use - by_use[0].use >= self._policy.uneven_least:
-                pairs.append((by_use[-1], by_use[0]))
-        pairs.sort(key=lambda pair: (pair[1].use - pair[0].use, pair[0].worker))
+            by_load = sorted(arenas.values(), key=lambda arena: (arena.load, arena.worker))
+            if by_load[-1].load - by_load[0].load >= self._policy.uneven_least:
+                pairs.append((by_load[-1], by_load[0]))
+        pairs.sort(key=lambda pair: (pair[1].load - pair[0].load, pair[0].worker))
         return any(self._move(source, target) for source, target in pairs)
 
     def _find_creditors(self) -> list[ArenaView]:
@@ -183,33 +194,34 @@ class _Round:
         """Tokens per second of the instances that use these two arenas, were so many moved."""
         homes = {source.home, target.home}
         room = {home: sum(arena.free_tokens for arena in self._homes[home].values()) for home in homes}
-        room[source.home] += tokens
+        room[source.home] += source.freed_by(tokens)
         room[target.home] -= tokens
-        left, come = source.held_tokens - tokens, target.held_tokens + tokens
+        left, come = source.read_tokens - tokens, target.read_tokens + tokens
         reads_both = tokens > 0 or source.home == target.home
-        fuller = {target.home: come, source.home: max(left, come) if reads_both else left}
+        busier = {target.home: come, source.home: max(left, come) if reads_both else left}
         return sum(
-            _instance_rate(instance, room[home], fuller[home])
+            _instance_rate(instance, room[home], busier[home])
             for instance in self._instances
-            for home in fuller
+            for home in busier
             if home in (None, instance.worker)
         )
 
 
-def _instance_rate(instance: InstanceView, free_tokens: int, fuller_tokens: int) -> float:
+def _instance_rate(instance: InstanceView, free_tokens: int, read_tokens: int) -> float:
     """DistKV-LLM's b / T(b, S): b with those that wait as far as there is room, in part too, so that small
-    moves count; S what lies in the fuller arena, since arenas attend side by side.
+    moves count; S what is read in the busier arena, since arenas attend side by side.
     """
     admitted: float = instance.waiting
     if instance.waiting_tokens > 0:
         admitted = min(admitted, free_tokens / instance.waiting_tokens)
     batch = instance.running + admitted
-    step_s = instance.dense.at(batch) + instance.attention.at(fuller_tokens)
+    step_s = instance.dense.at(batch) + instance.attention.at(read_tokens)
     return batch / step_s if step_s > 0 else 0.0
 
 
 def _after(source: ArenaView, target: ArenaView, tokens: int) -> tuple[ArenaView, ArenaView]:
+    freed = source.freed_by(tokens)
     return (
-        replace(source, free_tokens=source.free_tokens + tokens),
-        replace(target, free_tokens=target.free_tokens - tokens),
+        replace(source, free_tokens=source.free_tokens + freed, read_tokens=source.read_tokens - tokens),
+        replace(target, free_tokens=target.free_tokens - tokens, read_tokens=target.read_tokens + tokens),
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from anabranch.v1 import inference_pb2
+from anabranch.v1 import control_pb2, inference_pb2
 from cluster import config as configuration
 from cluster.types import WorkerId, draw_epoch
 from controller.balancer import BalancerSettings
@@ -24,6 +26,7 @@ from tests.cluster_harness import (
 )
 from tests.models import Reference, random_prompt, reference_tokens
 from tests.pool_directory import DirectoryController, joined
+from workers.dense.prefixes import BlockChain
 from workers.dense.worker import DenseWorker
 from workers.membership import MembershipClient
 from workers.role import RoleContext
@@ -88,6 +91,16 @@ class Balanced:
         self.controller.service.sweep()
         return counted(self.dense.engine, "anabranch_dense_tokens_moved")
 
+    def holders(self, token_ids: Sequence[int]) -> set[str]:
+        """Who holds the first blocks of these tokens, after another look of the controller."""
+        self.controller.service.sweep()
+        chain = BlockChain(self.cluster.geometry, "tenant")
+        chain.grow(token_ids)
+        runs = self.controller.service.directory.find(
+            control_pb2.FindPrefixRequest(block_hashes=chain.hashes)
+        )
+        return {holder.worker_id for run in itertools.islice(runs, 1) for holder in run.holders}
+
     def _is_connected(self, worker: WorkerId) -> bool:
         return self.dense.engine.leads_to(worker, self.cluster.epochs[worker])
 
@@ -121,6 +134,26 @@ def test_an_even_pool_is_left_alone(folder: Path, expected: Reference) -> None:
         wait_until(lambda: pool.moved >= 0 and output.is_over)
         assert_continues(output, expected)
         assert pool.moved == 0
+
+
+def test_hot_blocks_are_replicated(folder: Path) -> None:
+    """Eight sequences read the same prefix at one worker; some of them move to the idle one. The prefix is
+    copied there once, it is found at both from then on, and the tokens are the reference's.
+    """
+    prefix = PROMPT[:96]
+    prompts = [[*prefix, *random_prompt(8, 10 + index)] for index in range(8)]
+    references = reference_tokens(folder, prompts, COUNT)
+    shape = replace(SHAPE, worker_blocks=260, shard_tokens=1024)
+    with Balanced(folder, SETTINGS, shape) as pool:
+        outputs = []
+        for prompt in prompts:
+            submission = pool.cluster.submit(request(prompt, COUNT), pool.dense.engine)
+            outputs.append(pool.cluster.listener.wait(submission, some))
+        wait_until(lambda: len(pool.holders(prefix)) == 2 or all(each.is_over for each in outputs))
+        assert len(pool.holders(prefix)) == 2
+        wait_until(lambda: all(each.is_over for each in outputs))
+    for output, reference in zip(outputs, references, strict=True):
+        assert_continues(output, reference)
 
 
 def test_no_interval_plans_nothing(folder: Path, expected: Reference) -> None:

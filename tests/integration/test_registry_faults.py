@@ -1,6 +1,8 @@
 """Real processes: registry or controller stopped under load, and what new processes find meanwhile."""
 
+import itertools
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -200,6 +202,56 @@ def test_new_processes_find_the_cluster_while_the_controller_is_away(
         cluster.start_controller()
         cluster.await_ready(*ROLES, *newcomers)
         assert cluster.epochs() | lives == cluster.epochs()
+
+
+def _longest_pause(client: Client, then: Callable[[], None] = lambda: None) -> float:
+    """Between two tokens of a stream, in seconds; `then` is called once, when some have come."""
+    came_s: list[float] = []
+    for event in client.generate(token_ids=PROMPT, temperature=0.0, max_tokens=400, ignore_eos=True):
+        if getattr(event, "token_ids", ()):
+            came_s.append(time.monotonic())
+            if len(came_s) == 4:
+                then()
+    return max(after - before for before, after in itertools.pairwise(came_s))
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("what", ["controller", "registry killed", "registry frozen"])
+def test_no_stream_waits_for_what_it_does_not_need(
+    model: Path, tmp_path: Path, server: LocalRedis, what: str
+) -> None:
+    """When controller or registry goes in the middle of a stream, its longest pause is at most 200 ms longer
+    than that of an undisturbed one: in one of three attempts, since others may be the machine's.
+    """
+
+    def strike() -> None:
+        if what == "controller":
+            cluster.kill("controller")
+        elif what == "registry killed":
+            server.kill()
+        else:
+            server.signal(signal.SIGSTOP)
+
+    def repair() -> None:
+        if what == "controller":
+            cluster.start_controller()
+        elif what == "registry killed":
+            server.start()
+        else:
+            server.signal(signal.SIGCONT)
+        cluster.await_ready(*ROLES)
+
+    extra_s: list[float] = []
+    with controlled(tmp_path, model, server.config()) as cluster:
+        for name in ROLES:
+            cluster.launch(name)
+        cluster.await_ready(*ROLES)
+        with cluster.client("gateway-0") as client:
+            while len(extra_s) < 3 and min(extra_s, default=1.0) > 0.2:
+                undisturbed_s = _longest_pause(client)
+                extra_s.append(_longest_pause(client, strike) - undisturbed_s)
+                repair()
+    assert min(extra_s) <= 0.2, f"longer by {extra_s} s"
 
 
 def test_a_cluster_under_ray_writes_who_lives_and_leaves_nobody(tmp_path: Path, server: LocalRedis) -> None:

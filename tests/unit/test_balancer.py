@@ -38,6 +38,10 @@ class FakeCluster:
         """See `DirectoryKeeper`: four blocks each, all in one arena."""
         return dict.fromkeys(SEQUENCES, 4) if life.worker == FULL else {}
 
+    def blocks_at(self, life: Life) -> int:
+        """See `DirectoryKeeper`."""
+        return sum(self.sequences_at(life).values())
+
 
 def _member(name: str, role: inference_pb2.Role.ValueType, load: inference_pb2.Load) -> inference_pb2.Member:
     return inference_pb2.Member(

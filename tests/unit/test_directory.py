@@ -120,6 +120,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         for life in LIVES:
             held = self.sequences.get(life, {})
             assert self.directory.sequences_at(life) == {name: n for name, n in held.items() if n}
+            assert self.directory.blocks_at(life) == sum(held.values())
 
 
 TestDirectory = DirectoryMachine.TestCase

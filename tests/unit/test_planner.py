@@ -25,10 +25,14 @@ def instance(index: int, running: int, waiting: int = 0, waiting_tokens: float =
     return InstanceView(WorkerId(f"dense-{index}"), running, waiting, waiting_tokens, DENSE, ATTENTION)
 
 
-def arena(index: int, home: int | None, free: int, capacity: int = 8192) -> ArenaView:
-    """An arena of one instance, or of all."""
+def arena(
+    index: int, home: int | None, free: int, capacity: int = 8192, read: int | None = None
+) -> ArenaView:
+    """An arena of one instance, or of all; unless told else, nothing in it is shared."""
     owner = None if home is None else WorkerId(f"dense-{home}")
-    return ArenaView(WorkerId(f"attention-{index}"), owner, capacity, free)
+    return ArenaView(
+        WorkerId(f"attention-{index}"), owner, capacity, free, capacity - free if read is None else read
+    )
 
 
 def held(**tokens: dict[str, int]) -> Cache:
@@ -93,6 +97,54 @@ def test_a_worker_that_joins_gets_its_part() -> None:
     assert {move.source for move in found} == {"attention-0", "attention-1"}
 
 
+def test_blocks_that_many_share_are_replicated() -> None:
+    """Of two arenas with room one is read by 32 sequences that share 2,000 tokens: some of them move, until
+    about as much is read in both; moving more would gain nothing.
+    """
+    sequences = {SequenceKey(f"r{index:02d}"): 2048 for index in range(32)}
+    here, there = WorkerId("attention-0"), WorkerId("attention-1")
+    cache: Cache = {here: dict(sequences), there: {}}
+    slow = InstanceView(WorkerId("dense-0"), 32, 0, 0.0, DENSE, Line(0.0, 1e-5))
+    rounds = 0
+    while found := moves([slow], _shared(cache, here, there), cache):
+        rounds += 1
+        for move in found:
+            assert (move.source, move.target) == (here, there)
+            cache[here][move.sequence] -= move.tokens
+            cache[there][move.sequence] = cache[there].get(move.sequence, 0) + move.tokens
+    read = [sum(cache[worker].values()) for worker in (here, there)]
+    assert rounds >= 2, "a round moves a few"
+    assert abs(read[0] - read[1]) <= 0.25 * 8192 + 2048
+
+
+def _shared(cache: Cache, *workers: WorkerId) -> list[ArenaView]:
+    """Arenas that hold what all sequences share once."""
+    return [
+        arena(
+            index,
+            None,
+            free=8192 - max(cache[worker].values(), default=0),
+            read=sum(cache[worker].values()),
+        )
+        for index, worker in enumerate(workers)
+    ]
+
+
+def test_moving_what_others_share_frees_nothing() -> None:
+    """A full instance whose sequences all share their blocks does not lend them away for room."""
+    instances = [instance(0, running=8, waiting=4), instance(1, running=8)]
+    sequences = {f"r{index}": 8192 for index in range(8)}
+    arenas = [arena(0, 0, free=0, read=8 * 8192), arena(1, 1, free=8192)]
+    fast = [
+        InstanceView(each.worker, each.running, each.waiting, 500.0, DENSE, Line(0.0, 0.0))
+        for each in instances
+    ]
+    alone = [arena(0, 0, free=0), arena(1, 1, free=8192)]
+    assert moves(fast, alone, held(a0={"r0": 8192}))[0].tokens > 500
+    (first, *_) = moves(fast, arenas, held(a0=sequences))
+    assert arenas[0].freed_by(first.tokens) == first.tokens // 8
+
+
 @st.composite
 def _clusters(draw: st.DrawFn) -> tuple[list[InstanceView], list[ArenaView], Cache]:
     count = draw(st.integers(1, 4))
@@ -124,7 +176,7 @@ def test_a_plan_can_always_be_carried_out(cluster: tuple[list[InstanceView], lis
     assert len(found) <= POLICY.moves_most
     assert len({move.sequence for move in found}) == len(found)
     views = {view.worker: view for view in arenas}
-    used = {view.worker: view.held_tokens for view in arenas}
+    used = {view.worker: view.capacity_tokens - view.free_tokens for view in arenas}
     for move in found:
         assert move.tokens > 0
         assert move.tokens % POLICY.block_tokens == 0

@@ -36,3 +36,10 @@ def test_a_run_out_of_reach_ends_the_prefix() -> None:
     """Of several holders one with a lane is taken; where there is none, nothing behind is of use."""
     runs = (Run(1, (C, B)), Run(1, (C,)), Run(1, (A,)))
     assert go_on((), runs, SIZE, leads_to_a_and_b) == (source(B, 0, 4),)
+
+
+def test_holders_take_turns() -> None:
+    """Requests that find the same blocks at two workers are read at both; each keeps to one of them."""
+    runs = (Run(1, (A, B)), Run(2, (B, A)))
+    found = [go_on((), runs, SIZE, leads_to_a_and_b, turn) for turn in (0, 1, 2)]
+    assert found == [(source(A, 0, 12),), (source(B, 0, 12),), (source(A, 0, 12),)]

@@ -19,7 +19,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class Arena:
     """The KV of all blocks and layers, in the layout of the kernel that attends over it.
 
-    Host pages are touched, and so paid for, only when a block is first written.
+    Host pages are touched, and so paid for, only when a block is first written, and go back with `vacate`.
     """
 
     def __init__(
@@ -76,6 +76,10 @@ class Arena:
         for cache in self._layers:
             self.layout.append(cache, there, *self.layout.read(cache, here))
 
+    def vacate(self, first: int, count: int) -> int:
+        """Return the memory of free blocks first..first+count to the system; how many bytes went."""
+        return self.layout.vacate(self._layers, first, count)
+
 
 class BlockAllocator:
     """Hands out block ids, preferring runs: those right after a shard's last block, then the lowest run
@@ -86,6 +90,8 @@ class BlockAllocator:
 
     def __init__(self, blocks: int) -> None:
         self._is_free = np.ones(blocks, dtype=bool)
+        self._has_memory = np.zeros(blocks, dtype=bool)
+        self._was_free = np.zeros(blocks, dtype=bool)
         self.free = blocks
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
@@ -95,7 +101,8 @@ class BlockAllocator:
             raise ResourceExhausted(f"{count} blocks asked for, {self.free} of {len(self._is_free)} free")
         chosen = self._following(count, after) if after is not None else []
         chosen += self._runs(count - len(chosen), set(chosen))
-        self._is_free[chosen] = False
+        self._is_free[chosen] = self._was_free[chosen] = False
+        self._has_memory[chosen] = True
         self.free -= count
         return chosen
 
@@ -105,6 +112,19 @@ class BlockAllocator:
         assert not self._is_free[blocks].any(), f"freed, but never handed out: {blocks}"
         self._is_free[blocks] = True
         self.free += len(blocks)
+
+    def note_free(self) -> None:
+        """What is free now, and stays so, is `vacant` later."""
+        self._was_free = self._is_free.copy()
+
+    def vacant(self, most: int) -> list[tuple[int, int]]:
+        """Runs (first block, count) of up to `most` blocks, handed out once and free since `note_free`. Each
+        is named once: whoever asks returns its memory.
+        """
+        blocks = np.flatnonzero(self._has_memory & self._was_free)[:most]
+        self._has_memory[blocks] = False
+        runs = np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1)
+        return [(int(run[0]), len(run)) for run in runs if len(run)]
 
     def are_all_used(self, blocks: Sequence[int]) -> bool:
         """Whether `blocks` are exactly those handed out, each named once."""

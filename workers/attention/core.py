@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import torch
 
@@ -27,6 +28,10 @@ _log = logger("attention")
 
 _LOOK_S = 0.25
 """How often leases and the account are looked at; a lease may be shorter in tests."""
+
+
+_VACATED_BYTES = 64 * 2**20
+"""Memory returned in one turn of the store."""
 
 
 class AttentionCore:
@@ -62,6 +67,7 @@ class AttentionCore:
         self.store = Store(worker, epoch, geometry, blocks, config.lease_ms, clock, sharing)
         self._slice_rows = config.slice_rows
         self._pause_s = min(_LOOK_S, config.lease_ms / 8000)
+        self._give_back_s = config.give_back_s
         self.account = self.store.audit()
         """As of a moment ago: for heartbeats, which must not wait for a turn behind a long computation."""
         self._busy_lock = threading.Lock()
@@ -84,18 +90,37 @@ class AttentionCore:
         self._closing.set()
         self._reaper.join()
 
+    def give_back(self) -> int:
+        """Return the memory of blocks that have been free since the last call; how many bytes went."""
+        returned = 0
+        while piece := self._give_back_a_piece():
+            returned += piece
+        with self.store.turns:
+            self.store.allocator.note_free()
+        return returned
+
     def __enter__(self) -> AttentionCore:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _give_back_a_piece(self) -> int:
+        """So that attention gets its turn in between."""
+        most = max(1, _VACATED_BYTES // self.arena.geometry.block_bytes)
+        with self.store.turns:
+            return sum(self.arena.vacate(*run) for run in self.store.allocator.vacant(most))
+
     def _count_busy(self, seconds: float) -> None:
         with self._busy_lock:
             self.busy_seconds += seconds
 
     def _look_after_store(self) -> None:
+        given_s = time.monotonic()
         while not self._closing.wait(self._pause_s):
+            if 0 < self._give_back_s <= time.monotonic() - given_s:
+                given_s = time.monotonic()
+                self.give_back()
             for key in self.store.expire():
                 _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
             self.account = self.store.account()

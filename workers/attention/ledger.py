@@ -29,7 +29,8 @@ class BlockLedger:
         self.evictions = 0
         """Cached blocks given up for others, ever."""
         self._journal = journal
-        self._allocator = BlockAllocator(blocks)
+        self.allocator = BlockAllocator(blocks)
+        """Which blocks are free."""
         self._referrers: dict[int, int] = {}
         self._references = 0
         self._hash_of: dict[int, BlockHash] = {}
@@ -40,7 +41,7 @@ class BlockLedger:
     @property
     def free(self) -> int:
         """Blocks that hold nothing."""
-        return self._allocator.free
+        return self.allocator.free
 
     @property
     def cached(self) -> int:
@@ -64,7 +65,7 @@ class BlockLedger:
         if count > self.available:
             raise ResourceExhausted(f"{count} blocks asked for, {self.available} can be had")
         self._evict(max(0, count - self.free))
-        blocks = self._allocator.allocate(count, after)
+        blocks = self.allocator.allocate(count, after)
         for block in blocks:
             self._refer(block)
         return blocks
@@ -82,7 +83,7 @@ class BlockLedger:
                 gone.append(block)
         private = [block for block in gone if block not in self._hash_of]
         self._cached.update((block, None) for block in gone if block in self._hash_of)
-        self._allocator.give_back(private)
+        self.allocator.give_back(private)
         return len(gone)
 
     def publish(self, block: int, identity: BlockHash, prefix_blocks: int) -> int:
@@ -133,7 +134,7 @@ class BlockLedger:
             self._referrers.keys().isdisjoint(self._cached) and self._cached.keys() <= self._hash_of.keys()
         )
         return (
-            counted and inverse and cached and self._allocator.are_all_used([*self._referrers, *self._cached])
+            counted and inverse and cached and self.allocator.are_all_used([*self._referrers, *self._cached])
         )
 
     def _refer(self, block: int) -> None:
@@ -145,7 +146,7 @@ class BlockLedger:
         blocks = [self._cached.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._hide(block)
-        self._allocator.give_back(blocks)
+        self.allocator.give_back(blocks)
         self.evictions += count
 
     def _hide(self, block: int) -> None:

@@ -47,9 +47,7 @@ class Store:
         self.geometry = geometry
         self.turns = Turns()
         self.changes = 0
-        """Grows when a shard is freed or trimmed, or its owner changes: while it stands still, what was held
-        is held.
-        """
+        """Grows when anything held is given up or changes hands."""
         self.leases_expired = 0
         self.draining = False
         self.empty = threading.Event()
@@ -59,6 +57,8 @@ class Store:
         self._clock = clock
         self._last_layers_s = last_layers_s
         self._blocks = ShardBlocks(geometry, capacity, sharing)
+        self.allocator = self._blocks.ledger.allocator
+        """Which blocks are free. For who holds `turns`."""
         self._holdings: dict[SequenceKey, Holding] = {}
         self._fences = Fences(lease_ms, clock)
 

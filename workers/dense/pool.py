@@ -235,10 +235,11 @@ class Pool:
         size = wanted.chain.block_tokens
         known = blocks_known(wanted.sources, size)
         runs = self._find(wanted.chain.hashes[known:], known)
-        return replace(wanted, sources=go_on(wanted.sources, runs, size, self.members.is_usable))
+        sources = go_on(wanted.sources, runs, size, self.members.is_usable, _number(wanted.key))
+        return replace(wanted, sources=sources)
 
     def _in_order(self, key: SequenceKey, call: Callable[[], None]) -> None:
-        self._later(self._by_key[zlib.crc32(str(key).encode()) % _KEY_THREADS], call)
+        self._later(self._by_key[_number(key) % _KEY_THREADS], call)
 
     def _later(self, executor: Executor, call: Callable[[], None]) -> None:
         def guarded() -> None:
@@ -288,6 +289,11 @@ class Pool:
                 return
             for key in unknown:
                 self._listener.lease_lost(key, peer.worker, generations[key])
+
+
+def _number(key: SequenceKey) -> int:
+    """The same for a key in every process."""
+    return zlib.crc32(str(key).encode())
 
 
 def _answered(call: Callable[[], _T]) -> _T | AnabranchError:

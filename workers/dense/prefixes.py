@@ -70,9 +70,11 @@ def go_on(
     runs: Iterable[Run],
     block_tokens: int,
     leads_to: Callable[[WorkerId, Epoch], bool],
+    turn: int = 0,
 ) -> tuple[Source, ...]:
     """These sources, and behind their last whole block those runs, as far as a lane leads there. Of several
-    holders the one of the blocks before is best, because it makes one shard of both.
+    holders the one of the blocks before is best, because it makes one shard of both; otherwise they take
+    turns, so that what is read at all of them is about the same.
     """
     found = list(sources)
     position = blocks_known(sources, block_tokens) * block_tokens
@@ -82,7 +84,7 @@ def go_on(
             break
         before = Life(found[-1].worker, found[-1].epoch) if found else None
         end = position + run.blocks * block_tokens
-        _join(found, before if before in usable else usable[0], position, end)
+        _join(found, before if before in usable else usable[turn % len(usable)], position, end)
         position = end
     return tuple(found)
 

@@ -63,6 +63,12 @@ class CacheLayout(Protocol):
         """Copies of the keys and values in slots; float32 where the layout quantises."""
         ...
 
+    def vacate(self, layers: Sequence[LayerCache], first: int, count: int) -> int:
+        """Return the memory of blocks first..first+count, all layers, to the system, as far as it is whole
+        pages of the host's; how many bytes went. What lay there is undefined until it is written again.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

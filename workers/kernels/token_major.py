@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from workers.kernels.memory import reserve
+from workers.kernels.memory import give_back, reserve
 from workers.kernels.signature import CacheShape, LayerCache
 
 
@@ -32,6 +34,11 @@ class TokenMajorLayout:
     def read(self, cache: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See `signature.CacheLayout.read`."""
         return cache.key.flatten(0, 1)[slots], cache.value.flatten(0, 1)[slots]
+
+    def vacate(self, layers: Sequence[LayerCache], first: int, count: int) -> int:
+        """See `signature.CacheLayout.vacate`."""
+        parts = [part[first : first + count] for cache in layers for part in (cache.key, cache.value)]
+        return sum(give_back(part.data_ptr(), part.nbytes) for part in parts if part.is_cpu)
 
 
 TOKEN_MAJOR = TokenMajorLayout()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from workers.kernels.cpu import _native
-from workers.kernels.memory import reserve
+from workers.kernels.memory import give_back, reserve
 from workers.kernels.signature import CacheShape, LayerCache
 
 _TYPES = {
@@ -86,6 +87,12 @@ class PackedLayout:
         key, value = (torch.empty(shape, dtype=_row_dtype(packed)) for _ in range(2))
         _native.read(packed.native, slots, key, value)
         return key, value
+
+    def vacate(self, layers: Sequence[LayerCache], first: int, count: int) -> int:
+        """See `signature.CacheLayout.vacate`. A block is one piece that begins with its first layer."""
+        keys = packed_cache(layers[0]).key
+        block_bytes = keys.stride(0)
+        return give_back(keys.data_ptr() + first * block_bytes, count * block_bytes)
 
 
 def packed_cache(cache: LayerCache) -> PackedCache:
