@@ -10,9 +10,11 @@ class Layer:
     ) -> None: ...
 
 class Plan:
-    """Spans of a step, int64 [spans, 7] and their blocks, int64, one after the other."""
+    """Spans of a step, int64 [spans, 7] and their blocks, int64, one after the other. causal: the slots are
+    the rows themselves.
+    """
 
-    def __init__(self, spans: Tensor, table: Tensor) -> None: ...
+    def __init__(self, spans: Tensor, table: Tensor, causal: bool) -> None: ...
 
 def attend(
     plan: Plan,

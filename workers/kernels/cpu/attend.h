@@ -41,6 +41,7 @@ struct State {
   float* step;            // [vectors] int8: value of the low byte's unit
   float* shift;           // [vectors][2] int8: what 128 added to every key adds to a sum of bytes
   int64_t* oldest;        // [vectors] first slot the vector sees
+  int64_t* newest;        // [vectors] one past the last
   uint8_t* edge;          // value groups with unseen tokens zeroed
   float* scores;          // [tile_most][chunk_tokens]
   uint32_t* bytes;        // [tile_most][2][chunk_tokens / 4] int8: weights, high and low; or halves for tiles
@@ -66,6 +67,7 @@ INLINE State lay_out(uint8_t* scratch, int64_t vectors, const Shape& shape) {
   state.step = (float*)take(scratch, vectors * 4);
   state.shift = (float*)take(scratch, vectors * 8);
   state.oldest = (int64_t*)take(scratch, vectors * 8);
+  state.newest = (int64_t*)take(scratch, vectors * 8);
   state.edge = take(scratch, chunk_groups * (group_tokens * size * 4 + 64));
   state.scores = (float*)take(scratch, tile_most * chunk_tokens * 4);
   state.bytes = (uint32_t*)take(scratch, tile_most * 8 * chunk_tokens);
@@ -135,6 +137,7 @@ static void take_query(const Attention& work, const Piece& piece, State& state) 
     store(state.total + vector * 16, all(0));
     const int64_t oldest = work.window ? piece.row_position + row - work.window + 1 : 0;
     state.oldest[vector] = oldest > piece.visible_start ? oldest : piece.visible_start;
+    state.newest[vector] = work.causal ? piece.row_position + row + 1 : piece.visible_end;
   }
 }
 
@@ -303,6 +306,8 @@ INLINE float weigh(const State& state, int64_t vector, const Chunk& chunk, float
     uint32_t seen = chunk.seen[g];
     const int64_t hidden = state.oldest[vector] - chunk.slot[g];
     if (hidden > 0) seen &= hidden >= 16 ? 0 : 0xffffu << hidden;
+    const int64_t shown = state.newest[vector] - chunk.slot[g];
+    if (shown < 16) seen &= shown > 0 ? (1u << shown) - 1 : 0;
     if (seen != 0xffffu) scaled = choose(seen, scaled, all(minus_infinity));
     store(scores + g * 16, scaled);
     most = larger(most, scaled);

@@ -83,6 +83,7 @@ struct Attention {
   int64_t query_heads;
   int64_t window;           // 0: none
   float scale;
+  bool causal;              // rows see nothing behind themselves
 
   int64_t heads_per_kv() const { return query_heads / cache.shape.kv_heads; }
   int64_t head_vectors(const Piece& piece) const { return piece.rows * heads_per_kv(); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,20 +11,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from workers.kernels.checks import check_spans
+from workers.kernels.checks import check_causal, check_spans
 from workers.kernels.cpu import _native
 from workers.kernels.cpu.layout import PackedCache, PackedLayout, packed_cache
-from workers.kernels.signature import AttendResult, LayerCache, SlotOptions, Span
+from workers.kernels.signature import AttendResult, CacheShape, LayerCache, SlotOptions, Span
 from workers.kernels.torch_flash import TorchKernel
 
 _PLANS_MOST = 32
 """Steps remembered: those of some lanes and micro-batches, each with a few slices."""
+_OWN_BLOCK_TOKENS = 64
+"""Of chunks that are packed to attend over themselves: what the kernel walks over at once."""
 
 
 class CpuKernel:
-    """Reads the cache at the speed of memory. What PyTorch does as well or only it does goes to PyTorch:
-    chunks over themselves, biases, positions and masses.
-    """
+    """Reads the cache at the speed of memory. Biases, positions and masses go to PyTorch."""
 
     name = "cpu"
 
@@ -37,6 +38,8 @@ class CpuKernel:
         if self._level not in levels():
             raise ValueError(f"no instruction set {self._level} here; there are {len(levels())}: {levels()}")
         self._plans = _Plans()
+        self._chunks = _Chunks()
+        self._own = _OwnCaches()
         self._torch = TorchKernel()
 
     def attend(
@@ -78,8 +81,25 @@ class CpuKernel:
         scale: float,
         window: int | None,
     ) -> AttendResult:
-        """See `signature.Kernel.causal`."""
-        return self._torch.causal(query, key, value, chunks, scale, window)
+        """See `signature.Kernel.causal`. Keys and values are packed first, as a cache is."""
+        check_causal(query, key, value, chunks, window)
+        plan, slots, blocks = self._chunks.of(chunks)
+        cache = self._own.cache(blocks, key)
+        self.layout.append(cache, slots, key, value)
+        out = torch.empty(query.shape, dtype=torch.float32)
+        lse = torch.empty(query.shape[:2])
+        _native.attend(
+            plan,
+            cache.native,
+            query.contiguous(),
+            out,
+            lse,
+            scale,
+            window or 0,
+            self._threads or torch.get_num_threads(),
+            self._level,
+        )
+        return AttendResult(out, lse, ())
 
     def _attend_unpacked(
         self,
@@ -134,6 +154,54 @@ class _Plans:
         return plan
 
 
+class _Chunks:
+    """Plans of chunks over themselves, remembered by their sizes: every layer of a step asks for the same."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[int, ...], tuple[_native.Plan, Tensor, int]] = OrderedDict()
+
+    def of(self, chunks: Sequence[int]) -> tuple[_native.Plan, Tensor, int]:
+        """The plan, the slots of all rows, and how many blocks they take: each chunk begins with one."""
+        key = tuple(chunks)
+        known = self._kept.get(key)
+        if known is None:
+            known = self._kept[key] = _lay_out(key)
+            while len(self._kept) > _PLANS_MOST:
+                with contextlib.suppress(KeyError):  # another thread may take the last one first
+                    self._kept.popitem(last=False)
+        return known
+
+
+class _OwnCaches(threading.local):
+    """Where a thread packs chunks; it grows, and is used again for the next layer."""
+
+    def __init__(self) -> None:
+        self._kept: PackedCache | None = None
+
+    def cache(self, blocks: int, rows: Tensor) -> PackedCache:
+        """Room for so many blocks of rows like these, [rows, kv_heads, head_size]."""
+        _, kv_heads, head_size = rows.shape
+        kept = self._kept
+        sizes = None if kept is None else (kept.dtype, kept.kv_heads, kept.head_size)
+        if kept is None or kept.blocks < blocks or sizes != (rows.dtype, kv_heads, head_size):
+            shape = CacheShape(1, max(16, 2 * blocks), _OWN_BLOCK_TOKENS, kv_heads, head_size, rows.dtype)
+            kept = self._kept = packed_cache(PackedLayout().allocate(shape, torch.device("cpu"))[0])
+        return kept
+
+
+def _lay_out(chunks: tuple[int, ...]) -> tuple[_native.Plan, Tensor, int]:
+    fields, slots = [], []
+    row = block = 0
+    for count in chunks:
+        needed = -(-count // _OWN_BLOCK_TOKENS)
+        fields.append((row, count, 0, 0, 0, count, needed))
+        slots.append(torch.arange(count) + block * _OWN_BLOCK_TOKENS)
+        row, block = row + count, block + needed
+    table = torch.tensor(fields, dtype=torch.int64).view(-1, 7)
+    plan = _native.Plan(table, torch.arange(block), causal=True)
+    return plan, torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64), block
+
+
 def _pack(spans: Sequence[Span]) -> _native.Plan:
     fields = [
         (
@@ -149,4 +217,4 @@ def _pack(spans: Sequence[Span]) -> _native.Plan:
     ]
     table = [block for span in spans for block in span.blocks]
     packed = torch.tensor(fields, dtype=torch.int64).view(-1, 7)
-    return _native.Plan(packed, torch.tensor(table, dtype=torch.int64))
+    return _native.Plan(packed, torch.tensor(table, dtype=torch.int64), causal=False)

@@ -142,6 +142,7 @@ void attend(const Plan& plan, const Layer& layer, Numbers query, Result out, Res
   work.query_heads = query.shape(1);
   work.window = window;
   work.scale = scale;
+  work.causal = plan.causal();
   const Level& chosen = level_named(level);
   const int64_t rows = query.shape(0);
   nb::gil_scoped_release released;
@@ -169,12 +170,12 @@ NB_MODULE(_native, module) {
            nb::arg("cache_type"), nb::arg("block_tokens"), nb::arg("head_size"));
   nb::class_<Plan>(module, "Plan")
       .def("__init__",
-           [](Plan* plan, SpanTable spans, Indices table) {
+           [](Plan* plan, SpanTable spans, Indices table, bool causal) {
              if (spans.shape(1) != 7) refuse("spans of " + std::to_string(spans.shape(1)) + " fields, not 7");
              new (plan) Plan(spans.data(), spans.shape(0),
-                             std::vector<int64_t>(table.data(), table.data() + table.shape(0)));
+                             std::vector<int64_t>(table.data(), table.data() + table.shape(0)), causal);
            },
-           nb::arg("spans"), nb::arg("table"));
+           nb::arg("spans"), nb::arg("table"), nb::arg("causal"));
   module.def("attend", &attend, nb::arg("plan"), nb::arg("layer"), nb::arg("query"), nb::arg("out"), nb::arg("lse"),
              nb::arg("scale"), nb::arg("window"), nb::arg("threads"), nb::arg("level"));
   bind_operators(module);

@@ -26,12 +26,14 @@ Bytes aligned(int64_t bytes) {
   throw std::invalid_argument("span " + std::to_string(span) + ": " + reason);
 }
 
-void check_span(const Span& span, int64_t index) {
+void check_span(const Span& span, int64_t index, bool causal) {
   const bool is_range = 0 <= span.visible_start && span.visible_start <= span.visible_end;
   if (span.row_start < 0 || span.row_count < 1) refuse(index, "rows overlap another span's, or are none");
   if (!is_range || span.table_count < 0) refuse(index, "visible slots are no range");
-  if (span.visible_end > span.visible_start && span.first_position + span.visible_end > span.query_position)
-    refuse(index, "visible slots lie after the first row");
+  const int64_t rows_before = causal ? span.row_count : 0;
+  if (span.visible_end > span.visible_start &&
+      span.first_position + span.visible_end > span.query_position + rows_before)
+    refuse(index, causal ? "visible slots lie after the last row" : "visible slots lie after the first row");
 }
 
 Piece whole_piece(const Plan& plan, const Span& span, const Attention& work, int64_t row, int64_t rows) {
@@ -43,6 +45,7 @@ Piece whole_piece(const Plan& plan, const Span& span, const Attention& work, int
   piece.row_position = span.query_position + row - span.first_position;
   piece.visible_start = span.visible_start;
   piece.visible_end = span.visible_end;
+  if (work.causal) piece.visible_end = std::min(piece.visible_end, piece.row_position + rows);
   if (work.window) piece.visible_start = std::max(piece.visible_start, piece.row_position - work.window + 1);
   if (piece.visible_start >= piece.visible_end) return piece;
   const int64_t last = piece.visible_end - 1, per_block = shape.block_groups();
@@ -141,13 +144,14 @@ void merge(const Piece& piece, const std::vector<float*>& partials, const Attent
 
 }  // namespace
 
-Plan::Plan(const int64_t* spans, int64_t count, std::vector<int64_t> table) : table_(std::move(table)) {
+Plan::Plan(const int64_t* spans, int64_t count, std::vector<int64_t> table, bool causal)
+    : table_(std::move(table)), causal_(causal) {
   int64_t taken = 0;
   std::vector<std::pair<int64_t, int64_t>> rows;
   for (int64_t index = 0; index < count; index++) {
     const int64_t* field = spans + index * 7;
     const Span span{field[0], field[1], field[2], field[3], field[4], field[5], taken, field[6]};
-    check_span(span, index);
+    check_span(span, index, causal);
     taken += span.table_count;
     rows.emplace_back(span.row_start, span.row_start + span.row_count);
     spans_.push_back(span);

@@ -14,13 +14,15 @@ struct Span {
 
 class Plan {
  public:
-  // spans: [count][7] as of Span, with table_count last. Throws std::invalid_argument on ranges that
+  // spans: [count][7] as of Span, with table_count last. causal: slots are the rows themselves, each of which sees
+  // those up to itself; otherwise all lie before the first row. Throws std::invalid_argument on ranges that
   // contradict each other.
-  Plan(const int64_t* spans, int64_t count, std::vector<int64_t> table);
+  Plan(const int64_t* spans, int64_t count, std::vector<int64_t> table, bool causal);
 
   // Throws std::invalid_argument unless every span lies within the cache and the rows.
   void check(const Shape& shape, int64_t rows) const;
 
+  bool causal() const { return causal_; }
   const std::vector<Span>& spans() const { return spans_; }
   const int64_t* table(const Span& span) const { return table_.data() + span.table_start; }
 
@@ -29,6 +31,7 @@ class Plan {
   std::vector<int64_t> table_;
   int64_t rows_ = 0;         // one more than the last row named
   int64_t block_most_ = -1;
+  bool causal_;
 };
 
 // Attend a plan over one layer with `threads` threads, `rows` rows in all. The cut depends on the plan and the

@@ -65,8 +65,21 @@ void quantise(const Shape& shape, const Row& row, const float* from) {
   *row.scale(shape) = most / 127;
 }
 
+// As write_row, of bfloat16, whose lines hold two numbers of each of sixteen tokens.
+void write_halves(const Shape& shape, const KeyRow& row, const uint8_t* from) {
+  uint8_t* to = row.at(0);
+  const int64_t pairs = shape.head_size / 2;
+  for (int64_t pair = 0; pair < pairs; pair++) std::memcpy(to + pair * row.line_stride, from + pair * 4, 4);
+  if (shape.head_size % 2 != 0) std::memcpy(to + pairs * row.line_stride, from + pairs * 4, 2);
+}
+void write_halves(const Shape& shape, const ValueRow& row, const uint8_t* from) {
+  uint8_t* to = row.at(0);
+  for (int64_t d = 0; d < shape.head_size; d++) std::memcpy(to + d * 4, from + d * 2, 2);
+}
+
 template <class Row>
 void write_row(const Shape& shape, const Row& row, const uint8_t* from) {
+  if (shape.type == CacheType::bfloat16) return write_halves(shape, row, from);
   if (shape.type == CacheType::int8) return quantise(shape, row, reinterpret_cast<const float*>(from));
   for (int64_t d = 0; d < shape.head_size; d++)
     if (shape.type == CacheType::float32)
