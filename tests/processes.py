@@ -72,7 +72,9 @@ class ProcessCluster:
         self._file.write_text(config.to_yaml())
 
     def start(self) -> None:
-        """Start every process and wait until all serve; a process that ends instead fails the test."""
+        """Start every process and wait until all serve and know each other; a process that ends instead fails
+        the test.
+        """
         self._sweeper.start()
         config = self.config
         replicas = {
@@ -84,6 +86,7 @@ class ProcessCluster:
             for index in range(count):
                 self.launch(role, index)
         self.wait(lambda members: len(members) == len(self.processes) and _all_ready(members))
+        self.wait(lambda _members: self._are_linked())
 
     def launch(self, role: str, index: int) -> None:
         """Start one process, in place of an ended one of that name."""
@@ -103,6 +106,20 @@ class ProcessCluster:
                     assert process.poll() is None, f"{worker_id} ended:\n{self.log(worker_id)}"
                 assert time.monotonic() < end_s, f"not ready: {self.members()}"
                 self._changed.wait(0.5)
+
+    def _are_linked(self) -> bool:
+        """Whether gateways reach all dense workers, and those all attention workers they may use. Until then
+        who serves what depends on who was first.
+        """
+        links = {"gateway": ("link_ready", self.config.dense.replicas)}
+        if self.config.placement.instances != "separate":
+            links["dense"] = ("peer_ready", self.config.attention.replicas)
+        return all(
+            (self.folder / f"{worker_id}.log").read_text().count(event) >= count
+            for worker_id in self.processes
+            for role, (event, count) in links.items()
+            if worker_id.startswith(role)
+        )
 
     def members(self) -> Sequence[inference_pb2.Member]:
         """Who lives."""

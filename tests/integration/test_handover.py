@@ -15,7 +15,7 @@ from tests.attention_pool import call
 from tests.cluster_harness import DenseCluster, Output, Shape, computed_tokens, counted, request
 from tests.models import random_prompt, reference_tokens, tiny_model
 from tests.processes import ProcessCluster, process_cluster
-from tests.serving import Reader, wait_until, whole
+from tests.serving import Reader, whole
 from workers.dense.deltas import FinishReason, Handoff
 from workers.dense.engine import Engine
 
@@ -104,11 +104,6 @@ def _hand_over(cluster: ProcessCluster, source: str, target: str, request_id: st
         return len(call(dense_pb2_grpc.DenseServiceStub(channel).Handover, message).sequences)
 
 
-def _await_links(cluster: ProcessCluster) -> None:
-    """Until the gateway may choose between both dense workers: before, whichever is there does everything."""
-    wait_until(lambda: cluster.log("gateway-0").count("link_ready") == 2)
-
-
 def test_a_stream_goes_on_through_hand_overs(model: Path, tmp_path: Path) -> None:
     """Through real processes: a stream is handed back and forth by `Handover` while it runs, and its client
     sees the reference's tokens. Who is asked wrongly refuses, and nothing happens.
@@ -117,7 +112,6 @@ def test_a_stream_goes_on_through_hand_overs(model: Path, tmp_path: Path) -> Non
     (expected,) = reference_tokens(model, [prompt], 400)
     overrides = {"dense.replicas": 2, "placement.shard_tokens": 32, "attention.block_tokens": 8}
     with process_cluster(model, tmp_path, overrides) as cluster, cluster.client() as client:
-        _await_links(cluster)
         reader = Reader(client, token_ids=prompt, temperature=0.0, max_tokens=400, ignore_eos=True)
         reader.wait_tokens(10)
         with pytest.raises(InvalidRequest, match="itself"):
@@ -138,9 +132,6 @@ def test_prompts_and_decoding_on_workers_of_their_own(model: Path, tmp_path: Pat
     references = reference_tokens(model, prompts, 40)
     overrides = {"dense.replicas": 2, "dense.serves": ["prefill", "decode"]}
     with process_cluster(model, tmp_path, overrides) as cluster, cluster.client() as client:
-        wait_until(
-            lambda: cluster.log("gateway-0").count("link_ready") == 2
-        )  # until then any worker does all
         for prompt, expected in zip(prompts, references, strict=True):
             reading = whole(client, token_ids=prompt, temperature=0.0, max_tokens=40, ignore_eos=True)
             assert reading.token_ids() == list(expected.tokens)
