@@ -22,7 +22,7 @@ from anabranch.cli.bench.children import next_line, start
 from anabranch.cli.bench.floors import Floors
 from anabranch.cli.bench.records import Record, Results, extreme, figure, prediction, ratio
 from anabranch.cli.bench.step_settings import StepSettings, Turn
-from anabranch.cli.bench.timeline import draw
+from anabranch.cli.bench.timeline import draw, require_plotting
 from anabranch.cli.model import resolve
 from cluster.errors import AnabranchError, ConfigError
 
@@ -63,6 +63,8 @@ def measure(repeats: int, say: Say, plot: Path | None = None) -> Results:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise ConfigError("bench step needs two cores: one for each side")
+    if plot is not None:
+        require_plotting()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_model())
         say("measuring memory and matrix products for the floors")

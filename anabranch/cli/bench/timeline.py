@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -79,13 +80,18 @@ class TracedLane:
         self._lane.close()
 
 
+def require_plotting() -> None:
+    """Before anything is measured. Raises ConfigError without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+
+
 def draw(spans: Sequence[Span], path: Path, title: str) -> None:
     """A picture of the spans; dense work is what lies between them. Raises ConfigError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
+    require_plotting()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     begin_s = min(span["begin_s"] for span in spans)
     figure = Figure(figsize=(16, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
