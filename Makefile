@@ -49,6 +49,7 @@ oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
 
 bench: $(STAMP)  ## measure the hot path; writes bench/results.json
 	$(BIN)/anabranch bench kernel --json $(RESULTS)
+	$(BIN)/anabranch bench product --json $(RESULTS)
 	$(BIN)/anabranch bench context --json $(RESULTS)
 	$(BIN)/anabranch bench lane --json $(RESULTS)
 	$(BIN)/anabranch bench step --json $(RESULTS)

@@ -76,9 +76,10 @@ class Failover:
         """
         self._heard_s = self._clock()
 
-    def interrupted(self, error: AnabranchError, *, is_answer: bool = False) -> float:
-        """Turn to the next gateway; returns the pause before asking it, in seconds. `is_answer`: the gateway
-        itself says that the request cannot be served now, so that it was heard does not end the outage.
+    def interrupted(self, error: AnabranchError, *, refuses: bool = False) -> float:
+        """Turn to the next gateway; returns the pause before asking it, in seconds. `refuses`: the gateway
+        itself says that the request cannot be served now, so that it was heard does not end the outage. One
+        that stops does not say that: the next may serve.
 
         Raises DeadlineExceeded, or Unavailable after an outage longer than `outage_s`.
         """
@@ -89,11 +90,11 @@ class Failover:
         self._position += 1
         self._said_stop |= isinstance(error, Stopping)
         remaining_s = self.remaining_s()
-        heard_s = -math.inf if is_answer else self._heard_s
+        heard_s = -math.inf if refuses else self._heard_s
         if now_s - max(self._failing_since_s, heard_s) >= self._outage_s:
             silence = f" for {self._outage_s:g} s" if self._outage_s else ""
             stopped = " since one said that it stops; is the cluster down?" if self._said_stop else ""
-            outcome = f"no gateway {'serves this' if is_answer else 'answered'}{silence}{stopped}"
+            outcome = f"no gateway {'serves this' if refuses else 'answered'}{silence}{stopped}"
             raise Unavailable(f"{outcome} ({', '.join(self._addresses)}): {error.message}")
         return min(self._pause_s(), remaining_s)
 
@@ -143,4 +144,5 @@ def next_pause_s(failover: Failover, error: grpc.RpcError) -> float:
         raise failover.deadline_error() from error
     if not is_interruption(error):
         raise translated from error
-    return failover.interrupted(translated, is_answer=_is_answer(cast(_Ended, error)))
+    refuses = _is_answer(cast(_Ended, error)) and not isinstance(translated, Stopping)
+    return failover.interrupted(translated, refuses=refuses)

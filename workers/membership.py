@@ -20,6 +20,7 @@ from cluster import rpc
 from cluster.errors import AnabranchError, Cancelled, Fenced, NotFound, VersionMismatch
 from cluster.telemetry import logger
 from cluster.types import LAYOUT_VERSION, WIRE_VERSION
+from workers.known_members import KnownMembers
 from workers.registry_reader import RegistryReader
 from workers.role import RoleContext, read_memory
 
@@ -51,8 +52,8 @@ class MembershipClient:
 
     While the controller is away the last known members stay valid: the data path does not need it. Where a
     registry is configured, it is asked meanwhile: for newer members, for where the controller is now, and by
-    a process that starts for its welcome. Another life of the controller may know nobody yet: whom it does
-    not name stays a member here until the expiry after joining it, unless another life takes that name.
+    a process that starts for its welcome. Whom another life of the controller has not met yet is kept (see
+    `KnownMembers`).
     `load`, `on_change` and `on_fenced` are called on the client's thread and must not block; from
     asyncio, hand over with `loop.call_soon_threadsafe`. `on_change` receives the whole membership,
     this process included, after each change. A usual `on_fenced` is `context.stop.set`.
@@ -82,10 +83,7 @@ class MembershipClient:
         self._on_fenced = on_fenced
         self._state = inference_pb2.MEMBER_STATE_STARTING
         self._welcome: control_pb2.RegisterResponse | None = None
-        self._membership = control_pb2.Membership()
-        self._heard_from = 0
-        self._kept: dict[str, inference_pb2.Member] = {}
-        self._kept_until_s = 0.0
+        self._known = KnownMembers()
         self._first: futures.Future[control_pb2.RegisterResponse] = futures.Future()
         self._pool: PoolReporter | None = None
         self._move: Callable[[control_pb2.MoveOrder], None] = lambda _order: None
@@ -128,7 +126,7 @@ class MembershipClient:
 
     def membership(self) -> control_pb2.Membership:
         """Everyone alive as last heard; never modified in place."""
-        return self._membership
+        return self._known.membership
 
     def close(self) -> None:
         """Stop reporting; the controller notices by expiry or by the process's end. Idempotent."""
@@ -204,7 +202,7 @@ class MembershipClient:
 
     def _ask_registry(self) -> None:
         """Learn what the controller wrote, and look for it where it was last."""
-        news = self._reader.look(self._membership.version)
+        news = self._reader.look(self._known.membership.version)
         if news is not None:
             _log.info("membership_from_registry", members=len(news.membership.members))
             self._learn(news, news.membership)
@@ -243,7 +241,7 @@ class MembershipClient:
         if self._first.done() and self._first.result().geometry != welcome.geometry:
             raise VersionMismatch("this controller serves another model than the one that was joined; end")
         self._learn(welcome, welcome.membership)
-        self._kept_until_s = time.monotonic() + welcome.expiry_ms / 1000
+        self._known.keep_until(_expiry_of(welcome))
         if not self._first.done():
             self._first.set_result(welcome)
 
@@ -257,7 +255,7 @@ class MembershipClient:
             epoch=self._context.epoch,
             state=self._state,
             load=self._loaded(),
-            membership_version=self._membership.version,
+            membership_version=self._known.membership.version,
             pool=report,
         )
         # Half the expiry leaves time for a second attempt before silence is taken for death.
@@ -284,34 +282,22 @@ class MembershipClient:
             self._followed = self._controller
             self._follow(self._controller)
 
-    def _learn(self, welcome: control_pb2.RegisterResponse, membership: control_pb2.Membership) -> None:
-        """Take what the controller that gave this welcome says. A new one has not met everybody yet."""
-        if self._heard_from not in (0, welcome.responder.epoch):
-            self._kept = {member.worker_id: member for member in self._membership.members}
-            self._kept_until_s = time.monotonic() + welcome.expiry_ms / 1000
-        self._heard_from = welcome.responder.epoch
-        for member in membership.members:
-            self._kept.pop(member.worker_id, None)
-        self._publish(membership)
+    def _learn(self, welcome: control_pb2.RegisterResponse, said: control_pb2.Membership) -> None:
+        """Take what the controller that gave this welcome says."""
+        self._known.learn(welcome.responder.epoch, said, _expiry_of(welcome))
+        self._publish()
 
     def _let_go(self) -> None:
-        """Whom the controller has not named by now is gone. Called only when it answered: while it is away,
-        nobody could have joined it.
-        """
-        if self._kept and time.monotonic() >= self._kept_until_s:
-            _log.warning("members_not_found_again", members=sorted(self._kept))
-            members = [each for each in self._membership.members if each.worker_id not in self._kept]
-            self._kept = {}
-            self._publish(control_pb2.Membership(version=self._membership.version, members=members))
+        """Give up whom another life of the controller has not met in time."""
+        gone = self._known.let_go(time.monotonic())
+        if gone:
+            _log.warning("members_not_found_again", members=gone)
+            self._publish()
 
-    def _publish(self, membership: control_pb2.Membership) -> None:
-        """Let everyone know these members, and those that are kept."""
-        if self._kept:
-            members = sorted((*membership.members, *self._kept.values()), key=lambda each: each.worker_id)
-            membership = control_pb2.Membership(version=membership.version, members=members)
-        self._membership = membership
+    def _publish(self) -> None:
+        """Let everyone know who lives."""
         try:
-            self._on_change(membership)
+            self._on_change(self._known.membership)
         except Exception as error:  # noqa: BLE001  a bug in a callback must not make a live process look dead
             _log.error("membership_callback_failed", error=error)
 
@@ -327,3 +313,8 @@ class MembershipClient:
             return False
         self._first.set_exception(error)
         return True
+
+
+def _expiry_of(welcome: control_pb2.RegisterResponse) -> float:
+    """When a silence that begins now is taken for death, on the monotonic clock."""
+    return time.monotonic() + welcome.expiry_ms / 1000

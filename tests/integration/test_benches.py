@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.cli.bench import context, lane, results_file
+from anabranch.cli.bench import context, lane, product, results_file
 from anabranch.cli.bench.contender import Cell
 from anabranch.cli.bench.namespaces import LOOPBACK
 from anabranch.cli.bench.records import Results, differences, records
@@ -19,6 +19,7 @@ from anabranch.cli.bench.serve import ServeBench, measure
 from anabranch.cli.bench.timeline import draw
 from cluster.errors import ConfigError, InvalidRequest
 from tests.models import tiny_model
+from workers.kernels.select import has_compiled_code
 
 SERVE_KEYS = {
     "batch", "prompt", "mode", "decode_tok_s", "prefill_tok_s",
@@ -53,6 +54,16 @@ def test_lanes_are_measured_beside_bare_loops() -> None:
     settings = found["lane"]["tcp_vs_bare"]["settings"]
     assert settings["network"] == "loopback"
     assert ("lane.tls_vs_plain" in values) == settings["tls"].startswith("gRPC")
+
+
+@pytest.mark.skipif(not has_compiled_code(), reason="the C++ extension is not built")
+def test_products_are_measured_beside_memory_and_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and threads have their ratio to oneDNN; where reading is what counts, one to the memory."""
+    monkeypatch.setattr(product, "_LAYERS", 1)
+    values = verified(product.measure(repeats=1, tell=lambda _: None))
+    for threads in (1, 2):
+        assert values[f"product.rows1/threads{threads}.read_ratio"] > 0
+        assert values[f"product.rows1024/threads{threads}.vs_onednn"] > 0
 
 
 def test_attention_by_context_tells_line_memory_and_workers() -> None:

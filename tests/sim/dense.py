@@ -13,7 +13,7 @@ from tests.sim.pool import Network, SimulatedPeer
 from tests.sim.sums import SumDecoder
 from tests.sim.world import SimulatedExecutor, World
 from workers.dense.engine import Engine
-from workers.dense.members import AttentionMember
+from workers.dense.members import AttentionMember, attention_members
 from workers.dense.model import Decoder
 from workers.dense.prefixes import Find
 from workers.kernels.reference import ReferenceKernel
@@ -39,6 +39,7 @@ class SimulatedDense:
         self.name, self.epoch = name, epoch
         self.alive = True
         self.frozen_until_s = 0.0
+        self._config = config
         self._network = network
         self._world = world
         self.engine = Engine(
@@ -60,7 +61,7 @@ class SimulatedDense:
 
     def learn(self, members: Sequence[inference_pb2.Member]) -> None:
         """The membership changed."""
-        self.engine.pool.update([_attention(each) for each in members if _is_attention(each)])
+        self.engine.pool.update(attention_members(members, WorkerId(self.name), self._config))
 
     def load(self) -> inference_pb2.Load:
         """What heartbeats report; times are made up, since real ones would differ from run to run."""
@@ -96,20 +97,5 @@ class SimulatedDense:
         self._world.after(pause_s, self._turn)
 
     def _connect(self, member: AttentionMember) -> AttentionPeer:
-        return SimulatedPeer(self._network, self.name, self._network.reach(self.name, member.address))
-
-
-def _is_attention(member: inference_pb2.Member) -> bool:
-    return member.role == inference_pb2.ROLE_ATTENTION
-
-
-def _attention(member: inference_pb2.Member) -> AttentionMember:
-    blocks = member.load.blocks
-    return AttentionMember(
-        WorkerId(member.worker_id),
-        Epoch(member.epoch),
-        member.address,
-        blocks.capacity,
-        blocks.free + blocks.sealed_cached,
-        is_admitting=member.state == inference_pb2.MEMBER_STATE_READY,
-    )
+        target = self._network.reach(self.name, member.address)
+        return cast(AttentionPeer, SimulatedPeer(self._network, self.name, target))

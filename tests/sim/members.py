@@ -15,6 +15,7 @@ from controller.directory_service import DirectoryKeeper
 from controller.membership import MembershipTable, Terms
 from tests.sim.world import World
 from workers.attention.journal import Journal
+from workers.known_members import KnownMembers
 
 
 class SimulatedController:
@@ -85,11 +86,8 @@ class SimulatedMember:
         self._on_change = on_change
         self._on_move = on_move
         self._journal = journal
-        self._members: dict[str, inference_pb2.Member] = {}
-        self._version = 0
+        self._known = KnownMembers()
         self._heard_from = 0
-        self._kept: dict[str, inference_pb2.Member] = {}
-        self._kept_until_s = 0.0
 
     def speak(self, now_s: float, expiry_s: float) -> None:
         """One sign of life. Raises Fenced where somebody else has its name."""
@@ -108,18 +106,11 @@ class SimulatedMember:
                     config_digest="digest",
                 )
             )
-            if self._heard_from not in (0, controller.lives):
-                self._kept, self._kept_until_s = dict(self._members), now_s + expiry_s
             self._heard_from = controller.lives
         if news is not None:
-            self._version = news.version
-            self._members = {member.worker_id: member for member in news.members}
-            for name in self._members:
-                self._kept.pop(name, None)
-            self._on_change([*self._members.values(), *self._kept.values()])
-        elif self._kept and now_s >= self._kept_until_s:
-            self._kept = {}
-            self._on_change(list(self._members.values()))
+            self._known.learn(controller.lives, news, now_s + expiry_s)
+        if self._known.let_go(now_s) or news is not None:
+            self._on_change(self._known.membership.members)
         for order in controller.balancer.orders(self.member.worker_id):
             self._on_move(order)
 
@@ -132,7 +123,7 @@ class SimulatedMember:
             epoch=self.member.epoch,
             state=self.member.state,
             load=self._load(),
-            membership_version=self._version if self._heard_from == controller.lives else 0,
+            membership_version=self._known.membership.version if self._heard_from == controller.lives else 0,
             pool=report,
         )
         if self._journal is not None and controller.table.holds(self.member.worker_id, self.member.epoch):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from anabranch.v1 import inference_pb2
 from cluster.config import AttentionConfig
 from cluster.errors import LaneBroken, Unavailable
-from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, WorkerId
+from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, WorkerId
 from tests.sim.world import World
 from workers.attention.arena import Arena
 from workers.attention.journal import Journal
@@ -24,7 +24,7 @@ from workers.attention.transfer import Copy, Piece, fetch, pull
 from workers.kernels.reference import ReferenceKernel
 from workers.lanes.inproc import InProcessLane
 from workers.lanes.messages import LayerMessage, PartialReply
-from workers.peer import Acquisition, Adoption, HeldShard, PullSource, Reservation, ShardPrefix
+from workers.peer import Acquisition, PullSource, ShardPrefix
 
 _T = TypeVar("_T")
 
@@ -107,7 +107,7 @@ class Network:
 
 
 class SimulatedPeer:
-    """An `AttentionPeer` over a network that loses calls, and answers."""
+    """An `AttentionPeer` over a network that loses calls, and answers; those not below are `LocalPeer`'s."""
 
     def __init__(self, network: Network, caller: str, target: SimulatedAttention) -> None:
         self.worker, self.epoch = target.worker, target.epoch
@@ -116,22 +116,9 @@ class SimulatedPeer:
         self._target = target
         self._local = LocalPeer(target.store, target.session)
 
-    def reserve(
-        self, key: SequenceKey, generation: Generation, first: int, end: int, prefix: ShardPrefix
-    ) -> Reservation:
-        """See `AttentionPeer`."""
-        return self._call(lambda: self._local.reserve(key, generation, first, end, prefix))
-
-    def acquire(
-        self,
-        key: SequenceKey,
-        generation: Generation,
-        first: int,
-        token_ids: Sequence[int],
-        prefix: ShardPrefix,
-    ) -> Acquisition:
-        """See `AttentionPeer`."""
-        return self._call(lambda: self._local.acquire(key, generation, first, token_ids, prefix))
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._local, name)
+        return lambda *arguments: self._call(lambda: method(*arguments))
 
     def pull(
         self,
@@ -154,35 +141,10 @@ class SimulatedPeer:
 
         return self._call(lambda: pull(target.store, target.arena, copy, fetched))
 
-    def release(self, key: SequenceKey, generation: Generation, computed_end: int) -> int:
-        """See `AttentionPeer`."""
-        return self._call(lambda: self._local.release(key, generation, computed_end))
-
-    def release_shard(self, key: SequenceKey, generation: Generation, shard: ShardId) -> int:
-        """See `AttentionPeer`."""
-        return self._call(lambda: self._local.release_shard(key, generation, shard))
-
-    def trim(self, key: SequenceKey, generation: Generation, keep_from: int) -> int:
-        """See `AttentionPeer`."""
-        return self._call(lambda: self._local.trim(key, generation, keep_from))
-
-    def renew(self, keys: Iterable[SequenceKey]) -> tuple[SequenceKey, ...]:
-        """See `AttentionPeer`."""
-        return self._call(lambda: self._local.renew(keys))
-
-    def adopt(self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]) -> Adoption:
-        """See `AttentionPeer`."""
-        return self._call(lambda: self._local.adopt(key, generation, token_ids))
-
-    def locate(self, key: SequenceKey) -> tuple[HeldShard, ...]:
-        """See `AttentionPeer`."""
-        return self._call(lambda: self._local.locate(key))
-
     def open_lane(self) -> SimulatedLane:
         """See `AttentionPeer`."""
-        return self._call(
-            lambda: SimulatedLane(self._network.world, self._local.open_lane(), self._require_way)
-        )
+        world = self._network.world
+        return self._call(lambda: SimulatedLane(world, self._local.open_lane(), self._require_way))
 
     def close(self) -> None:
         """See `AttentionPeer`."""

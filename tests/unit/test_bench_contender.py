@@ -44,6 +44,15 @@ def test_a_round_counts_tokens_over_the_median_step(tmp_path: Path) -> None:
     assert (served.decode, served.prefill) == (8.0, 10.0)
 
 
+def test_a_cell_without_a_full_step_is_refused_by_name(tmp_path: Path) -> None:
+    """Where the first sequences end before the last begin nothing is measured; warming up goes on."""
+    program = PROGRAM.replace('[1.0, settings["step_s"], 0.25]', "[]")
+    with contextlib.closing(contender(tmp_path, program)) as it:
+        assert it.work(Cell(4, 5), seed=0)["prefill_s"] == 2.0
+        with pytest.raises(InvalidRequest, match=r"it, 4x5: .* --step-tokens"):
+            it.serve(Cell(4, 5), seed=1)
+
+
 def test_contenders_get_the_same_prompts_in_turn(tmp_path: Path) -> None:
     """Each has `repeats` rounds kept, after one thrown away; a cell's work depends on its seed alone."""
     said: list[str] = []

@@ -1,15 +1,37 @@
 """Whom a client asks next, when, and how long it tries."""
 
 import random
+from typing import Any
 
+import grpc
 import pytest
 
-from anabranch.failover import Failover
+from anabranch.failover import Failover, next_pause_s
+from cluster import rpc
 from cluster.clock import ManualClock
-from cluster.errors import DeadlineExceeded, Stopping, Unavailable
+from cluster.errors import AnabranchError, DeadlineExceeded, Stopping, Unavailable
 
 NO_WORKER = Unavailable("no dense worker is ready")
 GONE = Unavailable("gone")
+
+
+class Ended(grpc.RpcError):
+    """A call that a gateway ended with an error of ours."""
+
+    def __init__(self, error: AnabranchError) -> None:
+        self._error = error
+
+    def code(self) -> grpc.StatusCode:
+        """See `grpc.Call`."""
+        return rpc.status_code(self._error)
+
+    def details(self) -> str:
+        """See `grpc.Call`."""
+        return self._error.message
+
+    def trailing_metadata(self) -> Any:
+        """See `grpc.Call`."""
+        return (("grpc-status-details-bin", rpc.to_status(self._error).SerializeToString()),)
 
 
 def make_failover(
@@ -82,11 +104,25 @@ def test_a_gateway_that_begins_and_then_says_no_is_an_outage() -> None:
     clock = ManualClock()
     failover = make_failover(clock)
     for _ in range(6):
-        failover.interrupted(NO_WORKER, is_answer=True)
+        failover.interrupted(NO_WORKER, refuses=True)
         clock.advance(5)
         failover.heard()
     with pytest.raises(Unavailable, match=r"no gateway serves this for 30 s \(a\): no dense worker"):
-        failover.interrupted(NO_WORKER, is_answer=True)
+        failover.interrupted(NO_WORKER, refuses=True)
+
+
+def test_a_gateway_that_stops_is_no_refusal() -> None:
+    """One that computed a long prompt for a resumed stream, silently, and then stops: the next is asked."""
+    clock = ManualClock()
+    failover = make_failover(clock, "a", "b", "c")
+    failover.interrupted(GONE)
+    clock.advance(1)
+    failover.heard()
+    clock.advance(29)
+    error = Ended(Stopping("the gateway stops"))
+    assert next_pause_s(failover, error) == 0.0
+    with pytest.raises(Unavailable, match="no gateway serves this"):
+        next_pause_s(failover, Ended(NO_WORKER))
 
 
 def test_a_cluster_that_was_stopped_is_named_as_such() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,19 +131,18 @@ def _shared(cache: Cache, *workers: WorkerId) -> list[ArenaView]:
     ]
 
 
-def test_moving_what_others_share_frees_nothing() -> None:
-    """A full instance whose sequences all share their blocks does not lend them away for room."""
-    instances = [instance(0, running=8, waiting=4), instance(1, running=8)]
-    sequences = {f"r{index}": 8192 for index in range(8)}
-    arenas = [arena(0, 0, free=0, read=8 * 8192), arena(1, 1, free=8192)]
-    fast = [
-        InstanceView(each.worker, each.running, each.waiting, 500.0, DENSE, Line(0.0, 0.0))
-        for each in instances
+@pytest.mark.parametrize(("sharers", "moves_away"), [(1, True), (64, False)])
+def test_what_others_share_is_not_moved_for_room(sharers: int, moves_away: bool) -> None:
+    """A full arena of one sequence lends it away, so that another one may run; one that 64 sequences share
+    block by block would be no emptier for it.
+    """
+    instances = [
+        InstanceView(WorkerId(f"dense-{index}"), 8, waiting, 4000.0, DENSE, Line(0.0, 0.0))
+        for index, waiting in enumerate((1, 0))
     ]
-    alone = [arena(0, 0, free=0), arena(1, 1, free=8192)]
-    assert moves(fast, alone, held(a0={"r0": 8192}))[0].tokens > 500
-    (first, *_) = moves(fast, arenas, held(a0=sequences))
-    assert arenas[0].freed_by(first.tokens) == first.tokens // 8
+    arenas = [arena(0, 0, free=0, read=sharers * 8192), arena(1, 1, free=8192)]
+    sequences = {f"r{index}": 8192 for index in range(sharers)}
+    assert bool(moves(instances, arenas, held(a0=sequences))) is moves_away
 
 
 @st.composite

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import torch
 
@@ -116,10 +115,10 @@ class AttentionCore:
             self.busy_seconds += seconds
 
     def _look_after_store(self) -> None:
-        given_s = time.monotonic()
+        given_s = monotonic()
         while not self._closing.wait(self._pause_s):
-            if 0 < self._give_back_s <= time.monotonic() - given_s:
-                given_s = time.monotonic()
+            if 0 < self._give_back_s <= monotonic() - given_s:
+                given_s = monotonic()
                 self.give_back()
             for key in self.store.expire():
                 _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)

@@ -6,6 +6,9 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from anabranch.v1 import inference_pb2
+from cluster.config import Config
+from cluster.policies.instances import home_of
 from cluster.policies.placement import WorkerSpace
 from cluster.types import Epoch, WorkerId
 from workers.peer import AttentionPeer
@@ -25,6 +28,34 @@ class AttentionMember:
     is_local: bool = False
     is_home: bool = True
     """Of this dense worker's own instance."""
+
+
+def attention_members(
+    members: Iterable[inference_pb2.Member], dense: WorkerId, config: Config
+) -> list[AttentionMember]:
+    """The attention workers of a membership that a dense worker may use: those that left starting, and where
+    instances are separate its own.
+    """
+    placement, replicas = config.placement, config.dense.replicas
+    found = []
+    for member in members:
+        if member.role != inference_pb2.ROLE_ATTENTION or member.state == inference_pb2.MEMBER_STATE_STARTING:
+            continue
+        worker, blocks = WorkerId(member.worker_id), member.load.blocks
+        is_home = placement.instances == "shared" or home_of(worker, replicas) == dense
+        if is_home or placement.instances != "separate":
+            found.append(
+                AttentionMember(
+                    worker,
+                    Epoch(member.epoch),
+                    member.address,
+                    blocks.capacity,
+                    blocks.free + blocks.sealed_cached,
+                    is_admitting=member.state == inference_pb2.MEMBER_STATE_READY,
+                    is_home=is_home,
+                )
+            )
+    return found
 
 
 Connect = Callable[[AttentionMember], AttentionPeer]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from workers.dense.rope import rotate
+from workers.kernels.select import has_compiled_code
 from workers.partials import Partial, merged_out
 
 
@@ -109,12 +109,3 @@ def select_operators(dtype: torch.dtype, device: torch.device) -> RowOperators:
     from workers.kernels.cpu.operators import CpuOperators  # only now: it imports the extension
 
     return CpuOperators(dtype)
-
-
-def has_compiled_code() -> bool:
-    """Whether the extension for CPUs was built."""
-    try:
-        importlib.import_module("workers.kernels.cpu._native")
-    except ImportError:
-        return False
-    return True

@@ -18,9 +18,9 @@ from torch import Tensor
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import StoredTensor, read_stored_tensors
 from cluster.weight_shapes import require_shapes
-from workers.dense.operators import has_compiled_code
 from workers.dense.weight_mapping import WeightMapping
 from workers.kernels.memory import Slabs, reserve
+from workers.kernels.select import has_compiled_code
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each tensor."""

@@ -13,11 +13,10 @@ from anabranch.wire import sequence_key
 from cluster import rpc
 from cluster.config import Config, Serves
 from cluster.perfmodel import Line
-from cluster.policies.instances import home_of
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
-from workers.dense.members import AttentionMember
+from workers.dense.members import AttentionMember, attention_members
 from workers.dense.model import Decoder
 from workers.dense.prefixes import Find
 from workers.dense.remote_peer import RemotePeer
@@ -106,14 +105,7 @@ class DenseWorker:
 
     def set_members(self, members: Iterable[inference_pb2.Member]) -> None:
         """Take the membership: attention workers that left starting are connected to."""
-        known = [
-            self._attention_member(member)
-            for member in members
-            if member.role == inference_pb2.ROLE_ATTENTION
-            and member.state != inference_pb2.MEMBER_STATE_STARTING
-        ]
-        if self._config.placement.instances == "separate":
-            known = [member for member in known if member.is_home]
+        known = attention_members(members, self._worker, self._config)
         if self._local is not None:
             known.append(self._local.member())
         self.engine.pool.update(known)
@@ -153,19 +145,6 @@ class DenseWorker:
         """End the engine and the streams. Idempotent."""
         self.engine.stop()
         self._server.stop(grace=_STOP_GRACE_S).wait(timeout=2 * _STOP_GRACE_S)
-
-    def _attention_member(self, member: inference_pb2.Member) -> AttentionMember:
-        worker, blocks = WorkerId(member.worker_id), member.load.blocks
-        is_shared = self._config.placement.instances == "shared"
-        return AttentionMember(
-            worker,
-            Epoch(member.epoch),
-            member.address,
-            blocks.capacity,
-            blocks.free + blocks.sealed_cached,
-            is_admitting=member.state == inference_pb2.MEMBER_STATE_READY,
-            is_home=is_shared or home_of(worker, self._config.dense.replicas) == self._worker,
-        )
 
     def _connect(self, member: AttentionMember) -> AttentionPeer:
         if member.is_local:

@@ -61,18 +61,25 @@ def _warn_without_triton() -> None:
 
 def compiled_kernel() -> Kernel | None:
     """The C++ kernel with this process's defaults, or None where its extension was not built."""
-    try:
-        importlib.import_module("workers.kernels.cpu._native")
-    except ImportError:
+    if not has_compiled_code():
         return None
     from workers.kernels.cpu.kernel import CpuKernel  # only now: it imports the extension
 
     return CpuKernel()
 
 
+def has_compiled_code() -> bool:
+    """Whether the extension for CPUs was built."""
+    try:
+        importlib.import_module("workers.kernels.cpu._native")
+    except ImportError:
+        return False
+    return True
+
+
 def let_threads_spin() -> None:
     """This process has cores of its own: threads of the C++ kernel may wait for work on them."""
-    if compiled_kernel() is not None:
+    if has_compiled_code():
         from workers.kernels.cpu import _native
 
         _native.let_threads_spin(may=True)

@@ -41,7 +41,7 @@ JsonFile = Annotated[
 ]
 
 
-_BENCHES_IN_FILE = frozenset({"kernel", "lane", "step", "gain", "context", "serve"})
+_BENCHES_IN_FILE = frozenset({"kernel", "product", "lane", "step", "gain", "context", "serve"})
 """What `make bench` and `make bench-peers` write."""
 
 _WIDTH = 112
@@ -85,6 +85,23 @@ def kernel(
 
     with Console(stderr=True).status("starting") as status:
         results = bench_kernel(quick, status.update)
+    report(results, json_file)
+
+
+@app.command()
+def product(
+    json_file: JsonFile = None,
+    repeats: Annotated[int, typer.Option(help="Passes over all weights of each kind, in turn.", min=1)] = 7,
+) -> None:
+    """Products of rows with packed bfloat16 weights, beside what the memory gives and oneDNN's.
+
+    \b
+    anabranch bench product --json bench/results.json
+    """
+    from anabranch.cli.bench.product import measure
+
+    with Console(stderr=True).status("starting") as status:
+        results = measure(repeats, status.update)
     report(results, json_file)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.errors import Unavailable
+from cluster.errors import InvalidRequest, Unavailable
 
 _READY_S = 600.0
 _WORK_S = 900.0
@@ -85,15 +85,25 @@ class Contender:
         self._signal(signal.SIGSTOP)
 
     def serve(self, cell: Cell, seed: int) -> Served:
-        """One round of a cell. Raises Unavailable."""
+        """One round of a cell. Raises Unavailable, and InvalidRequest for a cell that shows no decoding."""
+        answer = self.work(cell, seed)
+        if not answer["step_s"]:
+            raise InvalidRequest(
+                f"{self.name}, {cell.batch}x{cell.prompt}: the first sequences had their {cell.steps} tokens "
+                "before the last had one; choose fewer or shorter prompts, or more --step-tokens"
+            )
+        step_s = statistics.median(answer["step_s"])
+        return Served(cell.batch / step_s, cell.batch * cell.prompt / answer["prefill_s"])
+
+    def work(self, cell: Cell, seed: int) -> dict[str, Any]:
+        """What it answers to a cell. Raises Unavailable."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(cell.work(seed)).encode() + b"\n")
         self._process.stdin.flush()
         answer = self._answer("step_s", _WORK_S)
         self._signal(signal.SIGSTOP)
-        step_s = statistics.median(answer["step_s"])
-        return Served(cell.batch / step_s, cell.batch * cell.prompt / answer["prefill_s"])
+        return answer
 
     def close(self) -> None:
         """End it. Idempotent."""

@@ -36,8 +36,7 @@ _OWN_SPLIT = "anabranch_split"
 _PEERS = Path(__file__).parent / "peers"
 _ARENA_BYTES = 2**30
 _WARM_UP_PROMPT_MOST = 256
-_WARM_UP_STEPS = 12
-"""More than a batch's prompts take: steps count in which every sequence gets a token."""
+_WARM_UP_STEPS = 4
 
 Say = Callable[[str], None]
 
@@ -125,14 +124,15 @@ def rounds(
     served: dict[str, list[Served]] = {name: [] for name in contenders}
     warm_up = Cell(cell.batch, min(cell.prompt, _WARM_UP_PROMPT_MOST), _WARM_UP_STEPS)
     order = list(contenders)
-    for number in range(1 + repeats):
-        for name in order:
-            one = contenders[name].serve(cell if number else warm_up, seed=number)
-            if number > 0:
-                served[name].append(one)
-                pace = f"decode {one.decode:.1f}, prefill {one.prefill:.0f} tok/s"
-                say(f"  {cell.batch}x{cell.prompt} round {number} of {repeats}: {name}: {pace}")
+    for name in order:
+        contenders[name].work(warm_up, seed=0)
+    for number in range(1, 1 + repeats):
         order.reverse()
+        for name in order:
+            one = contenders[name].serve(cell, seed=number)
+            served[name].append(one)
+            pace = f"decode {one.decode:.1f}, prefill {one.prefill:.0f} tok/s"
+            say(f"  {cell.batch}x{cell.prompt} round {number} of {repeats}: {name}: {pace}")
     return served
 
 

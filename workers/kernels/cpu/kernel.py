@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -38,7 +39,6 @@ class CpuKernel:
         if self._level not in levels():
             raise ValueError(f"no instruction set {self._level} here; there are {len(levels())}: {levels()}")
         self._plans = _Plans()
-        self._chunks = _Chunks()
         self._own = _OwnCaches()
         self._torch = TorchKernel()
 
@@ -57,19 +57,7 @@ class CpuKernel:
             return self._attend_unpacked(query, spans, packed, scale, window, options)
         if window is not None and window < 1:
             raise ValueError(f"a window of {window} sees nothing")
-        out = torch.empty(query.shape, dtype=torch.float32)
-        lse = torch.empty(query.shape[:2])
-        _native.attend(
-            self._plans.of(spans),
-            packed.native,
-            query.contiguous(),
-            out,
-            lse,
-            scale,
-            window or 0,
-            self._threads or torch.get_num_threads(),
-            self._level,
-        )
+        out, lse = self._walk(self._plans.of(spans), packed, query, scale, window)
         return AttendResult(out, lse, (None,) * len(spans))
 
     def causal(
@@ -83,23 +71,22 @@ class CpuKernel:
     ) -> AttendResult:
         """See `signature.Kernel.causal`. Keys and values are packed first, as a cache is."""
         check_causal(query, key, value, chunks, window)
-        plan, slots, blocks = self._chunks.of(chunks)
+        plan, slots, blocks = _over_themselves(tuple(chunks))
         cache = self._own.cache(blocks, key)
         self.layout.append(cache, slots, key, value)
+        return AttendResult(*self._walk(plan, cache, query, scale, window), ())
+
+    def _walk(
+        self, plan: _native.Plan, cache: PackedCache, query: Tensor, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse of a plan."""
         out = torch.empty(query.shape, dtype=torch.float32)
         lse = torch.empty(query.shape[:2])
+        threads = self._threads or torch.get_num_threads()
         _native.attend(
-            plan,
-            cache.native,
-            query.contiguous(),
-            out,
-            lse,
-            scale,
-            window or 0,
-            self._threads or torch.get_num_threads(),
-            self._level,
+            *(plan, cache.native, query.contiguous(), out, lse), scale, window or 0, threads, self._level
         )
-        return AttendResult(out, lse, ())
+        return out, lse
 
     def _attend_unpacked(
         self,
@@ -154,24 +141,6 @@ class _Plans:
         return plan
 
 
-class _Chunks:
-    """Plans of chunks over themselves, remembered by their sizes: every layer of a step asks for the same."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, ...], tuple[_native.Plan, Tensor, int]] = OrderedDict()
-
-    def of(self, chunks: Sequence[int]) -> tuple[_native.Plan, Tensor, int]:
-        """The plan, the slots of all rows, and how many blocks they take: each chunk begins with one."""
-        key = tuple(chunks)
-        known = self._kept.get(key)
-        if known is None:
-            known = self._kept[key] = _lay_out(key)
-            while len(self._kept) > _PLANS_MOST:
-                with contextlib.suppress(KeyError):  # another thread may take the last one first
-                    self._kept.popitem(last=False)
-        return known
-
-
 class _OwnCaches(threading.local):
     """Where a thread packs chunks; it grows, and is used again for the next layer."""
 
@@ -189,7 +158,11 @@ class _OwnCaches(threading.local):
         return kept
 
 
-def _lay_out(chunks: tuple[int, ...]) -> tuple[_native.Plan, Tensor, int]:
+@functools.lru_cache(maxsize=_PLANS_MOST)
+def _over_themselves(chunks: tuple[int, ...]) -> tuple[_native.Plan, Tensor, int]:
+    """The plan of chunks of these sizes over themselves, the slots of all rows, and how many blocks they
+    take: each chunk begins with one. Remembered, because every layer of a step asks for the same.
+    """
     fields, slots = [], []
     row = block = 0
     for count in chunks:

@@ -20,6 +20,27 @@ INLINE void finish_row(const Product& work, int64_t row, int64_t panel, const fl
 // The next panels' weights are fetched so far ahead: some microseconds of memory.
 constexpr int64_t ahead_bytes = 6 * block_bytes;
 
+// Both panels of some rows, sums [count][32]. Numbers below the smallest normal one become zero.
+static void finish_rows(const Product& work, int64_t row, int64_t count, int64_t panel, const float* sums) {
+  const int64_t output = panel * panel_outputs;
+  if (work.outputs - output < 2 * panel_outputs) {
+    for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs) {
+      finish_row(work, row + i, panel, sums);
+      finish_row(work, row + i, panel + 1, sums + panel_outputs);
+    }
+    return;
+  }
+  Floats bias[2] = {all(0), all(0)};
+  for (int side = 0; side < 2 && work.bias != nullptr; side++)
+    bias[side] = Bfloat16::read((const uint16_t*)work.bias + output + side * panel_outputs);
+  uint16_t* out = (uint16_t*)work.out + row * work.outputs + output;
+  for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs, out += work.outputs) {
+    const Floats left = load(sums) + bias[0], right = load(sums + panel_outputs) + bias[1];
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)right.part[0], (__m512)left.part[0]);
+    __builtin_memcpy(out, &both, sizeof both);
+  }
+}
+
 template <int RowTiles>
 INLINE void multiply_block(const uint8_t* rows, int64_t row_bytes, const uint8_t* left, const uint8_t* right) {
   load_tile<4>(rows, row_bytes);
@@ -63,30 +84,39 @@ static void multiply_panels(const Product& work, int64_t row, int64_t count, int
     store_tile<2>(sums[tile_rows], sizeof sums[0]);
     store_tile<3>(sums[tile_rows] + panel_outputs, sizeof sums[0]);
   }
-  for (int64_t i = 0; i < count; i++) {
-    finish_row(work, row + i, panel, sums[i]);
-    finish_row(work, row + i, panel + 1, sums[i] + panel_outputs);
-  }
+  finish_rows(work, row, count, panel, sums[0]);
 }
+
+// Rows row..end with some pairs of panels; the first rows of a pair fetch what follows it.
+static void multiply_rows(const Product& work, Tiles& tiles, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  for (int64_t panel = 2 * first; panel < 2 * last; panel += 2)
+    for (int64_t row = begin; row < end;) {
+      const int64_t left = end - row;
+      const bool is_first = row == begin;
+      if (left >= 2 * tile_rows) {
+        tiles.shape_product(tile_rows);
+        is_first ? multiply_panels<2, true>(work, row, 2 * tile_rows, panel)
+                 : multiply_panels<2, false>(work, row, 2 * tile_rows, panel);
+        row += 2 * tile_rows;
+        continue;
+      }
+      const int64_t count = left < tile_rows ? left : tile_rows;
+      tiles.shape_product((int)count);
+      is_first ? multiply_panels<1, true>(work, row, count, panel)
+               : multiply_panels<1, false>(work, row, count, panel);
+      row += count;
+    }
+}
+
+// Rows that a cache of the second level holds beside the weights, and whose results lie in few pages.
+constexpr int64_t rows_bytes = 512 * 1024, rows_most = 256;
 
 static void product(const Product& work, int64_t first, int64_t end) {
   Tiles tiles;
-  const int64_t whole = work.count / (2 * tile_rows) * 2 * tile_rows;
-  for (int64_t panel = 2 * first; panel < 2 * end; panel += 2) {
-    int64_t row = 0;
-    for (; row < whole; row += 2 * tile_rows) {
-      tiles.shape_product(tile_rows);
-      multiply_panels<2, false>(work, row, 2 * tile_rows, panel);
-    }
-    for (; row < work.count; row += tile_rows) {
-      const int64_t count = work.count - row < tile_rows ? work.count - row : tile_rows;
-      tiles.shape_product((int)count);
-      if (row == 0)
-        multiply_panels<1, true>(work, row, count, panel);
-      else
-        multiply_panels<1, false>(work, row, count, panel);
-    }
-  }
+  int64_t rows = rows_bytes / (2 * work.inputs) / (2 * tile_rows) * 2 * tile_rows;
+  rows = rows < 2 * tile_rows ? 2 * tile_rows : rows > rows_most ? rows_most : rows;
+  for (int64_t row = 0; row < work.count; row += rows)
+    multiply_rows(work, tiles, row, row + rows < work.count ? row + rows : work.count, first, end);
 }
 
 #else
