@@ -48,12 +48,13 @@ class Slabs:
 
 
 def give_back(address: int, byte_count: int) -> int:
-    """Return the whole pages of a range of `reserve`d host memory to the system; how many bytes went.
+    """Return the whole large pages of a range of `reserve`d host memory to the system; how many bytes went.
 
-    They read as zeros, and come again with the next write. 0 on systems that do it otherwise.
+    They read as zeros, and come again with the next write. Smaller pieces stay: without them what is in use
+    beside would be cut into small pages. 0 on systems that do it otherwise.
     """
-    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (address + byte_count) // mmap.PAGESIZE * mmap.PAGESIZE
+    first = -(-address // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    end = (address + byte_count) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
     if sys.platform != "linux" or end <= first:
         return 0
     advise = ctypes.CDLL(None).madvise

@@ -65,7 +65,7 @@ class CacheLayout(Protocol):
 
     def vacate(self, layers: Sequence[LayerCache], first: int, count: int) -> int:
         """Return the memory of blocks first..first+count, all layers, to the system, as far as it is whole
-        pages of the host's; how many bytes went. What lay there is undefined until it is written again.
+        large pages of the host's; how many bytes went. What lay there is undefined until it is written again.
         """
         ...
 

@@ -3,7 +3,7 @@
 //
 // Weights lie in panels of sixteen outputs; a panel's line holds two consecutive inputs of all of them, and sixteen
 // lines are a matrix tile's second factor as they lie. A step of few rows reads each weight once, in the order of
-// addresses, at the speed of memory; of many rows a panel stays in the cache for all of them.
+// addresses; of many rows, blocks of them stay in the cache while the panels pass by.
 
 constexpr int64_t panel_outputs = 16, line_bytes = 64, block_inputs = 32, block_bytes = 1024;
 

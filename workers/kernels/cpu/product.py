@@ -16,7 +16,7 @@ _INPUTS = 32
 
 class PackedProduct:
     """y = x weight^T + bias, rounded once, with weights in the order in which the processor reads them, on
-    large pages: a step of few rows streams them at the speed of memory.
+    large pages: a step of few rows is one stream through them.
     """
 
     def __init__(
