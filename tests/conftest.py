@@ -49,9 +49,12 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(autouse=True)
 def _log_of_its_own() -> Iterator[None]:
-    """Events never go to the captured output of a test that is over."""
+    """No test hears, or goes without, events because an earlier one in its process configured the log."""
     yield
-    logging.getLogger("anabranch").handlers.clear()
+    log = logging.getLogger("anabranch")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
