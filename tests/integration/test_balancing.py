@@ -25,6 +25,7 @@ from tests.cluster_harness import (
     wait_until,
 )
 from tests.models import Reference, random_prompt, reference_tokens
+from tests.pace import slowly
 from tests.pool_directory import DirectoryController, joined
 from workers.dense.prefixes import BlockChain
 from workers.dense.worker import DenseWorker
@@ -117,11 +118,12 @@ def test_a_worker_that_joins_is_given_its_part(folder: Path, expected: Reference
     with Balanced(folder, SETTINGS) as pool:
         pool.cluster.start_worker(THIRD)
         third = pool.join(THIRD)
-        submission = pool.cluster.submit(request(PROMPT, COUNT), pool.dense.engine)
-        output = pool.cluster.listener.wait(submission, some)
-        assert pool.moved == 0
-        third.set_state(inference_pb2.MEMBER_STATE_READY)
-        wait_until(lambda: pool.moved > 0)
+        with slowly(pool.dense.engine):
+            submission = pool.cluster.submit(request(PROMPT, COUNT), pool.dense.engine)
+            output = pool.cluster.listener.wait(submission, some)
+            assert pool.moved == 0
+            third.set_state(inference_pb2.MEMBER_STATE_READY)
+            wait_until(lambda: pool.moved > 0)
         assert_continues(pool.cluster.listener.wait(submission), expected)
         assert any(shard.worker == THIRD for shards in output.maps for shard in shards)
 
@@ -146,11 +148,11 @@ def test_hot_blocks_are_replicated(folder: Path) -> None:
     shape = replace(SHAPE, worker_blocks=260, shard_tokens=1024)
     with Balanced(folder, SETTINGS, shape) as pool:
         outputs = []
-        for prompt in prompts:
-            submission = pool.cluster.submit(request(prompt, COUNT), pool.dense.engine)
-            outputs.append(pool.cluster.listener.wait(submission, some))
-        wait_until(lambda: len(pool.holders(prefix)) == 2 or all(each.is_over for each in outputs))
-        assert len(pool.holders(prefix)) == 2
+        with slowly(pool.dense.engine):
+            for prompt in prompts:
+                submission = pool.cluster.submit(request(prompt, COUNT), pool.dense.engine)
+                outputs.append(pool.cluster.listener.wait(submission, some))
+            wait_until(lambda: len(pool.holders(prefix)) == 2)
         wait_until(lambda: all(each.is_over for each in outputs))
     for output, reference in zip(outputs, references, strict=True):
         assert_continues(output, reference)

@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 
 from cluster.types import Generation, SequenceKey, WorkerId
-from tests.cluster_harness import DenseCluster, Output, Shape, assert_continues, counted, request, wait_until
+from tests.cluster_harness import (
+    DenseCluster,
+    Output,
+    Shape,
+    assert_continues,
+    counted,
+    request,
+    wait_until,
+)
 from tests.models import Reference, random_prompt, reference_tokens
+from tests.pace import slowly
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 
@@ -55,9 +64,10 @@ def test_a_moved_shard_changes_no_token(
     with DenseCluster(folder, replace(THREE, transports=transports)) as cluster:
         submission = cluster.submit(request(PROMPT, COUNT))
         cluster.listener.wait(submission, some)
-        for done, worker in enumerate((FIRST, SECOND, THIRD, THIRD)):
-            cluster.engine.move(submission.key, worker, FIRST if worker is not FIRST else THIRD)
-            wait_until(partial(_has_moved, cluster.engine, done + 1))
+        with slowly(cluster.engine):
+            for done, worker in enumerate((FIRST, SECOND, THIRD, THIRD)):
+                cluster.engine.move(submission.key, worker, FIRST if worker is not FIRST else THIRD)
+                wait_until(partial(_has_moved, cluster.engine, done + 1))
         assert_continues(cluster.listener.wait(submission), reference)
         assert counted(cluster.engine, LOST) == 0
         assert counted(cluster.engine, MOVED) > len(PROMPT)
@@ -73,9 +83,10 @@ def test_the_beginning_of_a_shard_moves_alone(folder: Path, reference: Reference
         output = cluster.listener.wait(submission, some)
         (source,) = workers_of(output)
         target = next(worker for worker in (FIRST, SECOND, THIRD) if worker != source)
-        cluster.engine.move(submission.key, source, target, tokens)
-        wait_until(partial(_has_moved, cluster.engine, 1))
-        wait_until(lambda: workers_of(output) == [target, source])
+        with slowly(cluster.engine):
+            cluster.engine.move(submission.key, source, target, tokens)
+            wait_until(partial(_has_moved, cluster.engine, 1))
+            wait_until(lambda: workers_of(output) == [target, source])
         moved, rest = output.maps[-1]
         assert (moved.first, moved.end, rest.first) == (0, 16, 16)
         free = cluster.free_blocks()
@@ -119,8 +130,9 @@ def test_a_full_target_is_not_overcommitted(folder: Path, reference: Reference) 
         store, other = cluster.workers[SECOND].core.store, SequenceKey("filler")
         store.reserve(other, Generation(1), 0, 16 * store.available)
         before = workers_of(output)
-        cluster.engine.move(submission.key, FIRST, SECOND)
-        wait_until(lambda: counted(cluster.engine, MOVES, outcome="given_up") == 1)
+        with slowly(cluster.engine):
+            cluster.engine.move(submission.key, FIRST, SECOND)
+            wait_until(lambda: counted(cluster.engine, MOVES, outcome="given_up") == 1)
         assert workers_of(output)[: len(before)] == before
         store.release(other, Generation(1))
         assert_continues(cluster.listener.wait(submission), reference)
