@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers.dense.operators import TorchOperators, select_operators
 from workers.kernels.select import compiled_kernel
+from workers.partials import Partial
 
 if compiled_kernel() is None:
     pytest.skip("the C++ kernel is not built", allow_module_level=True)
@@ -35,6 +36,7 @@ HIDDEN_SIZES = (8, 16, 100, 576, 1000)
 HEAD_SIZES = (16, 64, 80, 128)
 ROWS = (1, 7, 64)
 PLAIN = TorchOperators()
+FLOAT = torch.float32
 
 every_level = pytest.mark.parametrize("level", levels())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -188,6 +190,25 @@ def test_merge_own_lets_nothing_spoiled_pass(level: str, dtype: torch.dtype) -> 
 @every_level
 @every_dtype
 @every_rows
+@pytest.mark.parametrize("parts", [0, 1, 3])
+@pytest.mark.parametrize(("heads", "size"), [(9, 64), (4, 80), (2, 5)])
+def test_merge(level: str, dtype: torch.dtype, rows: int, parts: int, heads: int, size: int) -> None:
+    """What rows saw first and their parts, empty ones too, sum up as one softmax, which is rounded once."""
+    out = numbers((1 + parts) * rows, heads, size, dtype=torch.float32, seed=3)
+    lse = numbers((1 + parts) * rows, heads, dtype=torch.float32, seed=4, scale=4.0)
+    lse[rows::3], out[rows::3] = -torch.inf, 0.0
+    own, shards = Partial(out[:rows], lse[:rows]), (out[rows:], lse[rows:]) if parts else None
+    found = CpuOperators(dtype, level=level).merge(own, shards, dtype)
+    weights = lse.double().view(1 + parts, rows, heads).softmax(0)
+    exact = (weights[..., None] * out.double().view(1 + parts, rows, heads, size)).sum(0)
+    assert_near(found, exact)
+    assert_same(found, PLAIN.merge(own, shards, dtype), rare=0.01)
+    assert parts or torch.equal(found, own.out.to(dtype))
+
+
+@every_level
+@every_dtype
+@every_rows
 @pytest.mark.parametrize("size", [2, 15, 16, 1025, 5000])
 def test_best_two(level: str, dtype: torch.dtype, rows: int, size: int) -> None:
     """The bits of PyTorch, also among equals, whose first is taken; the rows stay as they were."""
@@ -322,6 +343,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ("a part", lambda: operators.merge_own(*own, (heads.double(), lse))),
         ("a part", lambda: operators.merge_own(*own, (heads, torch.ones(3, 2).T))),
         ("a part", lambda: operators.merge_own(*own, (heads.to("meta"), lse))),
+        ("a part", lambda: operators.merge(Partial(heads.transpose(0, 1), torch.ones(3, 2)), None, FLOAT)),
+        ("parts", lambda: operators.merge(Partial(heads, lse), (heads[:1], lse), FLOAT)),
+        ("a part", lambda: operators.merge(Partial(heads, lse), (heads.half(), lse), FLOAT)),
+        ("float16", lambda: operators.merge(Partial(heads, lse), None, torch.float16)),
         ("no rows", lambda: operators.best_two(weight)),
         ("no second", lambda: operators.best_two(torch.ones(2, 1))),
         ("apart", lambda: operators.best_two(torch.ones(8, 2).T)),

@@ -50,6 +50,12 @@ class RowOperators(Protocol):
         """
         ...
 
+    def merge(self, own: Partial, shards: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+        """`own`, each row of which saw something, and shards as in `merge_own`, merged in float32 into
+        `dtype`: [rows, query heads, head size]; until the thread's next call.
+        """
+        ...
+
     def best_two(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of [rows, size >= 2]: where each row's largest number stands, int64; it; and the largest of all
         others: [rows] each. A row with a NaN has NaN for its largest. Changes nothing.
@@ -91,8 +97,12 @@ class TorchOperators:
             value.float().repeat_interleave(group, 1),
             (query.float() * key.float().repeat_interleave(group, 1)).sum(-1) * scale,
         )
+        return self.merge(own, shards, query.dtype)
+
+    def merge(self, own: Partial, shards: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+        """See `RowOperators.merge`."""
         merged = own.out if shards is None else merged_out(own, *shards)
-        return merged.to(query.dtype)
+        return merged.to(dtype)
 
     def best_two(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `RowOperators.best_two`."""

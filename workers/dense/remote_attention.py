@@ -18,7 +18,7 @@ from workers.dense.operators import RowOperators
 from workers.dense.step_layout import RowIndex, StepLayout, WorkerPart
 from workers.kernels.signature import Kernel
 from workers.lanes.messages import LayerMessage, PartialReply
-from workers.partials import Partial, empty, merged_out
+from workers.partials import Partial, empty
 
 
 @dataclass(slots=True)
@@ -182,9 +182,7 @@ class StepAttention:
             assert self._fresh is not None
             return self._operators.merge_own(self._query, *self._fresh, self._scale, self._gathered)
         assert self._own is not None
-        own, shards = self._own, self._gathered
-        merged = own.out if shards is None else merged_out(own, *shards)
-        return merged.to(self._query.dtype)
+        return self._operators.merge(self._own, self._gathered, self._query.dtype)
 
 
 def _take(tensor: Tensor | None, rows: RowIndex | None) -> Tensor | None:

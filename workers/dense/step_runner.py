@@ -16,7 +16,7 @@ from workers.dense.micro_batches import MicroBatches, work_of
 from workers.dense.model import Decoder
 from workers.dense.operators import select_operators
 from workers.dense.remote_attention import AttentionTimes, StepAttention
-from workers.dense.sampler import Sampled, Sampler
+from workers.dense.sampler import Sampled, Sampler, SampleRow
 from workers.dense.step_layout import Chunk, StepLayout, lay_out, workers_of
 from workers.kernels.signature import Kernel
 
@@ -84,17 +84,14 @@ class StepRunner:
         remote = not all(map(self._lanes.is_local, workers_of(chunks)))
         halves = self._micro_batches.split(chunks, remote=remote)
         passes = [_Pass(self, step, index, half) for index, half in enumerate(halves)]
-        logits, busy_s = drive([one.run() for one in passes])
+        hidden, busy_s = drive([one.run() for one in passes])
         sampling = [chunk for one in passes for chunk in one.sampling]
-        rows = [chunk.sequence.sample_row() for chunk in sampling]
-        results = (
-            self._sampler.sample(logits[0] if len(logits) == 1 else torch.cat(logits), rows)
-            if sampling
-            else []
-        )
+        layered_s = monotonic()
+        results = self._sample(hidden, [chunk.sequence.sample_row() for chunk in sampling])
         if remote:
+            end_s = (monotonic() - layered_s) / len(passes)
             for one, seconds in zip(passes, busy_s, strict=True):
-                one.tell(self._micro_batches, seconds)
+                one.tell(self._micro_batches, seconds + end_s)
         return StepOutcome(
             tuple(chunks),
             tuple(zip(sampling, results, strict=True)),
@@ -116,12 +113,22 @@ class StepRunner:
     def forward(
         self, layout: StepLayout, attention: StepAttention, sampling: Sequence[Chunk]
     ) -> Generator[None, None, Tensor]:
-        """The layers, then the head over the rows that sample: [sampling, vocabulary]."""
+        """The layers: hidden states of the rows that sample, [sampling, hidden]."""
         device = self._decoder.device
         hidden = yield from self._decoder.forward(
             layout.token_ids(device), layout.positions(device), attention
         )
-        return self._decoder.logits(hidden[layout.last_rows(sampling, device)])
+        return hidden[layout.last_rows(sampling, device)]
+
+    def _sample(self, hidden: Sequence[Tensor], rows: Sequence[SampleRow]) -> list[Sampled | Internal]:
+        """Head and sampler over all micro-batches at once: the head's weights, the step's largest, are read
+        once.
+        """
+        if not rows:
+            return []
+        return self._sampler.sample(
+            self._decoder.logits(hidden[0] if len(hidden) == 1 else torch.cat(list(hidden))), rows
+        )
 
 
 class _Pass:
@@ -135,7 +142,7 @@ class _Pass:
         self._attention = runner.attention(self._layout, step, micro_batch)
 
     def run(self) -> Generator[None, None, Tensor]:
-        """Through all layers: logits [sampling, vocabulary]."""
+        """Through all layers: hidden states [sampling, hidden]."""
         return self._runner.forward(self._layout, self._attention, self.sampling)
 
     @property

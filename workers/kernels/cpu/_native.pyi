@@ -89,6 +89,20 @@ class RowOperators:
         threads: int,
         /,
     ) -> None: ...
+    def merge(
+        self,
+        own_out: int,
+        own_lse: int,
+        out: int,
+        lse: int,
+        parts: int,
+        merged: int,
+        rows: int,
+        heads: int,
+        size: int,
+        threads: int,
+        /,
+    ) -> None: ...
     def product(
         self,
         rows: int,

@@ -177,49 +177,64 @@ static void gate_rows(const Gating& work, int64_t first, int64_t end) {
 struct Shares {
   float peak, total;
 };
-static Shares shares_of(const OwnRows& work, int64_t vector, float own) {
-  const int64_t apart = work.query.rows * work.query.heads;
+static Shares shares_of(const Parts& parts, int64_t apart, int64_t vector, float own) {
   Shares shares = {own, 0};
-  for (int64_t part = 0; part < work.parts; part++) {
-    const float lse = work.lse[part * apart + vector];
+  for (int64_t part = 0; part < parts.count; part++) {
+    const float lse = parts.lse[part * apart + vector];
     shares.peak = lse > shares.peak ? lse : shares.peak;
   }
   shares.total = __builtin_expf(own - shares.peak);
-  for (int64_t part = 0; part < work.parts; part++)
-    shares.total += __builtin_expf(work.lse[part * apart + vector] - shares.peak);
+  for (int64_t part = 0; part < parts.count; part++)
+    shares.total += __builtin_expf(parts.lse[part * apart + vector] - shares.peak);
   return shares;
 }
 INLINE Floats weight(const Shares& shares, float lse) {
   return all(__builtin_expf(lse - shares.peak) / shares.total);
 }
 
+// One vector of a row: what it sees first, of type `Own` and with the logarithm of its weight, and the parts, whose
+// vectors of one row and head lie `apart` vectors from part to part.
+template <class Type, class Own>
+static void merge_vector(const Parts& parts, int64_t apart, int64_t vector, int64_t size,
+                         const typename Own::Stored* first, float own, typename Type::Stored* merged) {
+  const Shares shares = shares_of(parts, apart, vector, own);
+  for (int64_t begin = 0; begin < size; begin += 64) {
+    const int64_t count = size - begin < 64 ? size - begin : 64;
+    Floats sums[4], share = weight(shares, own);
+    for (int64_t i = 0; i < count; i += 16) sums[i / 16] = read_left<Own>(first + begin + i, count - i) * share;
+    for (int64_t part = 0; part < parts.count; part++) {
+      const int64_t place = part * apart + vector;
+      const float* out = parts.out + place * size + begin;
+      share = weight(shares, parts.lse[place]);
+      for (int64_t i = 0; i < count; i += 16)
+        sums[i / 16] = multiply_add(read_left<Float32>(out + i, count - i), share, sums[i / 16]);
+    }
+    for (int64_t i = 0; i < count; i += 16) write_left<Type>(merged + begin + i, sums[i / 16], count - i);
+  }
+}
+
 template <class Type>
 static void own_vector(const OwnRows& work, int64_t vector, const typename Type::Stored* query,
                        const typename Type::Stored* key, const typename Type::Stored* value) {
-  const int64_t size = work.query.size, apart = work.query.rows * work.query.heads;
+  const int64_t size = work.query.size;
   typename Type::Stored* merged = (typename Type::Stored*)work.merged + vector * size;
-  if (work.parts == 0) {
+  if (work.parts.count == 0) {
     __builtin_memcpy(merged, value, size * sizeof *merged);
     return;
   }
   Floats products = all(0);
   for (int64_t i = 0; i < size; i += 16)
     products = multiply_add(read_left<Type>(query + i, size - i), read_left<Type>(key + i, size - i), products);
-  const float own = sum(products) * work.scale;
-  const Shares shares = shares_of(work, vector, own);
-  for (int64_t begin = 0; begin < size; begin += 64) {
-    const int64_t count = size - begin < 64 ? size - begin : 64;
-    Floats sums[4], share = weight(shares, own);
-    for (int64_t i = 0; i < count; i += 16) sums[i / 16] = read_left<Type>(value + begin + i, count - i) * share;
-    for (int64_t part = 0; part < work.parts; part++) {
-      const int64_t place = part * apart + vector;
-      const float* out = work.out + place * size + begin;
-      share = weight(shares, work.lse[place]);
-      for (int64_t i = 0; i < count; i += 16)
-        sums[i / 16] = multiply_add(read_left<Float32>(out + i, count - i), share, sums[i / 16]);
-    }
-    for (int64_t i = 0; i < count; i += 16) write_left<Type>(merged + begin + i, sums[i / 16], count - i);
-  }
+  merge_vector<Type, Type>(work.parts, work.query.rows * work.query.heads, vector, size, value,
+                           sum(products) * work.scale, merged);
+}
+
+template <class Type>
+static void merge_rows(const MergedRows& work, int64_t first, int64_t end) {
+  for (int64_t vector = first * work.heads; vector < end * work.heads; vector++)
+    merge_vector<Type, Float32>(work.parts, work.rows * work.heads, vector, work.size,
+                                work.own.out + vector * work.size, work.own.lse[vector],
+                                (typename Type::Stored*)work.merged + vector * work.size);
 }
 
 template <class Type>
@@ -303,8 +318,9 @@ static void norm(CacheType type, const Norm& work, int64_t first, int64_t end) {
 static void rotate(CacheType type, const Rotation& work, int64_t first, int64_t end) { BY_TYPE(rotate_rows, work) }
 static void gate(CacheType type, const Gating& work, int64_t first, int64_t end) { BY_TYPE(gate_rows, work) }
 static void own(CacheType type, const OwnRows& work, int64_t first, int64_t end) { BY_TYPE(own_rows, work) }
+static void merge(CacheType type, const MergedRows& work, int64_t first, int64_t end) { BY_TYPE(merge_rows, work) }
 static void best(CacheType type, const BestTwo& work, int64_t first, int64_t end) { BY_TYPE(best_rows, work) }
 #undef BY_TYPE
 
 // All of them: a level names this list, and cannot leave one out.
-constexpr Operators operators = {norm, rotate, gate, own, best, product};
+constexpr Operators operators = {norm, rotate, gate, own, merge, best, product};

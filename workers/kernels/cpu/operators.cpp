@@ -50,12 +50,17 @@ class RowOperators {
     const OwnRows work{vectors(query, rows, query_heads, size, query_stride),
                        vectors(key, rows, kv_heads, size, key_stride),
                        vectors(value, rows, kv_heads, size, value_stride),
-                       static_cast<const float*>(at(out)),
-                       static_cast<const float*>(at(lse)),
-                       parts,
+                       parts_at(out, lse, parts),
                        scale,
                        at(merged)};
     run(code_.own, work, rows, query_heads * size * (parts + 1), threads);
+  }
+
+  void merge(uintptr_t own_out, uintptr_t own_lse, uintptr_t out, uintptr_t lse, int64_t parts, uintptr_t merged,
+             int64_t rows, int64_t heads, int64_t size, int threads) const {
+    if (heads < 1 || parts < 0) refuse(std::to_string(heads) + " heads, " + std::to_string(parts) + " parts");
+    const MergedRows work{parts_at(own_out, own_lse, 1), parts_at(out, lse, parts), rows, heads, size, at(merged)};
+    run(code_.merge, work, rows, heads * size * (parts + 1), threads);
   }
 
   void best(uintptr_t numbers, uintptr_t place, uintptr_t best, uintptr_t second, int64_t rows, int64_t size,
@@ -83,6 +88,10 @@ class RowOperators {
 
  private:
   static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+  static Parts parts_at(uintptr_t out, uintptr_t lse, int64_t count) {
+    return {static_cast<const float*>(at(out)), static_cast<const float*>(at(lse)), count};
+  }
 
   static Vectors vectors(uintptr_t first, int64_t rows, int64_t heads, int64_t size, int64_t stride) {
     return {at(first), rows, heads, size, stride};
@@ -115,6 +124,7 @@ void bind_operators(nb::module_& module) {
       .def("rotate", &RowOperators::rotate)
       .def("gate", &RowOperators::gate)
       .def("own", &RowOperators::own)
+      .def("merge", &RowOperators::merge)
       .def("best", &RowOperators::best)
       .def("product", &RowOperators::product);
 }

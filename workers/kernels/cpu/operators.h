@@ -35,15 +35,27 @@ struct Gating {
   int64_t rows, size;
 };
 
-// What a row that sees itself and some parts of a cache attends to: itself, with its value and the score of its key,
-// and the parts, each with its output and the logarithm of its weight. merged = rounded(sum of weights x outputs).
+// What rows attended to in parts of a cache: each part's outputs and the logarithms of their weights.
+struct Parts {
+  const float *out, *lse;  // [count, rows, heads, size] and [count, rows, heads]; -inf: an empty part
+  int64_t count;
+};
+
+// Rows that see themselves, with their value and the score of their key, and some parts.
+// merged = rounded(sum of weights x outputs).
 struct OwnRows {
-  Vectors query;           // [rows, query heads, size]
-  Vectors key, value;      // [rows, KV heads, size]; query heads are a multiple of KV heads
-  const float *out, *lse;  // [parts, rows, query heads, size] and [parts, rows, query heads]; -inf: an empty part
-  int64_t parts;
+  Vectors query;       // [rows, query heads, size]
+  Vectors key, value;  // [rows, KV heads, size]; query heads are a multiple of KV heads
+  Parts parts;
   float scale;
   void* merged;  // [rows, query heads, size]
+};
+
+// The same where what rows see first, never nothing, was computed as the parts were.
+struct MergedRows {
+  Parts own, parts;  // own: one part
+  int64_t rows, heads, size;
+  void* merged;  // [rows, heads, size]
 };
 
 // Of each row the largest number, where it stands first, and the largest of all others. NaN wins.
@@ -69,6 +81,7 @@ struct Operators {
   void (*rotate)(CacheType, const Rotation&, int64_t first, int64_t end);
   void (*gate)(CacheType, const Gating&, int64_t first, int64_t end);
   void (*own)(CacheType, const OwnRows&, int64_t first, int64_t end);
+  void (*merge)(CacheType, const MergedRows&, int64_t first, int64_t end);
   void (*best)(CacheType, const BestTwo&, int64_t first, int64_t end);
   void (*product)(const Product&, int64_t first, int64_t end);  // pairs of panels, for all rows
 };
