@@ -117,9 +117,13 @@ static void take_query(const Attention& work, const Piece& piece, State& state) 
     const int64_t from = work.place(piece, vector) * head_size;
     uint32_t* words = state.query + vector * state.size;
     float* numbers = state.sums + vector * state.size;  // not in use yet
-    for (int64_t d = 0; d < state.size; d++)
+    const bool as_it_lies = type == CacheType::bfloat16 && dot_pairs && work.query_type == type;
+    for (int64_t d = 0; d < state.size && !as_it_lies; d++)
       numbers[d] = d < head_size ? read_number(work.query, work.query_type, from + d) : 0.0f;
-    if (type == CacheType::int8 && dot_bytes) {
+    if (as_it_lies) {
+      __builtin_memcpy(words, (const uint16_t*)work.query + from, head_size * 2);
+      for (int64_t d = head_size; d < state.size; d++) ((uint16_t*)words)[d] = 0;
+    } else if (type == CacheType::int8 && dot_bytes) {
       quantise_query(numbers, state, vector);
     } else if (type == CacheType::bfloat16 && dot_pairs) {
       uint32_t bits;
@@ -547,10 +551,7 @@ static void attend_chunk(Tiles& tiles, const State& state, int64_t first, int64_
 #if defined(__AMX_TILE__)
   if constexpr (has_tiles(Type)) {
     if (last - first > tile) {
-      if (Type == CacheType::int8 || last - first <= tile_most)
-        attend_all_in_tiles<Type, 2>(tiles, state, first, last, chunk, next, scale);
-      else
-        attend_all_in_tiles<Type, Type == CacheType::int8 ? 2 : 1>(tiles, state, first, last, chunk, next, scale);
+      attend_all_in_tiles<Type>(tiles, state, first, last, chunk, next, scale);
       return;
     }
   }

@@ -7,7 +7,8 @@
 // A tile's row takes 64 bytes of numbers at once, or a group of 16 numbers where no more lie in one stride. Where a
 // vector's numbers are split into a high and a low part, both are rows of the same tile (row 2 v and 2 v + 1), for a
 // product of eight rows takes no longer than one of four: int8 queries and weights are two bytes each, bfloat16 weights
-// a number and what its rounding lost. Of more than eight bfloat16 vectors, the lost parts are a product of their own.
+// a number and what its rounding lost. More than eight bfloat16 vectors, those of chunks, are not memory's to hurry but
+// ours: sixteen rows are sixteen vectors, weights are rounded, and sums grow in the tiles.
 
 constexpr int tile_rows = 16;
 
@@ -156,23 +157,67 @@ INLINE void join_scores(const State& state, int64_t vector, int m, const Chunk& 
   }
 }
 
-// Bytes from a vector's weights to what their rounding lost, where that is not the next row.
-constexpr int lost_weights = tile_rows * chunk_tokens * 2;
-
-// Weights as bfloat16, and what that rounding lost.
+// Weights as bfloat16: where each vector is `Split` rows of a tile.
 template <int Split>
+INLINE __m256i* row_of_weights(const State& state, int m) {
+  return (__m256i*)((uint8_t*)state.bytes + m * Split * chunk_tokens * 2);
+}
+INLINE __m256i round_weights(Floats weights) { return (__m256i)_mm512_cvtneps_pbh((__m512)weights.part[0]); }
+
+// And beside them what their rounding lost.
 INLINE void halve_weights(const State& state, int m, const Chunk& chunk, const float* weights) {
-  uint8_t* row = (uint8_t*)state.bytes + m * Split * chunk_tokens * 2;
-  uint8_t* lost = row + (Split == 2 ? chunk_tokens * 2 : lost_weights);
+  __m256i* row = row_of_weights<2>(state, m);
   for (int g = 0; g < chunk.count; g++) {
     const Floats number = load(weights + g * 16);
-    const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)number.part[0]);
-    _mm256_store_si256((__m256i*)row + g, high);
+    const __m256i high = round_weights(number);
+    _mm256_store_si256(row + g, high);
     Ints kept;
     kept.part[0] = (IntLanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-    const Floats rest = number - as_floats(kept);
-    _mm256_store_si256((__m256i*)lost + g, (__m256i)_mm512_cvtneps_pbh((__m512)rest.part[0]));
+    _mm256_store_si256(row + chunk_groups + g, round_weights(number - as_floats(kept)));
   }
+}
+
+// 2^x for x up to some units above zero, to some millionths: less than the rounding of weights. NaN stays, what lies
+// far below is nothing.
+INLINE Floats power_of_two(Floats x) {
+  const Floats kept = larger(all(-150.0f), x);
+  const __m512 n = _mm512_roundscale_ps((__m512)kept.part[0], 8);
+  Floats whole;
+  whole.part[0] = (FloatLanes)n;
+  const Floats r = kept - whole;
+  Floats p = all(1.33335581e-3f);
+  p = multiply_add(p, r, all(9.61812911e-3f));
+  p = multiply_add(p, r, all(5.55041087e-2f));
+  p = multiply_add(p, r, all(2.40226507e-1f));
+  p = multiply_add(p, r, all(6.93147181e-1f));
+  p = multiply_add(p, r, all(1.0f));
+  p.part[0] = (FloatLanes)_mm512_scalef_ps((__m512)p.part[0], n);
+  return p;
+}
+
+// As `weigh` and the rounding of its weights, for a vector that sees a whole chunk.
+INLINE float weigh_whole(const State& state, int64_t vector, const float* scores, float scale, __m256i* row) {
+  constexpr float log2_e = 1.44269504f;
+  Floats kept[chunk_groups];
+  for (int g = 0; g < chunk_groups; g++) kept[g] = load(scores + g * 16);
+  const Floats most = larger(larger(kept[0], kept[1]), larger(kept[2], kept[3])) * all(scale);
+  const float before = state.most[vector], after = exceeds(most, before) ? largest(most) : before;
+  Floats sums = all(0);
+  for (int g = 0; g < chunk_groups; g++) {
+    const Floats weights = power_of_two(multiply_add(kept[g], all(scale * log2_e), all(-after * log2_e)));
+    _mm256_store_si256(row + g, round_weights(weights));
+    sums = sums + weights;
+  }
+  const float shrink = before == minus_infinity ? 0 : before == after ? 1 : __builtin_expf(before - after);
+  state.most[vector] = after;
+  store(state.total + vector * 16, multiply_add(load(state.total + vector * 16), all(shrink), sums));
+  return shrink;
+}
+
+// Whether a vector sees every token of a chunk.
+INLINE bool sees_whole(const State& state, int64_t vector, const Chunk& chunk) {
+  constexpr int last = chunk_groups - 1;
+  return state.oldest[vector] <= chunk.slot[0] && state.newest[vector] >= chunk.slot[last] + 16;
 }
 
 // Sixteen sizes of a value group, or of two that are adjacent.
@@ -200,19 +245,27 @@ INLINE void multiply_sixteens(const State& state, const uint8_t* weights, const 
   multiply_sixteen<Type, 3, Whole, Ahead>(state, chunk, next, g, sixteen, count);
 }
 
-template <CacheType Type, int Split, bool Whole, bool Ahead>
-INLINE void multiply_value_group(const State& state, const Chunk& chunk, const Chunk& next, int g, int64_t sixteen,
-                                 int count) {
+// All groups' values of some sixteens, added to the results.
+template <CacheType Type, bool Ahead>
+INLINE void multiply_values(const State& state, const Chunk& chunk, const Chunk& next, int64_t sixteen, int count) {
   const uint8_t* weights = (const uint8_t*)state.bytes;
-  multiply_sixteens<Type, Whole, Ahead>(state, weights, chunk, next, g, sixteen, count);
-  if (Split == 1) multiply_sixteens<Type, Whole, false>(state, weights + lost_weights, chunk, next, g, sixteen, count);
+  for (int g = 0; g < chunk.count;) {
+    const bool adjacent = g + 1 < chunk.count && chunk.value[g + 1] - chunk.value[g] == state.size * 32;
+    if (Type == CacheType::bfloat16 && adjacent) {
+      multiply_sixteens<Type, true, Ahead>(state, weights, chunk, next, g, sixteen, count);
+      g += 2;
+    } else {
+      multiply_sixteens<Type, false, Ahead>(state, weights, chunk, next, g, sixteen, count);
+      g += 1;
+    }
+  }
 }
 
 // Products of some sixteens into the sums, which shrink; `unit`: of the weights' last place.
-template <CacheType Type, int Split>
+template <CacheType Type>
 INLINE void add_products(const State& state, int64_t vector, int64_t sixteen, int count, const float shrink,
                          const float unit, int m) {
-  const float* products = state.products + m * Split * chunk_tokens;
+  const float* products = state.products + m * 2 * chunk_tokens;
   float* sums = state.sums + (vector + m) * state.size + sixteen * 16;
   for (int i = 0; i < count; i++) {
     const Floats kept = load(sums + i * 16) * all(shrink);
@@ -222,43 +275,76 @@ INLINE void add_products(const State& state, int64_t vector, int64_t sixteen, in
       const Floats added = multiply_add(to_floats(load_ints(high)), all(256), low);
       store(sums + i * 16, multiply_add(added, all(unit), kept));
     } else {
-      Floats added = load(high);
-      if constexpr (Split == 2) added = added + load(high + chunk_tokens);
-      store(sums + i * 16, kept + added);
+      store(sums + i * 16, kept + (load(high) + load(high + chunk_tokens)));
     }
   }
 }
 
-template <CacheType Type, int Split, bool Ahead>
+template <CacheType Type, bool Ahead>
 INLINE void add_values_in_tiles(const State& state, int64_t vector, int rows, const Chunk& chunk, const Chunk& next,
                                 const float* shrink, const float* unit) {
   const int64_t sixteens = state.size / 16;
   for (int64_t sixteen = 0; sixteen < sixteens; sixteen += 4) {
     const int count = (int)(sixteens - sixteen < 4 ? sixteens - sixteen : 4);
     zero_results();
-    for (int g = 0; g < chunk.count;) {
-      const bool adjacent = g + 1 < chunk.count && chunk.value[g + 1] - chunk.value[g] == state.size * 32;
-      if (Type == CacheType::bfloat16 && adjacent) {
-        multiply_value_group<Type, Split, true, Ahead>(state, chunk, next, g, sixteen, count);
-        g += 2;
-      } else {
-        multiply_value_group<Type, Split, false, Ahead>(state, chunk, next, g, sixteen, count);
-        g += 1;
-      }
-    }
+    multiply_values<Type, Ahead>(state, chunk, next, sixteen, count);
     store_results(state);
-    for (int m = 0; m < rows; m++) add_products<Type, Split>(state, vector, sixteen, count, shrink[m], unit[m], m);
+    for (int m = 0; m < rows; m++) add_products<Type>(state, vector, sixteen, count, shrink[m], unit[m], m);
   }
 }
 
-// Up to tile_rows / Split vectors over one chunk.
-template <CacheType Type, int Split, bool Ahead>
-static void attend_in_tiles(const State& state, int64_t vector, int rows, const Chunk& chunk, const Chunk& next,
-                            float scale) {
-  multiply_keys_in_tiles<Type, Split, Ahead>(state, vector, chunk, next);
-  float shrink[tile_rows], unit[tile_rows];
+// Some sixteens of sixteen vectors' sums, into the results and out of them.
+template <int Sixteen>
+INLINE void move_sums(float* sums, int64_t stride, int count, bool into) {
+  if (Sixteen >= count) return;
+  into ? load_tile<Sixteen>(sums + Sixteen * 16, stride) : store_tile<Sixteen>(sums + Sixteen * 16, stride);
+}
+INLINE void move_all_sums(float* sums, int64_t stride, int count, bool into) {
+  move_sums<0>(sums, stride, count, into);
+  move_sums<1>(sums, stride, count, into);
+  move_sums<2>(sums, stride, count, into);
+  move_sums<3>(sums, stride, count, into);
+}
+
+// Up to sixteen vectors of bfloat16 over one chunk.
+template <bool Ahead>
+static void attend_sixteen(const State& state, int64_t vector, int rows, const Chunk& chunk, const Chunk& next,
+                           float scale) {
+  multiply_keys_in_tiles<CacheType::bfloat16, 1, Ahead>(state, vector, chunk, next);
+  bool is_whole = chunk.count == chunk_groups && scale > 0;
+  for (int g = 0; g < chunk.count; g++) is_whole &= chunk.seen[g] == 0xffffu;
   for (int m = 0; m < rows; m++) {
-    float* scores = state.products + m * Split * chunk_tokens;
+    float* scores = state.products + m * chunk_tokens;
+    __m256i* row = row_of_weights<1>(state, m);
+    float shrink;
+    if (is_whole && sees_whole(state, vector + m, chunk)) {
+      shrink = weigh_whole(state, vector + m, scores, scale, row);
+    } else {
+      shrink = weigh(state, vector + m, chunk, scores, scale);
+      for (int g = 0; g < chunk.count; g++) _mm256_store_si256(row + g, round_weights(load(scores + g * 16)));
+    }
+    if (shrink == 1) continue;
+    float* sums = state.sums + (vector + m) * state.size;
+    for (int64_t i = 0; i < state.size; i += 16) store(sums + i, load(sums + i) * all(shrink));
+  }
+  const int64_t sixteens = state.size / 16, stride = state.size * 4;
+  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += 4) {
+    const int count = (int)(sixteens - sixteen < 4 ? sixteens - sixteen : 4);
+    float* sums = state.sums + vector * state.size + sixteen * 16;
+    move_all_sums(sums, stride, count, true);
+    multiply_values<CacheType::bfloat16, Ahead>(state, chunk, next, sixteen, count);
+    move_all_sums(sums, stride, count, false);
+  }
+}
+
+// Up to eight vectors over one chunk, each as two rows.
+template <CacheType Type, bool Ahead>
+static void attend_eight(const State& state, int64_t vector, int rows, const Chunk& chunk, const Chunk& next,
+                         float scale) {
+  multiply_keys_in_tiles<Type, 2, Ahead>(state, vector, chunk, next);
+  float shrink[tile_most], unit[tile_most];
+  for (int m = 0; m < rows; m++) {
+    float* scores = state.products + m * 2 * chunk_tokens;
     if constexpr (Type == CacheType::int8) {
       scores = state.scores + m * chunk_tokens;
       join_scores(state, vector, m, chunk, scores);
@@ -267,25 +353,36 @@ static void attend_in_tiles(const State& state, int64_t vector, int rows, const 
     if constexpr (Type == CacheType::int8)
       unit[m] = quantise_weights(state, m, chunk);
     else
-      halve_weights<Split>(state, m, chunk, scores);
+      halve_weights(state, m, chunk, scores);
   }
   if constexpr (Type == CacheType::int8)
     for (int g = 0; Ahead && g < chunk.count; g++) {
       fetch_ahead(next.key[g] + state.size / 4 * state.key_stride);
       fetch_ahead(next.value[g] + group_tokens * state.size);
     }
-  add_values_in_tiles<Type, Split, Ahead>(state, vector, rows, chunk, next, shrink, unit);
+  add_values_in_tiles<Type, Ahead>(state, vector, rows, chunk, next, shrink, unit);
 }
 
-template <CacheType Type, int Split>
+template <CacheType Type, bool Ahead>
+INLINE int64_t attend_some_in_tiles(Tiles& tiles, const State& state, int64_t vector, int64_t last, const Chunk& chunk,
+                                    const Chunk& next, float scale, bool many) {
+  const int64_t most = many ? tile_rows : tile_most;
+  const int rows = (int)(last - vector < most ? last - vector : most);
+  tiles.shape(Type, many ? rows : 2 * rows);
+  if constexpr (Type == CacheType::bfloat16)
+    if (many) {
+      attend_sixteen<Ahead>(state, vector, rows, chunk, next, scale);
+      return vector + rows;
+    }
+  attend_eight<Type, Ahead>(state, vector, rows, chunk, next, scale);
+  return vector + rows;
+}
+
+template <CacheType Type>
 static void attend_all_in_tiles(Tiles& tiles, const State& state, int64_t first, int64_t last, const Chunk& chunk,
                                 const Chunk& next, float scale) {
-  for (int64_t vector = first; vector < last; vector += tile_rows / Split) {
-    const int rows = (int)(last - vector < tile_rows / Split ? last - vector : tile_rows / Split);
-    tiles.shape(Type, rows * Split);
-    if (vector == first)
-      attend_in_tiles<Type, Split, true>(state, vector, rows, chunk, next, scale);
-    else
-      attend_in_tiles<Type, Split, false>(state, vector, rows, chunk, next, scale);
-  }
+  const bool many = Type == CacheType::bfloat16 && last - first > tile_most;
+  int64_t vector = attend_some_in_tiles<Type, true>(tiles, state, first, last, chunk, next, scale, many);
+  while (vector < last)
+    vector = attend_some_in_tiles<Type, false>(tiles, state, vector, last, chunk, next, scale, many);
 }
