@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.dense.weights import Linear, projection
+from workers.dense.operators import TorchOperators
+from workers.dense.weights import GatedLinear, Linear, projection
 from workers.kernels.select import compiled_kernel
 
 if compiled_kernel() is None:
@@ -22,6 +23,7 @@ ROWS = (0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 70, 300)
 BOUND = 4.5e-3
 """Beside the largest number of a row: half a unit of bfloat16's last place, and sums in single precision."""
 
+PLAIN = TorchOperators()
 every_level = pytest.mark.parametrize("level", levels())
 
 
@@ -49,13 +51,36 @@ def test_products_are_those_of_float64(level: str, shape: tuple[int, int], is_bi
 
 
 @every_level
-def test_threads_and_other_rows_change_no_bit(level: str) -> None:
-    """A row's product is the same with two threads as with one, and alone as in any batch of few rows."""
-    weight, inputs = numbers(576, 576, seed=1), numbers(16, 576, seed=2)
-    one, two = (PackedProduct(weight, None, Slabs(), threads, level) for threads in (1, 2))
+@pytest.mark.parametrize("shape", [(1152, 576), (40, 64), (2, 32), (194, 96)], ids=str)
+@pytest.mark.parametrize("is_biased", [False, True])
+def test_gated_products_are_those_of_the_chain(level: str, shape: tuple[int, int], is_biased: bool) -> None:
+    """silu of the gate times up, from the same products: but for a unit where a sum was rounded the other way
+    or is nothing beside the smallest normal number.
+    """
+    weight, bias = numbers(*shape, seed=1), numbers(shape[0], seed=2) if is_biased else None
+    gated = PackedProduct(weight, bias, Slabs(), level=level, gated=True)
+    plain = PackedProduct(weight, bias, Slabs(), level=level)
+    assert torch.equal(gated.weight, weight)
+    for rows in ROWS:
+        inputs = numbers(rows, shape[1], seed=rows)
+        found, chain = gated(inputs), PLAIN.silu_mul(plain(inputs))
+        assert found.shape == (rows, shape[0] // 2)
+        torch.testing.assert_close(found, chain, rtol=2**-7, atol=1e-30)
+        assert not rows or float((found != chain).double().mean()) <= 0.01
+
+
+@every_level
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [16, 300])
+def test_threads_and_other_rows_change_no_bit(level: str, gated: bool, rows: int) -> None:
+    """A row's product is the same with two threads as with one, whether they share its outputs or the rows,
+    and alone as in any batch of few rows.
+    """
+    weight, inputs = numbers(576, 576, seed=1), numbers(rows, 576, seed=2)
+    one, two = (PackedProduct(weight, None, Slabs(), threads, level, gated=gated) for threads in (1, 2))
     assert torch.equal(one(inputs), two(inputs))
-    alone = torch.cat([one(row[None]) for row in inputs])
-    assert torch.equal(alone, one(inputs))
+    alone = torch.cat([one(row[None]) for row in inputs[:16]])
+    assert torch.equal(alone, one(inputs[:16]))
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
@@ -77,6 +102,9 @@ def test_what_cannot_be_packed_is_pytorch_s(weight: Tensor) -> None:
     """Float32, inputs that are no multiple of 32, and nothing."""
     assert not packs(weight)
     assert isinstance(projection(weight, None, Slabs()), Linear)
+    assert isinstance(projection(weight, None, Slabs(), gated=True), GatedLinear)
     with pytest.raises(ValueError, match="no packing"):
         PackedProduct(weight, None, Slabs())
+    with pytest.raises(ValueError, match="no packing"):
+        PackedProduct(torch.ones(33, 64).bfloat16(), None, Slabs(), gated=True)
     assert isinstance(projection(torch.ones(64, 64).bfloat16(), None, Slabs()), PackedProduct)

@@ -108,8 +108,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Output projection and MLP with their residuals: [rows, hidden], also normed for what is next."""
         hidden, normed = self._add_norm(hidden, layer.output(attended.flatten(1)), layer.post_attention_norm)
-        gated = self.operators.silu_mul(layer.gate_up(normed))
-        return self._add_norm(hidden, layer.down(gated), next_norm)
+        return self._add_norm(hidden, layer.down(layer.gated(normed)), next_norm)
 
     def _norm(self, rows: Tensor, weight: Tensor) -> Tensor:
         return self.operators.rms_norm(rows, weight, self.spec.rms_epsilon)

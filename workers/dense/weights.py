@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import StoredTensor, read_stored_tensors
 from cluster.weight_shapes import require_shapes
+from workers.dense.operators import RowOperators, select_operators
 from workers.dense.weight_mapping import WeightMapping
 from workers.kernels.memory import Slabs, reserve
 from workers.kernels.select import has_compiled_code
@@ -66,16 +67,45 @@ class Linear:
         return torch.nn.functional.linear(inputs, self.weight, self.bias)
 
 
-def projection(weight: Tensor, bias: Tensor | None, slabs: Slabs) -> Projection:
+@dataclass(frozen=True, slots=True, eq=False)
+class GatedLinear:
+    """silu(gate) x up of a projection with PyTorch, whose outputs' first half is the gate."""
+
+    linear: Linear
+    operators: RowOperators
+
+    @property
+    def weight(self) -> Tensor:
+        """See `Projection`."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """See `Projection`."""
+        return self.linear.bias
+
+    @property
+    def inputs(self) -> int:
+        """See `Projection`."""
+        return self.linear.inputs
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[rows, inputs] -> [rows, outputs / 2], until the thread's next call."""
+        return self.operators.silu_mul(self.linear(inputs))
+
+
+def projection(weight: Tensor, bias: Tensor | None, slabs: Slabs, *, gated: bool = False) -> Projection:
     """The compiled product over packed weights where it is built and takes them, which is bfloat16 on CPUs;
-    else PyTorch's, which brings such weights into another order at every call.
+    else PyTorch's, which brings such weights into another order at every call. `gated`: silu of the first
+    half of its outputs times the second.
     """
     if weight.dtype is torch.bfloat16 and has_compiled_code():
         from workers.kernels.cpu.product import PackedProduct, packs  # only now: it imports the extension
 
         if packs(weight):
-            return PackedProduct(weight, bias, slabs)
-    return Linear(weight, bias)
+            return PackedProduct(weight, bias, slabs, gated=gated)
+    linear = Linear(weight, bias)
+    return GatedLinear(linear, select_operators(weight.dtype, weight.device)) if gated else linear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,8 +120,8 @@ class LayerWeights:
     key_norm: Tensor | None
     output: Projection
     post_attention_norm: Tensor
-    gate_up: Projection
-    """gate in the first half of the outputs, up in the second"""
+    gated: Projection
+    """normed -> silu(gate) x up, half as many numbers as its weight has outputs: the gate's, then up's"""
     down: Projection
 
 
@@ -109,7 +139,7 @@ class DecoderWeights:
     def projections(self) -> Iterator[Projection]:
         """Every matrix product of a step, in order."""
         for layer in self.layers:
-            yield from (layer.query, layer.key_value, layer.output, layer.gate_up, layer.down)
+            yield from (layer.query, layer.key_value, layer.output, layer.gated, layer.down)
         yield self.head
 
 
@@ -176,16 +206,16 @@ class _Loader:
             key_norm=self._take(f"{attention}.k_norm.weight") if has_head_norms else None,
             output=self._linear([f"{attention}.o_proj"], biases.output),
             post_attention_norm=self._take(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], biases.mlp),
+            gated=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], biases.mlp, gated=True),
             down=self._linear([f"{mlp}.down_proj"], biases.mlp),
         )
 
-    def _linear(self, names: list[str], biased: bool) -> Projection:
+    def _linear(self, names: list[str], biased: bool, *, gated: bool = False) -> Projection:
         """One projection, or several of equal shape fused along their outputs."""
         weight = self._fuse([f"{name}.weight" for name in names])
         bias = self._fuse([f"{name}.bias" for name in names]) if biased else None
-        made = projection(weight, bias, self._slabs)
-        if not isinstance(made, Linear):
+        made = projection(weight, bias, self._slabs, gated=gated)
+        if not isinstance(made, Linear | GatedLinear):
             for name in names:
                 stored = self._stored[f"{name}.weight"]
                 self._mappings[stored.path].give_back(stored)

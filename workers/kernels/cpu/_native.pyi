@@ -112,6 +112,7 @@ class RowOperators:
         count: int,
         inputs: int,
         outputs: int,
+        gated: bool,
         threads: int,
         /,
     ) -> None: ...

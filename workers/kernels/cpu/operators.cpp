@@ -17,6 +17,10 @@ namespace {
 // Numbers that are worth a thread: waking one takes as long as some ten thousand.
 constexpr int64_t part_numbers = 65536;
 
+// So many rows are a thread's own in a product, which then reads all weights rather than a part of them for all rows:
+// those that it worked on before lie in its cache. Of blocks that matrix tiles take whole.
+constexpr int64_t own_rows = 128, row_block = 32;
+
 class RowOperators {
  public:
   RowOperators(const std::string& type, const std::string& level)
@@ -71,15 +75,22 @@ class RowOperators {
     run(code_.best, work, rows, size, threads);
   }
 
-  // Panels are computed each by itself, so that results do not depend on the number of threads.
+  // Panels and rows are computed each by itself, so that results do not depend on the number of threads.
   void product(uintptr_t rows, uintptr_t weights, uintptr_t bias, uintptr_t out, int64_t count, int64_t inputs,
-               int64_t outputs, int threads) const {
+               int64_t outputs, bool gated, int threads) const {
     if (type_ != CacheType::bfloat16 || inputs < 32 || inputs % 32 != 0 || outputs < 1 || count < 0 || threads < 1)
       refuse("no product of " + std::to_string(count) + " rows of " + std::to_string(inputs) + " with " +
              std::to_string(outputs) + " outputs over " + std::to_string(threads) + " threads");
-    const Product work{at(rows), at(weights), at(bias), at(out), count, inputs, outputs};
-    const int64_t pairs = (outputs + 31) / 32;
+    const Product work{at(rows), at(weights), at(bias), at(out), count, inputs, outputs, gated};
+    const int64_t pairs = work.pairs();
     nb::gil_scoped_release released;
+    if (count >= own_rows * threads) {
+      const int64_t blocks = (count + row_block - 1) / row_block;
+      return Pool::get().run(threads, [&](int part) {
+        const int64_t begin = blocks * part / threads * row_block;
+        code_.product(rows_of(work, begin, std::min(count, blocks * (part + 1) / threads * row_block)), 0, pairs);
+      });
+    }
     const int64_t parts = std::min<int64_t>({threads, pairs, pairs * inputs * 32 / part_numbers + 1});
     Pool::get().run(static_cast<int>(parts), [&](int part) {
       code_.product(work, pairs * part / parts, pairs * (part + 1) / parts);
@@ -88,6 +99,14 @@ class RowOperators {
 
  private:
   static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+  // Some rows of a product.
+  static Product rows_of(Product work, int64_t begin, int64_t end) {
+    work.rows = static_cast<const uint16_t*>(work.rows) + begin * work.inputs;
+    work.out = static_cast<uint16_t*>(work.out) + begin * work.outputs;
+    work.count = end - begin;
+    return work;
+  }
 
   static Parts parts_at(uintptr_t out, uintptr_t lse, int64_t count) {
     return {static_cast<const float*>(at(out)), static_cast<const float*>(at(lse)), count};

@@ -67,12 +67,17 @@ struct BestTwo {
 };
 
 // out = rounded(rows x weights^T + bias), all bfloat16, sums in single precision. Weights as product.h has them.
+// Gated: the same for two halves of weights and bias, gate and up, then rounded(rounded(silu(gate)) x up).
 struct Product {
   const void* rows;     // [count, inputs]; inputs are a multiple of 32
-  const void* weights;  // [outputs in whole pairs of panels of sixteen, inputs], packed
-  const void* bias;     // [outputs], or null
+  const void* weights;  // [outputs in whole pairs of panels of sixteen, inputs], packed; gated: twice the outputs
+  const void* bias;     // [outputs], gated [2 outputs], or null
   void* out;            // [count, outputs]
   int64_t count, inputs, outputs;
+  bool gated;
+
+  // Of panels: of consecutive outputs, or one of gate and one of up.
+  int64_t pairs() const { return gated ? (outputs + 15) / 16 : (outputs + 31) / 32; }
 };
 
 // One instruction set's code for one type, never int8: rows first..end.

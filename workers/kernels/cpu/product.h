@@ -2,8 +2,9 @@
 // level's file.
 //
 // Weights lie in panels of sixteen outputs; a panel's line holds two consecutive inputs of all of them, and sixteen
-// lines are a matrix tile's second factor as they lie. A step of few rows reads each weight once, in the order of
-// addresses; of many rows, blocks of them stay in the cache while the panels pass by.
+// lines are a matrix tile's second factor as they lie. Of a gated product a pair of panels is one of the gate and one
+// of what it lets through. A step of few rows reads each weight once, in the order of addresses; of many rows, blocks
+// of them stay in the cache while the panels pass by.
 
 constexpr int64_t panel_outputs = 16, line_bytes = 64, block_inputs = 32, block_bytes = 1024;
 
@@ -15,6 +16,20 @@ INLINE void finish_row(const Product& work, int64_t row, int64_t panel, const fl
   write_left<Bfloat16>((uint16_t*)work.out + row * work.outputs + output, numbers, left);
 }
 
+// Rows of sums of both panels of a pair, [count][32].
+static void finish_gated(const Product& work, int64_t row, int64_t count, int64_t pair, const float* sums) {
+  const int64_t output = pair * panel_outputs, left = work.outputs - output;
+  Floats bias[2] = {all(0), all(0)};
+  for (int side = 0; side < 2 && work.bias != nullptr; side++)
+    bias[side] = read_left<Bfloat16>((const uint16_t*)work.bias + side * work.outputs + output, left);
+  uint16_t* out = (uint16_t*)work.out + row * work.outputs + output;
+  for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs, out += work.outputs) {
+    const Floats gate = Bfloat16::rounded(load(sums) + bias[0]);
+    const Floats up = Bfloat16::rounded(load(sums + panel_outputs) + bias[1]);
+    write_left<Bfloat16>(out, Bfloat16::rounded(silu(gate)) * up, left);
+  }
+}
+
 #if defined(__AMX_BF16__)
 
 // The next panels' weights are fetched so far ahead: some microseconds of memory.
@@ -22,6 +37,7 @@ constexpr int64_t ahead_bytes = 6 * block_bytes;
 
 // Both panels of some rows, sums [count][32]. Numbers below the smallest normal one become zero.
 static void finish_rows(const Product& work, int64_t row, int64_t count, int64_t panel, const float* sums) {
+  if (work.gated) return finish_gated(work, row, count, panel / 2, sums);
   const int64_t output = panel * panel_outputs;
   if (work.outputs - output < 2 * panel_outputs) {
     for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs) {
@@ -123,9 +139,9 @@ static void product(const Product& work, int64_t first, int64_t end) {
 
 constexpr int64_t lines_ahead = 48;
 
-// `Rows` rows with one panel.
+// `Rows` rows with one panel, into sums [Rows][32].
 template <int Rows>
-static void multiply_panel(const Product& work, int64_t row, int64_t panel) {
+INLINE void multiply_panel(const Product& work, int64_t row, int64_t panel, float* to) {
   const int64_t lines = work.inputs / 2;
   const uint32_t* rows = (const uint32_t*)work.rows + row * lines;
   const uint8_t* weights = (const uint8_t*)work.weights + panel * lines * line_bytes;
@@ -145,19 +161,28 @@ static void multiply_panel(const Product& work, int64_t row, int64_t panel) {
       }
     }
   }
+  for (int m = 0; m < Rows; m++) store(to + m * 2 * panel_outputs, sums[m]);
+}
+
+// `Rows` rows with a pair of panels.
+template <int Rows>
+static void multiply_pair(const Product& work, int64_t row, int64_t pair) {
+  float sums[Rows][2 * panel_outputs];
+  multiply_panel<Rows>(work, row, 2 * pair, sums[0]);
+  multiply_panel<Rows>(work, row, 2 * pair + 1, sums[0] + panel_outputs);
+  if (work.gated) return finish_gated(work, row, Rows, pair, sums[0]);
   for (int m = 0; m < Rows; m++) {
-    float kept[16];
-    store(kept, sums[m]);
-    finish_row(work, row + m, panel, kept);
+    finish_row(work, row + m, 2 * pair, sums[m]);
+    finish_row(work, row + m, 2 * pair + 1, sums[m] + panel_outputs);
   }
 }
 
 static void product(const Product& work, int64_t first, int64_t end) {
-  for (int64_t panel = 2 * first; panel < 2 * end; panel++) {
+  for (int64_t pair = first; pair < end; pair++) {
     int64_t row = 0;
-    for (; row + 8 <= work.count; row += 8) multiply_panel<8>(work, row, panel);
-    for (; row + 2 <= work.count; row += 2) multiply_panel<2>(work, row, panel);
-    for (; row < work.count; row++) multiply_panel<1>(work, row, panel);
+    for (; row + 8 <= work.count; row += 8) multiply_pair<8>(work, row, pair);
+    for (; row + 2 <= work.count; row += 2) multiply_pair<2>(work, row, pair);
+    for (; row < work.count; row++) multiply_pair<1>(work, row, pair);
   }
 }
 

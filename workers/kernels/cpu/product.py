@@ -16,7 +16,8 @@ _INPUTS = 32
 
 class PackedProduct:
     """y = x weight^T + bias, rounded once, with weights in the order in which the processor reads them, on
-    large pages: a step of few rows is one stream through them.
+    large pages: a step of few rows is one stream through them. Gated: silu of the first half of y times the
+    second, rounded as that chain of operators would.
     """
 
     def __init__(
@@ -26,31 +27,38 @@ class PackedProduct:
         slabs: Slabs,
         threads: int | None = None,
         level: str | None = None,
+        *,
+        gated: bool = False,
     ) -> None:
         """`weight` [outputs, inputs] and `bias` [outputs] of bfloat16; packed into `slabs`. `threads`: most
-        of a call, PyTorch's number where None. `level`: of `_native.levels()`, the best where None.
-        Raises ValueError for weights that cannot be packed (`packs`), and for a bias that does not fit.
+        of a call, PyTorch's number where None. `level`: of `_native.levels()`, the best where None. `gated`:
+        the weight's first half is the gate's. Raises ValueError for weights that cannot be packed (`packs`),
+        and for a bias that does not fit.
         """
-        if not packs(weight):
+        if not packs(weight) or (gated and weight.shape[0] % 2):
             raise ValueError(f"no packing of {weight.dtype} {list(weight.shape)} on {weight.device}")
         outputs, inputs = weight.shape
         if bias is not None and (bias.shape != (outputs,) or bias.dtype != torch.bfloat16):
             raise ValueError(f"a bias {list(bias.shape)} of {bias.dtype} for {outputs} outputs")
-        self.outputs, self.inputs = outputs, inputs
+        self.outputs, self.inputs = outputs // 2 if gated else outputs, inputs
+        self._is_gated = gated
         self._threads = threads
         self._native = _native.RowOperators("bfloat16", level or _native.levels()[0])
-        self._weights = _packed(weight, slabs)
+        self._weights = _packed(weight, slabs, gated=gated)
         self.bias = None if bias is None else bias.contiguous()
         self._places = (self._weights.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
 
     @property
     def weight(self) -> Tensor:
         """[outputs, inputs], as it was given; a copy."""
-        lines = self._weights.permute(0, 2, 1, 3).reshape(-1, self.inputs)
-        return lines[: self.outputs].clone()
+        step = 2 if self._is_gated else 1
+        sides = [self._weights[side::step].permute(0, 2, 1, 3) for side in range(step)]
+        return torch.cat([side.reshape(-1, self.inputs)[: self.outputs] for side in sides])
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """[rows, inputs] -> [rows, outputs]. Raises ValueError for rows that do not fit."""
+        """[rows, inputs] -> [rows, outputs], half as many of a gated one. Raises ValueError for rows that do
+        not fit.
+        """
         shape = inputs.shape
         if len(shape) != 2 or shape[1] != self.inputs or inputs.dtype != torch.bfloat16 or not inputs.is_cpu:
             raise ValueError(f"{inputs.dtype} {list(shape)} on {inputs.device} for {self.inputs} inputs")
@@ -63,6 +71,7 @@ class PackedProduct:
             shape[0],
             self.inputs,
             self.outputs,
+            self._is_gated,
             self._threads or torch.get_num_threads(),
         )
         return out
@@ -74,16 +83,24 @@ def packs(weight: Tensor) -> bool:
     return fits and weight.dtype is torch.bfloat16 and weight.is_cpu
 
 
-def _packed(weight: Tensor, slabs: Slabs) -> Tensor:
-    """[panels, inputs / 2, outputs of a panel, 2], as product.h draws it; outputs that are none are zero."""
+def _packed(weight: Tensor, slabs: Slabs, *, gated: bool) -> Tensor:
+    """[panels, inputs / 2, outputs of a panel, 2], as product.h draws it; outputs that are none are zero. Of a
+    gated product every other panel is the gate's.
+    """
     outputs, inputs = weight.shape
     panels = -(-outputs // _PAIR) * 2
     packed = slabs.take(panels * _PANEL * inputs * weight.itemsize).view(weight.dtype)
     packed = packed.view(panels, inputs // 2, _PANEL, 2)
+    for side, half in enumerate(weight.chunk(2) if gated else (weight,)):
+        _fill(packed[side :: 2 if gated else 1], half)
+    return packed
+
+
+def _fill(packed: Tensor, weight: Tensor) -> None:
+    outputs, inputs = weight.shape
     whole = outputs // _PANEL
     rows = weight[: whole * _PANEL].view(whole, _PANEL, inputs // 2, 2)
     packed[:whole] = rows.permute(0, 2, 1, 3)
     left = weight[whole * _PANEL :]
     if len(left):
         packed[whole, :, : len(left)] = left.view(len(left), inputs // 2, 2).permute(1, 0, 2)
-    return packed
