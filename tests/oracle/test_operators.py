@@ -13,7 +13,6 @@ from torch import Tensor
 
 from workers.dense.operators import TorchOperators, select_operators
 from workers.kernels.select import compiled_kernel
-from workers.partials import Partial
 
 if compiled_kernel() is None:
     pytest.skip("the C++ kernel is not built", allow_module_level=True)
@@ -197,13 +196,13 @@ def test_merge(level: str, dtype: torch.dtype, rows: int, parts: int, heads: int
     out = numbers((1 + parts) * rows, heads, size, dtype=torch.float32, seed=3)
     lse = numbers((1 + parts) * rows, heads, dtype=torch.float32, seed=4, scale=4.0)
     lse[rows::3], out[rows::3] = -torch.inf, 0.0
-    own, shards = Partial(out[:rows], lse[:rows]), (out[rows:], lse[rows:]) if parts else None
+    own, shards = (out[:rows], lse[:rows]), (out[rows:], lse[rows:]) if parts else None
     found = CpuOperators(dtype, level=level).merge(own, shards, dtype)
     weights = lse.double().view(1 + parts, rows, heads).softmax(0)
     exact = (weights[..., None] * out.double().view(1 + parts, rows, heads, size)).sum(0)
     assert_near(found, exact)
     assert_same(found, PLAIN.merge(own, shards, dtype), rare=0.01)
-    assert parts or torch.equal(found, own.out.to(dtype))
+    assert parts or torch.equal(found, own[0].to(dtype))
 
 
 @every_level
@@ -343,10 +342,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ("a part", lambda: operators.merge_own(*own, (heads.double(), lse))),
         ("a part", lambda: operators.merge_own(*own, (heads, torch.ones(3, 2).T))),
         ("a part", lambda: operators.merge_own(*own, (heads.to("meta"), lse))),
-        ("a part", lambda: operators.merge(Partial(heads.transpose(0, 1), torch.ones(3, 2)), None, FLOAT)),
-        ("parts", lambda: operators.merge(Partial(heads, lse), (heads[:1], lse), FLOAT)),
-        ("a part", lambda: operators.merge(Partial(heads, lse), (heads.half(), lse), FLOAT)),
-        ("float16", lambda: operators.merge(Partial(heads, lse), None, torch.float16)),
+        ("a part", lambda: operators.merge((heads.transpose(0, 1), torch.ones(3, 2)), None, FLOAT)),
+        ("parts", lambda: operators.merge((heads, lse), (heads[:1], lse), FLOAT)),
+        ("a part", lambda: operators.merge((heads, lse), (heads.half(), lse), FLOAT)),
+        ("float16", lambda: operators.merge((heads, lse), None, torch.float16)),
         ("no rows", lambda: operators.best_two(weight)),
         ("no second", lambda: operators.best_two(torch.ones(2, 1))),
         ("apart", lambda: operators.best_two(torch.ones(8, 2).T)),

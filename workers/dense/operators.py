@@ -50,9 +50,11 @@ class RowOperators(Protocol):
         """
         ...
 
-    def merge(self, own: Partial, shards: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
-        """`own`, each row of which saw something, and shards as in `merge_own`, merged in float32 into
-        `dtype`: [rows, query heads, head size]; until the thread's next call.
+    def merge(
+        self, own: tuple[Tensor, Tensor], shards: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> Tensor:
+        """out and lse of what each row saw first, not nothing, and shards as in `merge_own`, merged in
+        float32 into `dtype`: [rows, query heads, head size]; until the thread's next call.
         """
         ...
 
@@ -93,15 +95,15 @@ class TorchOperators:
     ) -> Tensor:
         """See `RowOperators.merge_own`."""
         group = query.shape[1] // key.shape[1]
-        own = Partial(
-            value.float().repeat_interleave(group, 1),
-            (query.float() * key.float().repeat_interleave(group, 1)).sum(-1) * scale,
-        )
+        scores = (query.float() * key.float().repeat_interleave(group, 1)).sum(-1) * scale
+        own = (value.float().repeat_interleave(group, 1), scores)
         return self.merge(own, shards, query.dtype)
 
-    def merge(self, own: Partial, shards: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+    def merge(
+        self, own: tuple[Tensor, Tensor], shards: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> Tensor:
         """See `RowOperators.merge`."""
-        merged = own.out if shards is None else merged_out(own, *shards)
+        merged = own[0] if shards is None else merged_out(Partial(*own), *shards)
         return merged.to(dtype)
 
     def best_two(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from workers.dense.operators import RowOperators
 from workers.dense.step_layout import RowIndex, StepLayout, WorkerPart
 from workers.kernels.signature import Kernel
 from workers.lanes.messages import LayerMessage, PartialReply
-from workers.partials import Partial, empty
+from workers.partials import empty
 
 
 @dataclass(slots=True)
@@ -66,8 +66,8 @@ class StepAttention:
         self._deadlines_s = [0.0] * len(layout.workers)
         self._query: Tensor | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
-        self._own: Partial | None = None
-        """Of chunks over themselves; None where every row sees only itself, which the merge computes."""
+        self._own: tuple[Tensor, Tensor] | None = None
+        """out and lse of chunks over themselves; None where a row sees only itself, which the merge does."""
         self._gathered: tuple[Tensor, Tensor] | None = None
         """Of the shards: out [parts x rows, query_heads, head_size], lse [parts x rows, query_heads]."""
 
@@ -93,7 +93,7 @@ class StepAttention:
         if not self._layout.are_single_rows:
             window, sizes = self._spec.sliding_windows[layer], self._layout.chunk_sizes
             own = self._kernel.causal(self._query, key, value, sizes, self._scale, window)
-            self._own = Partial(own.out, own.lse)
+            self._own = (own.out, own.lse)
 
     def receive(self, layer: int) -> Tensor:
         """See `AttentionPort`. Raises StepAborted."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from workers.kernels.cpu import _native
-from workers.partials import Partial
 
 _SHAPES_KEPT = 4
 """Of one operator, and thread: micro-batches of two sizes, and those of the step before."""
@@ -117,14 +116,16 @@ class CpuOperators:
         )
         return kept
 
-    def merge(self, own: Partial, shards: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
-        """`own`, each row of which saw something, and shards as in `merge_own`, merged into `dtype`, which is
-        that of the operators: [rows, heads, size], until the thread's next call.
+    def merge(
+        self, own: tuple[Tensor, Tensor], shards: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> Tensor:
+        """out and lse of what each row saw first, not nothing, and shards as in `merge_own`, merged into
+        `dtype`, which is that of the operators: [rows, heads, size], until the thread's next call.
         """
-        rows, heads, size = shape = own.out.shape
+        rows, heads, size = shape = own[0].shape
         if dtype != self._dtype:
             raise ValueError(f"{dtype} of operators over {self._dtype}")
-        own_out, own_lse, _ = _parts(shape, own.out, own.lse)
+        own_out, own_lse, _ = _parts(shape, *own)
         parts = (0, 0, 0) if shards is None else _parts(shape, *shards)
         kept, place = self._memory(self._kept.merged, shape)
         self._native.merge(own_out, own_lse, *parts, place, rows, heads, size, self._threads_now())

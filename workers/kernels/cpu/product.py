@@ -84,8 +84,8 @@ def packs(weight: Tensor) -> bool:
 
 
 def _packed(weight: Tensor, slabs: Slabs, *, gated: bool) -> Tensor:
-    """[panels, inputs / 2, outputs of a panel, 2], as product.h draws it; outputs that are none are zero. Of a
-    gated product every other panel is the gate's.
+    """[panels, inputs / 2, outputs of a panel, 2], as product.h draws it; outputs that are none are zero. Of
+    a gated product every other panel is the gate's.
     """
     outputs, inputs = weight.shape
     panels = -(-outputs // _PAIR) * 2
