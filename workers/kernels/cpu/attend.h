@@ -302,16 +302,24 @@ INLINE void score(const State& state, int64_t vector, const Chunk& chunk, const 
   }
 }
 
+// Whether a vector sees every token of a chunk that any row sees.
+INLINE bool sees_whole(const State& state, int64_t vector, const Chunk& chunk) {
+  return state.oldest[vector] <= chunk.slot[0] && state.newest[vector] >= chunk.slot[chunk.count - 1] + 16;
+}
+
 // Turn the scores of one vector into weights; the factor by which its sums so far shrink.
 INLINE float weigh(const State& state, int64_t vector, const Chunk& chunk, float* scores, float scale) {
   Floats most = all(minus_infinity);
+  const bool is_whole = sees_whole(state, vector, chunk);
   for (int g = 0; g < chunk.count; g++) {
     Floats scaled = load(scores + g * 16) * all(scale);
     uint32_t seen = chunk.seen[g];
-    const int64_t hidden = state.oldest[vector] - chunk.slot[g];
-    if (hidden > 0) seen &= hidden >= 16 ? 0 : 0xffffu << hidden;
-    const int64_t shown = state.newest[vector] - chunk.slot[g];
-    if (shown < 16) seen &= shown > 0 ? (1u << shown) - 1 : 0;
+    if (!is_whole) {
+      const int64_t hidden = state.oldest[vector] - chunk.slot[g];
+      if (hidden > 0) seen &= hidden >= 16 ? 0 : 0xffffu << hidden;
+      const int64_t shown = state.newest[vector] - chunk.slot[g];
+      if (shown < 16) seen &= shown > 0 ? (1u << shown) - 1 : 0;
+    }
     if (seen != 0xffffu) scaled = choose(seen, scaled, all(minus_infinity));
     store(scores + g * 16, scaled);
     most = larger(most, scaled);

@@ -214,12 +214,6 @@ INLINE float weigh_whole(const State& state, int64_t vector, const float* scores
   return shrink;
 }
 
-// Whether a vector sees every token of a chunk.
-INLINE bool sees_whole(const State& state, int64_t vector, const Chunk& chunk) {
-  constexpr int last = chunk_groups - 1;
-  return state.oldest[vector] <= chunk.slot[0] && state.newest[vector] >= chunk.slot[last] + 16;
-}
-
 // Sixteen sizes of a value group, or of two that are adjacent.
 template <CacheType Type, int Sixteen, bool Whole, bool Ahead>
 INLINE void multiply_sixteen(const State& state, const Chunk& chunk, const Chunk& next, int g, int64_t sixteen,
