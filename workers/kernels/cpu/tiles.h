@@ -8,7 +8,7 @@
 // vector's numbers are split into a high and a low part, both are rows of the same tile (row 2 v and 2 v + 1), for a
 // product of eight rows takes no longer than one of four: int8 queries and weights are two bytes each, bfloat16 weights
 // a number and what its rounding lost. More than eight bfloat16 vectors, those of chunks, are not memory's to hurry but
-// ours: sixteen rows are sixteen vectors, weights are rounded, and sums grow in the tiles.
+// ours: sixteen rows are sixteen vectors, weights are rounded, and sums grow in the tiles; but for small heads.
 
 constexpr int tile_rows = 16;
 
@@ -176,6 +176,9 @@ INLINE void halve_weights(const State& state, int m, const Chunk& chunk, const f
     _mm256_store_si256(row + chunk_groups + g, round_weights(number - as_floats(kept)));
   }
 }
+
+// Numbers of a head from which on weights may be rounded: of fewer some rows nearly cancel, and miss the bound of 4e-3.
+constexpr int64_t rounding_size = 64;
 
 // 2^x for x up to some units above zero, to some millionths: less than the rounding of weights. NaN stays, what lies
 // far below is nothing.
@@ -375,7 +378,7 @@ INLINE int64_t attend_some_in_tiles(Tiles& tiles, const State& state, int64_t ve
 template <CacheType Type>
 static void attend_all_in_tiles(Tiles& tiles, const State& state, int64_t first, int64_t last, const Chunk& chunk,
                                 const Chunk& next, float scale) {
-  const bool many = Type == CacheType::bfloat16 && last - first > tile_most;
+  const bool many = Type == CacheType::bfloat16 && last - first > tile_most && state.size >= rounding_size;
   int64_t vector = attend_some_in_tiles<Type, true>(tiles, state, first, last, chunk, next, scale, many);
   while (vector < last)
     vector = attend_some_in_tiles<Type, false>(tiles, state, vector, last, chunk, next, scale, many);
