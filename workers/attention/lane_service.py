@@ -17,8 +17,7 @@ from workers.attention.store import Store
 from workers.lanes.codec import FrameCodec
 from workers.lanes.grpc_link import TICKET_METADATA, parts
 from workers.lanes.host_identity import host_identity
-from workers.lanes.messages import LaneHandler
-from workers.lanes.serve import LaneEnd
+from workers.lanes.serve import LaneEnd, LaneSession
 from workers.lanes.server import LaneServer
 
 
@@ -36,7 +35,7 @@ class LaneService(attention_pb2_grpc.AttentionServiceServicer):
     def __init__(
         self,
         store: Store,
-        session: Callable[[], LaneHandler],
+        session: Callable[[], LaneSession],
         lanes: LaneServer,
         offers: LaneOffers,
     ) -> None:
@@ -57,7 +56,8 @@ class LaneService(attention_pb2_grpc.AttentionServiceServicer):
         transport = self._choose(request)
         incarnation = secrets.randbits(64)
         codec = FrameCodec(self._store.geometry, incarnation, self._offers.rows_most)
-        ticket = self._lanes.expect(LaneEnd(incarnation, codec, self._session()))
+        session = self._session()
+        ticket = self._lanes.expect(LaneEnd(incarnation, codec, session, session.straight))
         return attention_pb2.OpenLaneResponse(
             responder=types_pb2.Responder(worker_id=self._store.worker, epoch=self._store.epoch),
             transport=transport,

@@ -90,6 +90,22 @@ class PreparedStep:
         result = kernel.attend(query.to(self._arena.device), spans, self._arena.layer(layer), scale, window)
         return Partial(result.out, result.lse)
 
+    @property
+    def slots(self) -> Tensor:
+        """Where the step's chunks are written, flat, int64 [appended rows]."""
+        return self._slots
+
+    def stands(self, appended: int | None) -> bool:
+        """Whether a message needs no look: no shard of the store changed hands since the plan came, and the
+        keys and values it may bring are those of the layer that is due.
+        """
+        is_due = appended is None or self._arrival.is_due(appended)
+        return is_due and self._changes == self._store.changes and not self._lost
+
+    def mark(self, layer: int) -> None:
+        """`layer` has been written, by somebody else than `append`."""
+        self._arrival.mark(layer)
+
     def _leave_out_lost(self) -> bool:
         """Look for lost shards if any shard of the store changed hands; whether this step lost one."""
         if self._changes != self._store.changes:

@@ -11,13 +11,17 @@ from torch import Tensor
 
 from cluster.errors import InvalidRequest, NeedFull
 from cluster.fault_points import reach
+from cluster.types import WIRE_VERSION
 from workers.attention.arena import Arena
 from workers.attention.prepared_step import PreparedStep, slices
 from workers.attention.store import Store
+from workers.attention.straight import StraightAnswers
 from workers.attention.turns import Turns
-from workers.kernels.signature import Kernel, Span
+from workers.kernels.select import open_exchange
+from workers.kernels.signature import Kernel, LaneSocket, Span
 from workers.lanes.messages import LayerMessage, PartialReply
 from workers.lanes.plans import PlanDecoder
+from workers.lanes.sockets import SocketLink
 from workers.partials import Partial, empty
 
 
@@ -77,6 +81,18 @@ class AttendSession:
         self._steps: dict[int, tuple[int, PreparedStep, tuple[_Slice, ...]]] = {}
         self._on_busy = on_busy
         self._turn = _CountedTurn(store.turns)
+        self._straight: StraightAnswers | None = None
+
+    def straight(self, link: SocketLink, incarnation: int) -> StraightAnswers | None:
+        """What answers this lane's plain messages straight off its socket, where the kernel can."""
+        geometry = self._arena.geometry
+        layers = [self._arena.layer(index) for index in range(geometry.layers)]
+        lane = LaneSocket(link.fileno(), incarnation, WIRE_VERSION, link.spin_s)
+        scale = geometry.head_size**-0.5
+        exchange = open_exchange(self._kernel, layers, geometry.query_heads, scale, lane)
+        if exchange is not None:
+            self._straight = StraightAnswers(exchange, self._store.turns, link, self._on_busy)
+        return self._straight
 
     def handle(self, message: LayerMessage) -> PartialReply | None:
         """Append, then attend. Raises errors of the tree; what was appended by then stays uncommitted."""
@@ -100,10 +116,15 @@ class AttendSession:
     def _step(self, message: LayerMessage) -> tuple[PreparedStep, tuple[_Slice, ...]]:
         if message.plan is not None:
             self._steps.pop(message.micro_batch, None)
+            if self._straight is not None:
+                self._straight.end(message.micro_batch)
             rows = self._decoder.decode(message.micro_batch, message.plan)
             with self._turn:
                 prepared = PreparedStep(self._store, self._arena, rows)
-            self._steps[message.micro_batch] = (message.step, prepared, _slices(prepared, self._slice_rows))
+            parts = _slices(prepared, self._slice_rows)
+            self._steps[message.micro_batch] = (message.step, prepared, parts)
+            if self._straight is not None and len(parts) == 1:
+                self._straight.begin(message.micro_batch, message.step, prepared, parts[0].spans)
         held = self._steps.get(message.micro_batch)
         if held is None or held[0] != message.step:
             raise NeedFull(f"micro-batch {message.micro_batch} has no plan for step {message.step} here")

@@ -33,6 +33,10 @@ class LayerArrival:
         if layer != self._arrived:
             raise Fenced(f"keys of layer {layer} arrived where layer {self._arrived} was due")
 
+    def is_due(self, layer: int) -> bool:
+        """Whether `check` has nothing against `layer`."""
+        return self._superseded_at is None and layer == self._arrived < self._layers
+
     def mark(self, layer: int) -> None:
         """Layer `layer`, which was due, has been written."""
         self.check(layer)

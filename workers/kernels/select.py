@@ -6,9 +6,10 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 
 from workers.kernels.reference import ReferenceKernel
-from workers.kernels.signature import Kernel
+from workers.kernels.signature import Exchange, Kernel, LaneSocket, LayerCache
 from workers.kernels.torch_flash import TorchKernel
 
 _log = logging.getLogger("anabranch.kernels")
@@ -66,6 +67,17 @@ def compiled_kernel() -> Kernel | None:
     from workers.kernels.cpu.kernel import CpuKernel  # only now: it imports the extension
 
     return CpuKernel()
+
+
+def open_exchange(
+    kernel: Kernel, layers: Sequence[LayerCache], query_heads: int, scale: float, lane: LaneSocket
+) -> Exchange | None:
+    """What answers a lane's messages over these layers of one arena; None where the kernel cannot."""
+    if not has_compiled_code():
+        return None
+    from workers.kernels.cpu.kernel import CpuKernel  # only now: it imports the extension
+
+    return kernel.exchange(layers, query_heads, scale, lane) if isinstance(kernel, CpuKernel) else None
 
 
 def has_compiled_code() -> bool:

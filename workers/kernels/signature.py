@@ -156,3 +156,78 @@ class Kernel(Protocol):
         rows 0..i (within the window).
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSocket:
+    """Where a lane's frames arrive, and what they are recognised by. `spin_s`: how long to ask for bytes
+    before sleeping.
+    """
+
+    descriptor: int
+    incarnation: int
+    wire_version: int
+    spin_s: float
+
+
+class Exchange(Protocol):
+    """Answers the messages of one lane that nobody has to look at, straight off its socket: keys and values
+    of one layer and the query of the next, of a step that `begin` announced. What else arrives, it hands on.
+
+        begin --> receive --> append, attend --> reply (or finish, where nothing was asked) --> receive
+                     |            |
+                     +--> take <--+    bytes that somebody else should read
+
+    For one thread.
+    """
+
+    layer: int
+    """Of the message: its query's; its keys and values are those of the layer before."""
+    has_rows: bool
+    has_query: bool
+
+    def begin(self, micro_batch: int, step: int, spans: Sequence[Span], rows: int, slots: Tensor) -> None:
+        """Answer messages of `step` from now on: `rows` queries over `spans`, keys and values for `slots`,
+        int64 [appended rows]. Raises ValueError for what lies outside the arena.
+        """
+        ...
+
+    def end(self, micro_batch: int) -> None:
+        """Answer nothing of its step any more."""
+        ...
+
+    def receive(self, wait_s: float) -> int:
+        """The micro-batch of the next message; -1 where there is none: see `take`."""
+        ...
+
+    def take(self) -> bytes:
+        """What came and is not answered, a message just received included; empty where nothing came."""
+        ...
+
+    def append(self) -> None:
+        """Write the message's keys and values."""
+        ...
+
+    def attend(self) -> None:
+        """Compute what its query asks for."""
+        ...
+
+    def reply(self) -> bytes:
+        """Send that; returns what the socket did not take at once. The message is done with."""
+        ...
+
+    def finish(self) -> None:
+        """The message is done with."""
+        ...
+
+    def take_busy(self) -> float:
+        """Seconds spent writing and attending since this was asked last."""
+        ...
+
+    def take_received(self) -> int:
+        """Bytes received since this was asked last, those handed on included."""
+        ...
+
+    def take_sent(self) -> int:
+        """Bytes sent since this was asked last."""
+        ...

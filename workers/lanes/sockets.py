@@ -42,7 +42,7 @@ class SocketLink:
         self._socket = connected
         self._readable = select.poll()
         self._readable.register(connected, select.POLLIN)
-        self._spin_s = spin_s
+        self.spin_s = spin_s
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -78,7 +78,7 @@ class SocketLink:
     def read_into(self, target: memoryview, deadline_s: float) -> int:
         """See `ByteLink.read_into`."""
         while True:
-            if self._spin_s:
+            if self.spin_s:
                 self._spin()
             flags = 0
             if deadline_s - time.monotonic() < _READ_SLICE_S:
@@ -124,7 +124,7 @@ class SocketLink:
 
     def _spin(self) -> None:
         """Until bytes are there, but not for long."""
-        poll, end_s = self._readable.poll, time.monotonic() + self._spin_s
+        poll, end_s = self._readable.poll, time.monotonic() + self.spin_s
         while not poll(0) and time.monotonic() < end_s:
             continue
 

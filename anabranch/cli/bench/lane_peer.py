@@ -28,8 +28,10 @@ from cluster.config import TlsConfig
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.lane_service import LaneOffers, LaneService
 from workers.attention.store import Store
-from workers.lanes.messages import LaneHandler, LayerMessage, PartialReply
+from workers.lanes.messages import LayerMessage, PartialReply
+from workers.lanes.serve import LaneSession
 from workers.lanes.server import LaneServer
+from workers.lanes.sockets import SocketLink
 
 GEOMETRY = KvGeometry(
     layers=1, query_heads=16, kv_heads=16, head_size=64, dtype="float32", block_tokens=16, digest="bench"
@@ -58,6 +60,9 @@ class Echo:
             self._replies[rows] = torch.zeros(shape), torch.zeros(shape[:2])
         out, lse = self._replies[rows]
         return PartialReply(message.step, message.micro_batch, message.layer, out, lse, 0.0)
+
+    def straight(self, link: SocketLink, incarnation: int) -> None:
+        """Nothing: both Python sides are measured."""
 
 
 def serve(host: str, spin_s: float, tls: TlsConfig) -> Iterator[dict[str, str | int]]:
@@ -96,7 +101,7 @@ def serve(host: str, spin_s: float, tls: TlsConfig) -> Iterator[dict[str, str | 
         server.stop(None).wait()
 
 
-def _echo() -> LaneHandler:
+def _echo() -> LaneSession:
     return Echo()
 
 

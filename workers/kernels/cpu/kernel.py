@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.kernels.checks import check_causal, check_spans
 from workers.kernels.cpu import _native
 from workers.kernels.cpu.layout import PackedCache, PackedLayout, packed_cache
-from workers.kernels.signature import AttendResult, CacheShape, LayerCache, SlotOptions, Span
+from workers.kernels.signature import AttendResult, CacheShape, LaneSocket, LayerCache, SlotOptions, Span
 from workers.kernels.torch_flash import TorchKernel
 
 _PLANS_MOST = 32
@@ -75,6 +75,22 @@ class CpuKernel:
         cache = self._own.cache(blocks, key)
         self.layout.append(cache, slots, key, value)
         return AttendResult(*self._walk(plan, cache, query, scale, window), ())
+
+    def exchange(
+        self, layers: Sequence[LayerCache], query_heads: int, scale: float, lane: LaneSocket
+    ) -> CpuExchange:
+        """Serve a lane over the layers of one arena."""
+        return CpuExchange(
+            [packed_cache(layer).native for layer in layers],
+            lane.descriptor,
+            lane.incarnation,
+            lane.wire_version,
+            query_heads,
+            scale,
+            self._threads or torch.get_num_threads(),
+            lane.spin_s,
+            self._level,
+        )
 
     def _walk(
         self, plan: _native.Plan, cache: PackedCache, query: Tensor, scale: float, window: int | None
@@ -139,6 +155,14 @@ class _Plans:
                 with contextlib.suppress(KeyError):
                     self._kept.popitem(last=False)
         return plan
+
+
+class CpuExchange(_native.Exchange):
+    """See `signature.Exchange`."""
+
+    def begin(self, micro_batch: int, step: int, spans: Sequence[Span], rows: int, slots: Tensor) -> None:
+        """See `signature.Exchange.begin`."""
+        self.begin_plan(micro_batch, step, _pack(spans), rows, slots)
 
 
 class _OwnCaches(threading.local):

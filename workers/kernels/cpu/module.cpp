@@ -1,5 +1,5 @@
-// What Python sees: packed layers, plans, attention, rows in and out, operators, and the read probe. Whatever Python
-// hands over is checked here, for a kernel reads memory by the numbers it is given.
+// What Python sees: packed layers, plans, attention, rows in and out, exchanges, operators, and the read probe.
+// Whatever Python hands over is checked here, for a kernel reads memory by the numbers it is given.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -9,6 +9,7 @@
 #include <string>
 
 #include "boundary.h"
+#include "exchange.h"
 #include "plan.h"
 #include "pool.h"
 #include "rows.h"
@@ -149,6 +150,74 @@ void attend(const Plan& plan, const Layer& layer, Numbers query, Result out, Res
   run_plan(plan, work, chosen, threads, rows);
 }
 
+// An exchange and the arena it reads.
+struct KeptExchange {
+  KeptExchange(const ExchangeTerms& terms, std::vector<Layer> layers, const Level& level)
+      : kept(std::move(layers)), exchange(terms, caches(kept), level) {}
+
+  static std::vector<Cache> caches(const std::vector<Layer>& layers) {
+    std::vector<Cache> found;
+    for (const Layer& layer : layers) found.push_back(layer.cache());
+    return found;
+  }
+
+  std::vector<Layer> kept;
+  Exchange exchange;
+};
+
+nb::bytes as_bytes(const std::string& bytes) { return nb::bytes(bytes.data(), bytes.size()); }
+
+void bind_exchange(nb::module_& module) {
+  const auto without_gil = [](auto method) {
+    return [method](KeptExchange& kept) {
+      nb::gil_scoped_release released;
+      return (kept.exchange.*method)();
+    };
+  };
+  const auto quickly = [](auto method) { return [method](KeptExchange& kept) { return (kept.exchange.*method)(); }; };
+  nb::class_<KeptExchange>(module, "Exchange")
+      .def("__init__",
+           [](KeptExchange* made, const std::vector<Layer>& layers, int socket, uint64_t incarnation,
+              int64_t wire_version, int64_t query_heads, float scale, int threads, double spin_s,
+              const std::string& level) {
+             if (threads < 1 || threads > 1024) refuse(std::to_string(threads) + " threads");
+             const ExchangeTerms terms{socket, incarnation, wire_version, query_heads, scale, threads, spin_s};
+             new (made) KeptExchange(terms, layers, level_named(level));
+           },
+           nb::arg("layers"), nb::arg("socket"), nb::arg("incarnation"), nb::arg("wire_version"),
+           nb::arg("query_heads"), nb::arg("scale"), nb::arg("threads"), nb::arg("spin_s"), nb::arg("level"))
+      .def("begin_plan",
+           [](KeptExchange& kept, int micro_batch, uint64_t step, const Plan& plan, int64_t rows, Indices slots) {
+             kept.exchange.begin(micro_batch, step, plan, rows,
+                                 std::vector<int64_t>(slots.data(), slots.data() + slots.shape(0)));
+           })
+      .def("end", [](KeptExchange& kept, int micro_batch) { kept.exchange.end(micro_batch); })
+      .def("receive",
+           [](KeptExchange& kept, double wait_s) {
+             nb::gil_scoped_release released;
+             return kept.exchange.receive(wait_s);
+           })
+      .def("take", [](KeptExchange& kept) { return as_bytes(kept.exchange.take()); })
+      .def("append", without_gil(&Exchange::append))
+      .def("attend", without_gil(&Exchange::attend))
+      .def("reply",
+           [](KeptExchange& kept) {
+             std::string left;
+             {
+               nb::gil_scoped_release released;
+               left = kept.exchange.reply();
+             }
+             return as_bytes(left);
+           })
+      .def("finish", quickly(&Exchange::finish))
+      .def("take_busy", quickly(&Exchange::take_busy))
+      .def("take_received", quickly(&Exchange::take_received))
+      .def("take_sent", quickly(&Exchange::take_sent))
+      .def_prop_ro("layer", quickly(&Exchange::layer))
+      .def_prop_ro("has_rows", quickly(&Exchange::has_rows))
+      .def_prop_ro("has_query", quickly(&Exchange::has_query));
+}
+
 void read_probe(nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> bytes, int threads,
                 const std::string& level) {
   if (threads < 1 || threads > 1024) refuse(std::to_string(threads) + " threads");
@@ -179,6 +248,7 @@ NB_MODULE(_native, module) {
   module.def("attend", &attend, nb::arg("plan"), nb::arg("layer"), nb::arg("query"), nb::arg("out"), nb::arg("lse"),
              nb::arg("scale"), nb::arg("window"), nb::arg("threads"), nb::arg("level"));
   bind_operators(module);
+  bind_exchange(module);
   module.def("append", &append_rows);
   module.def("read", &gather_rows, nb::arg("layer"), nb::arg("slots"), nb::arg("key"), nb::arg("value"));
   module.def("read_probe", &read_probe, nb::arg("storage"), nb::arg("threads"), nb::arg("level"));
