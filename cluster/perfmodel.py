@@ -224,19 +224,27 @@ def staggering_gain(times: SideTimes, first: MicroBatch, second: MicroBatch) -> 
     return single_s / staggered_s if staggered_s > 0 else 1.0
 
 
-def staggered_halves_s(dense_s: float, attention_s: float, lane_s: float) -> float:
-    """A step of two equal micro-batches: `dense_s` and `attention_s` of both together, `lane_s` of one."""
-    return staggered_step_s(dense_s / 2, dense_s / 2, attention_s / 2, attention_s / 2, lane_s)
+def staggered_halves_s(dense_s: float, head_s: float, attention_s: float, lane_s: float) -> float:
+    """A step of two equal micro-batches: `dense_s` and `attention_s` of both together, `lane_s` of one.
+
+    `head_s`: the part of `dense_s` that lies between the layers of two steps, with no attention to hide.
+    """
+    dense_half_s = (dense_s - head_s) / 2
+    return head_s + staggered_step_s(dense_half_s, dense_half_s, attention_s / 2, attention_s / 2, lane_s)
 
 
-def staggered_tax(dense_s: float, attention_s: float, lane_s: float, monolithic_s: float) -> float:
+def staggered_tax(
+    dense_s: float, head_s: float, attention_s: float, lane_s: float, monolithic_s: float
+) -> float:
     """How many times as long the split step takes as the monolithic one."""
-    return staggered_halves_s(dense_s, attention_s, lane_s) / monolithic_s
+    return staggered_halves_s(dense_s, head_s, attention_s, lane_s) / monolithic_s
 
 
-def staggered_gain(dense_s: float, attention_s: float, lane_s: float, monolithic_s: float) -> float:
+def staggered_gain(
+    dense_s: float, head_s: float, attention_s: float, lane_s: float, monolithic_s: float
+) -> float:
     """How many times the throughput of the monolithic step the split one has."""
-    return monolithic_s / staggered_halves_s(dense_s, attention_s, lane_s)
+    return monolithic_s / staggered_halves_s(dense_s, head_s, attention_s, lane_s)
 
 
 def read_floor_s(read_bytes: float, bandwidth_bytes_per_s: float) -> float:
@@ -321,8 +329,9 @@ def forecast(model: ModelShape, batch: int, context_tokens: int, setting: Settin
         0.0,
     )
     dense_s, attention_s, lane_s = _split_sides(model, batch, context_tokens, side, setting)
+    dense_twice_s = 2 * dense_step_floor_s(model, math.ceil(batch / 2), side)
     split_s = min(
-        staggered_halves_s(2 * dense_step_floor_s(model, math.ceil(batch / 2), side), attention_s, lane_s),
+        staggered_halves_s(dense_twice_s, 0.0, attention_s, lane_s),
         single_step_s(dense_s, attention_s, lane_s),
     )
     bottleneck = max((dense_s, "dense"), (attention_s, "attention"), (lane_s, "lanes"))[1]

@@ -8,20 +8,24 @@ there are two micro-batches.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from cluster.config import Config
 from cluster.errors import ConfigError
 from workers.kernels.select import let_threads_spin
 
-_SPIN_US = 50
-"""Longer than a reply takes that comes at once, shorter than what a sleeping core takes to wake twice."""
+Role = Literal["dense", "attention"]
+
+_SPIN_US: Mapping[Role, int] = {"dense": 1000, "attention": 50}
+"""An attention worker's lanes ask side by side, on the core that computes for one of them: longer than a
+message takes that comes at once. A dense worker asks on one thread, which has nothing else to do, for as long
+as most replies take: whoever writes to a sleeping one wakes its core first, 40 us here, and that is the side
+which is waited for.
+"""
 
 
-def own_cores(
-    config: Config, role: Literal["dense", "attention"], index: int, available: Sequence[int]
-) -> tuple[int, ...]:
+def own_cores(config: Config, role: Role, index: int, available: Sequence[int]) -> tuple[int, ...]:
     """The cores of the `index`th process of a role among those available here; none: wherever there is room.
 
     `cores: auto` gives each process as many cores as threads, dense workers first, where all roles share this
@@ -47,14 +51,14 @@ def own_cores(
     return tuple(section.cores[first : first + threads])
 
 
-def pin(config: Config, role: Literal["dense", "attention"], index: int) -> float:
+def pin(config: Config, role: Role, index: int) -> float:
     """Keep this process, and every thread it starts from now on, on its cores; returns the seconds its lanes
     may spin. Raises ConfigError (`own_cores`).
     """
     cores = own_cores(config, role, index, sorted(os.sched_getaffinity(0)))
     if cores:
         keep_to(cores)
-    return spin_s(config, is_pinned=bool(cores))
+    return spin_s(config, role, is_pinned=bool(cores))
 
 
 def keep_to(cores: Sequence[int]) -> None:
@@ -65,7 +69,7 @@ def keep_to(cores: Sequence[int]) -> None:
     let_threads_spin()
 
 
-def spin_s(config: Config, *, is_pinned: bool) -> float:
-    """Seconds a lane asks for bytes before it sleeps: as configured, else a moment on cores of its own."""
+def spin_s(config: Config, role: Role, *, is_pinned: bool) -> float:
+    """Seconds a role's lanes ask for bytes before they sleep: as configured, else none but on own cores."""
     configured = config.lanes.spin_us
-    return (configured if configured is not None else _SPIN_US if is_pinned else 0) / 1e6
+    return (configured if configured is not None else _SPIN_US[role] if is_pinned else 0) / 1e6

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-from workers.cores import own_cores, spin_s
+from workers.cores import Role, own_cores, spin_s
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -64,10 +64,19 @@ def test_cores_that_cannot_be_had_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("configured", "is_pinned", "seconds"),
-    [(None, True, 50e-6), (None, False, 0.0), (0, True, 0.0), (200, False, 200e-6)],
+    ("configured", "role", "is_pinned", "seconds"),
+    [
+        (None, "attention", True, 50e-6),
+        (None, "dense", True, 1e-3),
+        (None, "attention", False, 0.0),
+        (None, "dense", False, 0.0),
+        (0, "dense", True, 0.0),
+        (200, "attention", False, 200e-6),
+    ],
 )
-def test_lanes_spin_on_own_cores_only(configured: int | None, is_pinned: bool, seconds: float) -> None:
-    """Unless told otherwise."""
+def test_lanes_spin_on_own_cores_only(
+    configured: int | None, role: Role, is_pinned: bool, seconds: float
+) -> None:
+    """Unless told otherwise; a dense worker, which only waits, for longer."""
     settings = config(lanes={"spin_us": configured})
-    assert spin_s(settings, is_pinned=is_pinned) == pytest.approx(seconds)
+    assert spin_s(settings, role, is_pinned=is_pinned) == pytest.approx(seconds)

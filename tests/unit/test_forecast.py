@@ -59,12 +59,18 @@ def test_a_better_way_never_makes_a_split_slower(
     assert fast.monolithic_tokens_per_s == slow.monolithic_tokens_per_s
 
 
-@given(st.floats(1e-4, 1), st.floats(1e-4, 1), st.floats(0, 1))
-def test_staggering_hides_what_is_shorter(dense_s: float, attention_s: float, lane_s: float) -> None:
-    """A staggered step takes at least as long as the busier side and at most as long as no overlap."""
-    staggered = staggered_halves_s(dense_s, attention_s, lane_s)
-    assert staggered >= max(dense_s, attention_s)
-    assert staggered <= single_step_s(dense_s, attention_s, lane_s)
-    assert staggered == staggered_step_s(dense_s / 2, dense_s / 2, attention_s / 2, attention_s / 2, lane_s)
-    tax = staggered_tax(dense_s, attention_s, lane_s, monolithic_s=0.1)
-    assert tax * staggered_gain(dense_s, attention_s, lane_s, monolithic_s=0.1) == pytest.approx(1)
+@given(st.floats(1e-4, 1), st.floats(0, 1), st.floats(1e-4, 1), st.floats(0, 1))
+def test_staggering_hides_what_is_shorter(
+    dense_s: float, head_share: float, attention_s: float, lane_s: float
+) -> None:
+    """A staggered step takes at least as long as the busier side, or as attention and a head that hides none
+    of it, and at most as long as no overlap.
+    """
+    head_s = head_share * dense_s
+    staggered = staggered_halves_s(dense_s, head_s, attention_s, lane_s)
+    assert staggered >= max(dense_s, attention_s + head_s) * (1 - 1e-9)
+    assert staggered <= single_step_s(dense_s, attention_s, lane_s) * (1 + 1e-9)
+    tax = staggered_tax(dense_s, head_s, attention_s, lane_s, monolithic_s=0.1)
+    assert tax * staggered_gain(dense_s, head_s, attention_s, lane_s, monolithic_s=0.1) == pytest.approx(1)
+    halves = (dense_s / 2, dense_s / 2, attention_s / 2, attention_s / 2, lane_s)
+    assert staggered_halves_s(dense_s, 0.0, attention_s, lane_s) == staggered_step_s(*halves)

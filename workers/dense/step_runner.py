@@ -29,9 +29,11 @@ class StepTimes:
 
     Dense: computing, waiting with no micro-batch that could go on, handing messages over. Attention:
     computing (the slowest worker of each layer), idle, and `lane_s`: moving bytes, waking up on either side.
+    `head_s`, of the dense side's: what followed the last layer, head and sampler.
     """
 
     wall_s: float
+    head_s: float
     waited_s: float
     sent_s: float
     attention_s: float
@@ -88,15 +90,15 @@ class StepRunner:
         sampling = [chunk for one in passes for chunk in one.sampling]
         layered_s = monotonic()
         results = self._sample(hidden, [chunk.sequence.sample_row() for chunk in sampling])
+        head_s = monotonic() - layered_s
         if remote:
-            end_s = (monotonic() - layered_s) / len(passes)
             for one, seconds in zip(passes, busy_s, strict=True):
-                one.tell(self._micro_batches, seconds + end_s)
+                one.tell(self._micro_batches, seconds + head_s / len(passes))
         return StepOutcome(
             tuple(chunks),
             tuple(zip(sampling, results, strict=True)),
             len(passes),
-            _times(monotonic() - began_s, [one.times for one in passes]),
+            _times(monotonic() - began_s, head_s, [one.times for one in passes]),
         )
 
     def lay_out(self, chunks: Sequence[Chunk]) -> StepLayout:
@@ -157,9 +159,10 @@ class _Pass:
         micro_batches.note(self._work, dense_s, times.attention_s, times.lane_s)
 
 
-def _times(wall_s: float, passes: Sequence[AttentionTimes]) -> StepTimes:
+def _times(wall_s: float, head_s: float, passes: Sequence[AttentionTimes]) -> StepTimes:
     return StepTimes(
         wall_s,
+        head_s,
         sum(times.waited_s for times in passes),
         sum(times.sent_s for times in passes),
         sum(times.attention_s for times in passes),

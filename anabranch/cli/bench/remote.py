@@ -9,6 +9,7 @@ from anabranch.cli.bench.step_settings import (
     StepSettings,
 )
 from cluster.types import KvGeometry
+from workers.cores import spin_s
 from workers.dense.members import AttentionMember
 from workers.dense.remote_peer import RemotePeer
 from workers.lanes.agreement import rows_most
@@ -26,7 +27,6 @@ def remote_peer(settings: StepSettings, geometry: KvGeometry) -> RemotePeer:
     """A connection to it."""
     config = settings.config()
     most = rows_most(config, geometry)
-    caller = Caller(
-        DENSE_WORKER, DENSE_EPOCH, geometry, config.lanes.transports, most, settings.spin_us / 1e6
-    )
+    spins_s = spin_s(config, "dense", is_pinned=bool(settings.dense_cores))
+    caller = Caller(DENSE_WORKER, DENSE_EPOCH, geometry, config.lanes.transports, most, spins_s)
     return RemotePeer(remote_member(settings, geometry), caller, config.security.tls)

@@ -174,7 +174,7 @@ def _hidden(split: ModeSamples, settings: Mapping[str, Any]) -> Record:
 
 def _sides(split: ModeSamples) -> Results:
     """Medians of what each side did."""
-    parts = ("dense_s", "waited_s", "sent_s", "attention_s", "lane_s")
+    parts = ("dense_s", "head_s", "waited_s", "sent_s", "attention_s", "lane_s")
     return {part.removesuffix("_s"): figure(split.of(part), "s") for part in parts}
 
 
@@ -182,6 +182,7 @@ def _predicted(split: ModeSamples, monolithic: ModeSamples, what: str) -> Record
     """From the times of both sides by themselves: two equal micro-batches, staggered."""
     inputs = {
         "dense_s": split.middle("dense_s") + split.middle("sent_s"),
+        "head_s": split.middle("head_s"),
         "attention_s": split.middle("attention_s"),
         "lane_s": split.middle("lane_s") / 2,
         "monolithic_s": monolithic.middle("wall_s"),

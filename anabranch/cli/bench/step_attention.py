@@ -14,7 +14,7 @@ import torch
 from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, StepSettings
 from cluster.model_spec import ModelSpec
 from workers.attention.worker import AttentionWorker
-from workers.cores import keep_to
+from workers.cores import keep_to, spin_s
 
 
 def main(settings: StepSettings) -> None:
@@ -22,7 +22,8 @@ def main(settings: StepSettings) -> None:
     keep_to(settings.attention_cores)
     torch.set_num_threads(len(settings.attention_cores))
     config = settings.config()
-    worker = AttentionWorker(config, settings.attention_worker, ATTENTION_EPOCH, settings.spin_us / 1e6)
+    spins_s = spin_s(config, "attention", is_pinned=True)
+    worker = AttentionWorker(config, settings.attention_worker, ATTENTION_EPOCH, spins_s)
     try:
         spec = ModelSpec.from_folder(settings.model)
         worker.start(spec.geometry(config.model.dtype, config.attention.block_tokens))

@@ -27,7 +27,6 @@ class StepSettings:
     attention_cores: tuple[int, ...] = ()
     attention_port: int = 0
     micro_batches: Literal["auto", 1, 2] = "auto"
-    spin_us: int = 50
     arena_bytes: int = 2**31
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attention_workers: int = 1

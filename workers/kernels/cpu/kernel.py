@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +83,7 @@ class CpuKernel:
     ) -> CpuExchange:
         """Serve a lane over the layers of one arena."""
         return CpuExchange(
+            self._plans,
             [packed_cache(layer).native for layer in layers],
             lane.descriptor,
             lane.incarnation,
@@ -160,9 +163,13 @@ class _Plans:
 class CpuExchange(_native.Exchange):
     """See `signature.Exchange`."""
 
+    def __init__(self, plans: _Plans, *terms: Any) -> None:
+        super().__init__(*terms)
+        self._plans = plans
+
     def begin(self, micro_batch: int, step: int, spans: Sequence[Span], rows: int, slots: Tensor) -> None:
         """See `signature.Exchange.begin`."""
-        self.begin_plan(micro_batch, step, _pack(spans), rows, slots)
+        self.begin_plan(micro_batch, step, self._plans.of(spans), rows, slots)
 
 
 class _OwnCaches(threading.local):
@@ -212,6 +219,8 @@ def _pack(spans: Sequence[Span]) -> _native.Plan:
         )
         for span in spans
     ]
-    table = [block for span in spans for block in span.blocks]
-    packed = torch.tensor(fields, dtype=torch.int64).view(-1, 7)
-    return _native.Plan(packed, torch.tensor(table, dtype=torch.int64), causal=False)
+    table = array("q")  # takes a thousand blocks in the time a tensor takes a few
+    for span in spans:
+        table.extend(span.blocks)
+    blocks = torch.frombuffer(table, dtype=torch.int64) if table else torch.empty(0, dtype=torch.int64)
+    return _native.Plan(torch.tensor(fields, dtype=torch.int64).view(-1, 7), blocks, causal=False)
