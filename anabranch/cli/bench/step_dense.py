@@ -128,7 +128,9 @@ class DenseBench:
         self._filler = Filler(self._peer(), self._geometry)
 
     def run(self, turn: Turn) -> dict[str, Any]:
-        """Steps of a batch, without the first ones; and the seconds of its matrix products alone."""
+        """Steps of a batch, without the first ones; and the seconds of its matrix products, and of its other
+        operators over rows, alone.
+        """
         keys = [SequenceKey(f"bench-{next(self._numbers)}") for _ in range(turn.batch)]
         steps = turn.steps + _WARM_UP_STEPS
         shards = self._filler.fill(keys, turn.context_tokens, steps + 2)
@@ -139,8 +141,9 @@ class DenseBench:
         found = self._steps.found[_WARM_UP_STEPS:]
         rows = max(1, round(turn.batch / (found[-1]["micro_batches"] if found else 1)))
         products = [self._products_s(rows) * turn.batch / rows for _ in found]
+        operators = [self._operators_s(rows) * turn.batch / rows for _ in found]
         spans = self._steps.trace.last_steps(_TRACED_STEPS) if turn.traced else []
-        return {"steps": found, "products_s": products, "trace": spans}
+        return {"steps": found, "products_s": products, "operators_s": operators, "trace": spans}
 
     def close(self) -> None:
         """End the engine, and the cache if it is here."""
@@ -159,6 +162,25 @@ class DenseBench:
             began_s = monotonic()
             for linear in self._decoder.projections():
                 linear(inputs[linear.inputs])
+            return monotonic() - began_s
+
+    def _operators_s(self, rows: int) -> float:
+        """Seconds of what the layers of one decoding step do to `rows` rows between their products."""
+        operators, sizes, dtype = self._decoder.operators, self._geometry, self._decoder.dtype
+        hidden, update = (torch.ones(rows, self._decoder.spec.hidden_size, dtype=dtype) for _ in range(2))
+        weight = torch.ones(self._decoder.spec.hidden_size, dtype=dtype)
+        query = torch.ones(rows, sizes.query_heads, sizes.head_size, dtype=dtype)
+        key, value = (torch.ones(rows, sizes.kv_heads, sizes.head_size, dtype=dtype) for _ in range(2))
+        angles = torch.ones(rows, 1, sizes.head_size // 2, dtype=dtype)
+        shard = torch.ones(rows, sizes.query_heads, sizes.head_size), torch.ones(rows, sizes.query_heads)
+        with torch.inference_mode():
+            began_s = monotonic()
+            for _ in range(sizes.layers):
+                operators.rotate(query, angles, angles)
+                operators.rotate(key, angles, angles)
+                operators.merge_own(query, key, value, 1.0, shard)
+                operators.add_rms_norm(hidden, update, weight, 1e-5)
+                operators.add_rms_norm(hidden, update, weight, 1e-5)
             return monotonic() - began_s
 
     def _find_member(self) -> AttentionMember:
