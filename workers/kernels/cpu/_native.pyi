@@ -50,14 +50,21 @@ class Exchange:
 def attend(
     plan: Plan,
     layer: Layer,
-    query: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    query: int,
+    query_type: str,
+    rows: int,
+    query_heads: int,
+    head_size: int,
+    out: int,
+    lse: int,
     scale: float,
     window: int,
     threads: int,
     level: str,
-) -> None: ...
+    /,
+) -> None:
+    """Attend a query at an address, results to addresses; the caller vouches for all three."""
+
 def append(
     layer: Layer,
     slots: int,

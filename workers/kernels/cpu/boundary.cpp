@@ -50,9 +50,7 @@ bool supports(const Level& level) {
   return &level == &portable_level;
 }
 
-}  // namespace
-
-std::vector<const Level*> levels() {
+std::vector<const Level*> find_levels() {
   std::vector<const Level*> found;
 #if defined(ANABRANCH_AMX)
   if (supports(amx_level)) found.push_back(&amx_level);
@@ -62,6 +60,13 @@ std::vector<const Level*> levels() {
     if (supports(*level)) found.push_back(level);
 #endif
   found.push_back(&portable_level);
+  return found;
+}
+
+}  // namespace
+
+const std::vector<const Level*>& levels() {
+  static const std::vector<const Level*> found = find_levels();
   return found;
 }
 

@@ -15,7 +15,7 @@ namespace anabranch {
 CacheType type_named(const std::string& name);
 
 // The instruction sets of this machine, best first.
-std::vector<const Level*> levels();
+const std::vector<const Level*>& levels();
 const Level& level_named(const std::string& name);
 
 // RowOperators, in operators.cpp.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.kernels.checks import check_causal, check_spans
 from workers.kernels.cpu import _native
-from workers.kernels.cpu.layout import PackedCache, PackedLayout, packed_cache
+from workers.kernels.cpu.layout import TYPES, PackedCache, PackedLayout, packed_cache
 from workers.kernels.signature import AttendResult, CacheShape, LaneSocket, LayerCache, SlotOptions, Span
 from workers.kernels.torch_flash import TorchKernel
 
@@ -98,12 +98,16 @@ class CpuKernel:
     def _walk(
         self, plan: _native.Plan, cache: PackedCache, query: Tensor, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
-        """out and lse of a plan."""
-        out = torch.empty(query.shape, dtype=torch.float32)
-        lse = torch.empty(query.shape[:2])
-        threads = self._threads or torch.get_num_threads()
+        """out and lse of a plan. Addresses are passed: DLPack costs more than memory for a small result."""
+        if query.ndim != 3 or query.dtype not in TYPES or not query.is_cpu:
+            raise ValueError(f"a query {list(query.shape)} of {query.dtype} on {query.device}")
+        query = query.contiguous()
+        rows, heads, size = query.shape
+        out, lse = torch.empty((rows, heads, size)), torch.empty((rows, heads))
         _native.attend(
-            *(plan, cache.native, query.contiguous(), out, lse), scale, window or 0, threads, self._level
+            *(plan, cache.native, query.data_ptr(), TYPES[query.dtype], rows, heads, size),
+            *(out.data_ptr(), lse.data_ptr(), scale, window or 0),
+            *(self._threads or torch.get_num_threads(), self._level),
         )
         return out, lse
 

@@ -12,12 +12,13 @@ from workers.kernels.cpu import _native
 from workers.kernels.memory import give_back, reserve
 from workers.kernels.signature import CacheShape, LayerCache
 
-_TYPES = {
+TYPES = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.int8: "int8",
 }
+"""What the extension calls the types it knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,9 @@ class PackedLayout:
 
     def allocate(self, shape: CacheShape, device: torch.device) -> tuple[LayerCache, ...]:
         """See `signature.CacheLayout.allocate`. Raises ValueError off the CPU or for other types."""
-        if device.type != "cpu" or shape.dtype not in _TYPES:
+        if device.type != "cpu" or shape.dtype not in TYPES:
             raise ValueError(f"no packed cache of {shape.dtype} on {device}; there are 4 types, on cpu")
-        kind = _TYPES[shape.dtype]
+        kind = TYPES[shape.dtype]
         record_bytes = _native.record_bytes(kind, shape.block_tokens, shape.head_size)
         sizes = (shape.blocks, shape.layers, shape.kv_heads, record_bytes)
         storage = reserve(torch.Size(sizes).numel(), device).view(sizes)

@@ -21,7 +21,6 @@ namespace {
 
 using Storage = nb::ndarray<uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-using Result = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using SpanTable = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -113,39 +112,33 @@ void gather_rows(const Layer& layer, Indices slots, nb::ndarray<nb::c_contig, nb
   read_rows(layer.cache(), slots.data(), slots.shape(0), key.data(), value.data());
 }
 
-void check_query(const Cache& cache, const Numbers& query, const Result& out, const Result& lse) {
-  const Shape& shape = cache.shape;
-  if (query.ndim() != 3 || static_cast<int64_t>(query.shape(2)) != shape.head_size)
-    refuse("query " + shape_of(query) + " for heads of " + std::to_string(shape.head_size));
-  if (query.shape(1) == 0 || static_cast<int64_t>(query.shape(1)) % shape.kv_heads != 0)
-    refuse(std::to_string(query.shape(1)) + " query heads do not divide over " + std::to_string(shape.kv_heads));
-  if (shape.type != CacheType::int8 && type_of(query) != shape.type)
-    refuse("query of " + std::to_string(query.itemsize()) + " bytes a number and another type than the cache's");
-  const bool out_fits = out.ndim() == 3 && out.shape(0) == query.shape(0) && out.shape(1) == query.shape(1) &&
-                        out.shape(2) == query.shape(2);
-  const bool lse_fits = lse.ndim() == 2 && lse.shape(0) == query.shape(0) && lse.shape(1) == query.shape(1);
-  if (!out_fits || !lse_fits) refuse("out or lse do not fit a query " + shape_of(query));
-}
-
-void attend(const Plan& plan, const Layer& layer, Numbers query, Result out, Result lse, float scale,
-            int64_t window, int threads, const std::string& level) {
+// Query, out and lse at addresses, as above: kernel.py, the only caller, checks their tensors.
+void attend(const Plan& plan, const Layer& layer, uintptr_t query, const std::string& type, int64_t rows,
+            int64_t query_heads, int64_t head_size, uintptr_t out, uintptr_t lse, float scale, int64_t window,
+            int threads, const std::string& level) {
   const Cache& cache = layer.cache();
-  check_query(cache, query, out, lse);
+  const Shape& shape = cache.shape;
+  if (head_size != shape.head_size)
+    refuse("a query of heads of " + std::to_string(head_size) + " for heads of " + std::to_string(shape.head_size));
+  if (query_heads == 0 || query_heads % shape.kv_heads != 0)
+    refuse(std::to_string(query_heads) + " query heads do not divide over " + std::to_string(shape.kv_heads));
+  const CacheType query_type = type_named(type);
+  if (query_type == CacheType::int8 || (shape.type != CacheType::int8 && query_type != shape.type))
+    refuse("a query of " + type + ", and a cache of another type");
   if (window < 0) refuse("a window of " + std::to_string(window) + " sees nothing");
   if (threads < 1 || threads > 1024) refuse(std::to_string(threads) + " threads");
-  plan.check(cache.shape, query.shape(0));
+  plan.check(shape, rows);
   Attention work{};
   work.cache = cache;
-  work.query = query.data();
-  work.out = out.data();
-  work.lse = lse.data();
-  work.query_type = type_of(query);
-  work.query_heads = query.shape(1);
+  work.query = reinterpret_cast<const void*>(query);
+  work.out = reinterpret_cast<float*>(out);
+  work.lse = reinterpret_cast<float*>(lse);
+  work.query_type = query_type;
+  work.query_heads = query_heads;
   work.window = window;
   work.scale = scale;
   work.causal = plan.causal();
   const Level& chosen = level_named(level);
-  const int64_t rows = query.shape(0);
   nb::gil_scoped_release released;
   run_plan(plan, work, chosen, threads, rows);
 }
@@ -245,8 +238,7 @@ NB_MODULE(_native, module) {
                              std::vector<int64_t>(table.data(), table.data() + table.shape(0)), causal);
            },
            nb::arg("spans"), nb::arg("table"), nb::arg("causal"));
-  module.def("attend", &attend, nb::arg("plan"), nb::arg("layer"), nb::arg("query"), nb::arg("out"), nb::arg("lse"),
-             nb::arg("scale"), nb::arg("window"), nb::arg("threads"), nb::arg("level"));
+  module.def("attend", &attend);
   bind_operators(module);
   bind_exchange(module);
   module.def("append", &append_rows);
