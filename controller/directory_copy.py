@@ -52,6 +52,11 @@ class DirectoryCopy:
         self._directory.follow(from_nothing=False)
         self._unread, self.kept = registry.read_blocks(), None
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether some of what is in there has still to be read."""
+        return self._unread is not None
+
     def lose_track(self) -> None:
         """Nothing is certain of what is in there: the next round begins with an empty copy."""
         self._unread = None

@@ -157,7 +157,10 @@ class RegistryWriter:
             self.write()
             if self.state is RegistryState.TAKEN:
                 return
-            pause_s = heartbeat_s if self.state is RegistryState.UP else min(2 * pause_s, _RETRY_MOST_S)
+            if self.state is not RegistryState.UP:
+                pause_s = min(2 * max(pause_s, heartbeat_s), _RETRY_MOST_S)
+            else:
+                pause_s = 0.0 if self._copy.is_reading else heartbeat_s
         if self.state is RegistryState.UP:
             self.write()
 
