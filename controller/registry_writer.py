@@ -194,8 +194,7 @@ class RegistryWriter:
         view = self._registry.read()
         if not self._has_claimed:
             self._restore(view)  # again: an earlier controller may have written since
-            if self._inherits:
-                self._copy.inherit(self._registry)
+            self._copy.inherit(self._registry)
         self._has_claimed = True
         self._written = {record.worker: (record.epoch, b"") for record in view.members}
         self._refresh_next_s = 0.0

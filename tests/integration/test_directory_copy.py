@@ -178,6 +178,17 @@ def test_a_registry_without_room_keeps_who_lives(server: LocalRedis, first: Cont
     assert events.count("registry_state") <= 2
 
 
+def test_blocks_make_room_for_a_member(server: LocalRedis, first: Controller) -> None:
+    """A Redis that became full while nothing of the directory changed: the copy goes, the member comes."""
+    first.report(*A, published=chain(20_000, A))
+    first.writer.write()
+    with server.client() as client:
+        client.config_set("maxmemory", client.info("memory")["used_memory"] - 400_000)
+        first.register("dense-0", 77)
+        _await_written(first, Epoch(77))
+    assert _kept(first.registry) == []
+
+
 def _await_written(controller: Controller, epoch: Epoch) -> None:
     """Memory that was given up comes back a moment later."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from anabranch import Client
 from anabranch.events import Finished
-from anabranch.v1 import control_pb2, control_pb2_grpc
+from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2
 from cluster import rpc
 from cluster.blocks import BlockHash
 from cluster.config import TlsConfig
@@ -96,6 +96,13 @@ def _write(registry: Registry, blocks: list[HeldBlock]) -> None:
     registry.publish_blocks(controller.epoch, blocks)
 
 
+def _is_ready(registry: Registry, worker: str) -> bool:
+    """Whether who reads the registry hears that it serves."""
+    bodies = [record.body for record in registry.read().members if record.worker == worker]
+    states = [control_pb2.RegisterRequest.FromString(body).member.state for body in bodies]
+    return states == [inference_pb2.MEMBER_STATE_READY]
+
+
 def _other(block: HeldBlock, lives: dict[str, int]) -> HeldBlock:
     """The same block, said to lie at the attention worker that does not hold it."""
     (held,) = block.holders
@@ -121,6 +128,7 @@ def test_a_known_prefix_is_found_while_the_controller_is_away(
             _kept(registry, 2 * BLOCKS)
             cluster.launch("dense-1")
             cluster.await_ready(*ROLES, "dense-1")
+            await_(lambda: _is_ready(registry, "dense-1"))  # written a heartbeat later
             lives = cluster.epochs()
             cluster.kill("controller")
             cluster.kill("dense-0")

@@ -221,6 +221,10 @@ def test_a_life_that_reports_is_believed_before_a_copy() -> None:
     """
     living, over = LIVES[0], LIVES[1]
     blocks = [HeldBlock(identity(n), n + 1, (living, over)[: 1 + n % 2]) for n in range(4)]
+    directory = Directory()
+    directory.follow(from_nothing=False)
+    directory.restore(blocks, living.__eq__)
+    assert directory.take_changed(9) == [block._replace(holders=(living,)) for block in blocks[1::2]]
     report = Report(living, 9, starts_over=True, published=[entry(0), entry(5)])
     for reports_first in (True, False):
         directory = Directory()
