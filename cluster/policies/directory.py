@@ -14,8 +14,8 @@ from typing import NamedTuple
 from cluster.blocks import BlockHash
 from cluster.types import Epoch, SequenceKey, WorkerId
 
-CHANGES_MOST = 1_048_576
-"""Changed blocks kept for whoever copies them; beyond these everything has to be copied again."""
+CHANGES_MOST = 262_144
+"""Changed blocks kept for whoever copies them, beyond as many as there are: names of what is gone."""
 
 
 class Life(NamedTuple):
@@ -103,7 +103,7 @@ class Directory:
         self._changes_most = changes_most
         self._changed: dict[BlockHash, None] = {}
         self.is_followed = False
-        """Whether changes are noted; no longer where there came too many."""
+        """Whether changes are noted; no longer where there came too many: then the copy has to begin anew."""
 
     def __len__(self) -> int:
         """Identities known."""
@@ -212,7 +212,7 @@ class Directory:
     def _note(self, identity: BlockHash) -> None:
         if self.is_followed:
             self._changed[identity] = None
-            if len(self._changed) > self._changes_most:
+            if len(self._changed) > len(self._holders) + self._changes_most:
                 self.unfollow()
 
     def _block(self, identity: BlockHash) -> HeldBlock:

@@ -56,8 +56,8 @@ class RegistryConfig(Section):
     )
     blocks_most: int = Field(
         1_048_576,
-        ge=1,
-        description="Blocks of the prefix directory kept, 120 bytes each; others are left out.",
+        ge=0,
+        description="Blocks of the prefix directory kept, 128 bytes each; others are left out.",
     )
 
     @field_validator("url")

@@ -13,7 +13,7 @@ from cluster.types import Epoch, SequenceKey, WorkerId
 LIVES = [Life(WorkerId(worker), Epoch(epoch)) for worker in ("a", "b", "c") for epoch in (1, 2)]
 LIFE = st.sampled_from(LIVES)
 DEPTHS = 6
-CHANGES_MOST = 4
+CHANGES_MOST = 2
 NEVER = -10
 
 
@@ -240,3 +240,19 @@ def test_a_life_that_reports_is_believed_before_a_copy() -> None:
         changed = {block.identity: block.holders for block in directory.take_changed(9)}
         changed.pop(identity(0), None)
         assert changed == {identity(1): (), identity(2): (), identity(3): (), identity(5): (living,)}
+
+
+def test_a_copy_may_lag_as_far_as_there_are_blocks() -> None:
+    """A copy that begins with nothing lags by all there is, and changes are noted all the same. Too many
+    blocks that came and went meanwhile end that, and nothing is kept of them.
+    """
+    directory = Directory(changes_most=2)
+    directory.apply(Report(LIVES[0], 1, starts_over=True, published=[entry(n) for n in range(10)]))
+    directory.follow(from_nothing=True)
+    for times in range(3):
+        assert directory.is_followed
+        passing = 10 + times
+        directory.apply(Report(LIVES[0], 2 + 2 * times, published=[entry(passing)]))
+        directory.apply(Report(LIVES[0], 3 + 2 * times, withdrawn=[identity(passing)]))
+    assert not directory.is_followed
+    assert directory.take_changed(99) == []
