@@ -147,8 +147,9 @@ class Controller:
     def _registry(self, service: ControlService) -> Iterator[RegistryWriter]:
         # The processes of a private Ray cluster ended with the controller that started it.
         inherits = self._config.ray.address is not None
-        taken = service.step_down
-        with registry_writer(self._config, self._table, inherits=inherits, on_taken=taken) as writer:
+        with registry_writer(
+            self._config, self._table, service.directory, inherits=inherits, on_taken=service.step_down
+        ) as writer:
             serve_metrics(self._config, writer.metrics)
             yield writer
 

@@ -9,7 +9,7 @@ from anabranch.v1 import control_pb2
 from anabranch.wire import sequence_key
 from cluster.blocks import HASH_BYTES, HASHES_MOST, BlockHash
 from cluster.errors import InvalidRequest
-from cluster.policies.directory import Directory, Life, Report
+from cluster.policies.directory import Directory, HeldBlock, Life, Report
 from cluster.types import Epoch, SequenceKey, WorkerId
 from controller.membership import MembershipTable
 
@@ -17,8 +17,8 @@ from controller.membership import MembershipTable
 class DirectoryKeeper:
     """Owns the directory, and names only lives that membership names now.
 
-    A restarted controller begins with an empty one, and asks every worker to start over: what it names was
-    reported to itself.
+    A restarted controller begins with what the registry's copy says of them, and asks every worker to start
+    over: its report then replaces that.
     """
 
     def __init__(self, table: MembershipTable) -> None:
@@ -45,7 +45,7 @@ class DirectoryKeeper:
         with self._lock:
             runs = self._directory.find(hashes, request.blocks_before)
         for run in runs:
-            holders = [life for life in run.holders if self._table.holds(life.worker, life.epoch)]
+            holders = list(filter(self._is_living, run.holders))
             if not holders:
                 return
             yield control_pb2.PrefixRun(
@@ -66,7 +66,35 @@ class DirectoryKeeper:
     def sweep(self) -> None:
         """Forget the lives that membership no longer names. To be called now and then."""
         with self._lock:
-            self._directory.retain(lambda life: self._table.holds(life.worker, life.epoch))
+            self._directory.retain(self._is_living)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether changes are noted for a copy."""
+        return self._directory.is_followed
+
+    def follow(self, *, from_nothing: bool) -> None:
+        """Note changes for a copy from now on; see `Directory.follow`."""
+        with self._lock:
+            self._directory.follow(from_nothing=from_nothing)
+
+    def unfollow(self) -> None:
+        """Note no changes any more."""
+        with self._lock:
+            self._directory.unfollow()
+
+    def take_changed(self, most: int) -> list[HeldBlock]:
+        """The earliest changes that were not taken yet, as they stand."""
+        with self._lock:
+            return self._directory.take_changed(most)
+
+    def restore(self, blocks: Iterable[HeldBlock]) -> None:
+        """Take from a copy what lives hold that membership names and that have not reported here yet."""
+        with self._lock:
+            self._directory.restore(blocks, self._is_living)
+
+    def _is_living(self, life: Life) -> bool:
+        return self._table.holds(life.worker, life.epoch)
 
 
 def read_report(request: control_pb2.HeartbeatRequest) -> Report:

@@ -1,4 +1,4 @@
-"""The membership's copy in the registry: written by the controller alone, on a thread of its own.
+"""Membership and directory as the registry has them: written by the controller alone, on a thread of its own.
 
 No call of a member waits for the registry. What is lost while it is away is written when it is back.
 """
@@ -21,6 +21,8 @@ from cluster.registry.interface import ControllerRecord, MemberRecord, Registry,
 from cluster.registry.opening import open_registry
 from cluster.telemetry import logger
 from cluster.types import Epoch, WorkerId
+from controller.directory_copy import DirectoryCopy
+from controller.directory_service import DirectoryKeeper
 from controller.membership import MembershipTable
 
 _log = logger("registry")
@@ -29,6 +31,8 @@ _RETRY_MOST_S = 2.0
 _REFRESH_S = 2.0
 """How often loads are written, and leases renewed; what else changes is written in the next round."""
 _CLOSE_S = 5.0
+_COPY_SHARE = 0.2
+"""Of a heartbeat, for writing the directory."""
 
 
 class RegistryState(enum.Enum):
@@ -41,7 +45,7 @@ class RegistryState(enum.Enum):
 
 
 class RegistryWriter:
-    """Keeps the registry equal to the membership table.
+    """Keeps the registry equal to the membership table, and its blocks to the directory (`DirectoryCopy`).
 
         AWAY <--does not answer-- UP --full--> READ_ONLY      back: everything is written again
           +------answers---------> ^ <--has room---+
@@ -57,6 +61,7 @@ class RegistryWriter:
         self,
         registry: Registry,
         table: MembershipTable,
+        directory: DirectoryKeeper,
         *,
         inherits: bool = True,
         on_taken: Callable[[], None] = lambda: None,
@@ -64,6 +69,7 @@ class RegistryWriter:
     ) -> None:
         self._registry = registry
         self._table = table
+        self._copy = DirectoryCopy(directory, _COPY_SHARE * table.terms.heartbeat_ms / 1000, clock)
         self._on_taken = on_taken
         self._controller: ControllerRecord | None = None
         self._inherits = inherits
@@ -77,6 +83,11 @@ class RegistryWriter:
         self.metrics = CollectorRegistry()
         self._up = Gauge(
             "anabranch_registry_up", "1 while the registry takes what is written.", registry=self.metrics
+        )
+        self._blocks = Gauge(
+            "anabranch_registry_blocks",
+            "Blocks of the directory in the registry.",
+            registry=self.metrics,
         )
 
     @property
@@ -130,6 +141,7 @@ class RegistryWriter:
         except Fenced as error:
             self._enter(RegistryState.TAKEN, error)
         except ResourceExhausted as error:
+            self._copy.give_way(self._registry, self._controller.epoch, error)
             self._enter(RegistryState.READ_ONLY, error)
         except AnabranchError as error:
             self._enter(RegistryState.AWAY, error)
@@ -145,7 +157,10 @@ class RegistryWriter:
             self.write()
             if self.state is RegistryState.TAKEN:
                 return
-            pause_s = heartbeat_s if self.state is RegistryState.UP else min(2 * pause_s, _RETRY_MOST_S)
+            if self.state is not RegistryState.UP:
+                pause_s = min(2 * max(pause_s, heartbeat_s), _RETRY_MOST_S)
+            else:
+                pause_s = 0.0 if self._copy.is_reading else heartbeat_s
         if self.state is RegistryState.UP:
             self.write()
 
@@ -168,14 +183,18 @@ class RegistryWriter:
         self._written = core
         if is_refresh:
             self._refresh_next_s = now_s + _REFRESH_S
+        self._copy.write(self._registry, controller.epoch, is_refresh=is_refresh)
+        self._blocks.set(self._copy.kept or 0)
 
     def _begin_again(self, controller: ControllerRecord) -> None:
         """Nothing is certain of what is in there: look, and mark all of it for writing."""
+        self._copy.lose_track()
         if not self._has_claimed:
             self._registry.claim(controller, take_over=True)
         view = self._registry.read()
         if not self._has_claimed:
             self._restore(view)  # again: an earlier controller may have written since
+            self._copy.inherit(self._registry)
         self._has_claimed = True
         self._written = {record.worker: (record.epoch, b"") for record in view.members}
         self._refresh_next_s = 0.0
@@ -210,12 +229,14 @@ class RegistryWriter:
 def registry_writer(
     config: Config,
     table: MembershipTable,
+    directory: DirectoryKeeper,
     *,
     inherits: bool = True,
     on_taken: Callable[[], None] = lambda: None,
 ) -> Iterator[RegistryWriter]:
     """A writer that has told the table who lived; stopped at the end. Raises ConfigError, Unauthenticated."""
-    writer = RegistryWriter(open_registry(config.registry), table, inherits=inherits, on_taken=on_taken)
+    registry = open_registry(config.registry)
+    writer = RegistryWriter(registry, table, directory, inherits=inherits, on_taken=on_taken)
     try:
         writer.inherit()
         yield writer

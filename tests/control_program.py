@@ -34,12 +34,13 @@ def main(file: str) -> None:
     service = ControlService(
         table, draw_epoch(), geometry_message(geometry), tuple, lambda _grace_ms: stop.set()
     )
-    with registry_writer(config, table, on_taken=service.step_down) as writer:
+    with registry_writer(config, table, service.directory, on_taken=service.step_down) as writer:
         server = ControlServer(config, service)
         writer.claim(service.welcome(), f"127.0.0.1:{server.port}", config.digest)
         writer.start()
         while not stop.wait(controller.heartbeat_ms / 1000):
             table.sweep(frozen=writer.is_away)
+            service.sweep()
         server.stop()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from cluster.blocks import BlockHash
 from cluster.clock import Clock, monotonic
 from cluster.errors import Fenced
+from cluster.policies.directory import HeldBlock
 from cluster.registry.interface import (
     PAST_EPOCHS_MOST,
     ControllerRecord,
@@ -20,8 +22,9 @@ from cluster.types import Epoch, WorkerId
 class EmbeddedRegistry:
     """Owns the same facts as the shared one, under the same rules; see `Registry`."""
 
-    def __init__(self, lease_s: float, clock: Clock = monotonic) -> None:
+    def __init__(self, lease_s: float, blocks_most: int, clock: Clock = monotonic) -> None:
         self._lease_s = lease_s
+        self._blocks_most = blocks_most
         self._clock = clock
         self._lock = threading.Lock()
         self._controller: ControllerRecord | None = None
@@ -29,6 +32,8 @@ class EmbeddedRegistry:
         self._version, self._version_until_s = 0, 0.0
         self._members: dict[WorkerId, tuple[MemberRecord, float]] = {}
         self._past: dict[WorkerId, deque[Epoch]] = {}
+        self._blocks: dict[BlockHash, HeldBlock] = {}
+        self._blocks_until_s = 0.0
 
     def claim(self, controller: ControllerRecord, *, take_over: bool) -> None:
         """See `Registry`."""
@@ -69,6 +74,38 @@ class EmbeddedRegistry:
             past = {worker: tuple(epochs) for worker, epochs in self._past.items()}
             return RegistryView(self._present_version(), self._present_controller(), tuple(members), past)
 
+    def publish_blocks(self, writer: Epoch, blocks: Sequence[HeldBlock], *, starts_over: bool = False) -> int:
+        """See `Registry`."""
+        with self._lock:
+            self._require(writer)
+            if starts_over:
+                self._blocks = {}
+            kept = self._present_blocks()
+            for block in blocks:
+                if not block.holders:
+                    kept.pop(block.identity, None)
+                elif len(kept) < self._blocks_most or block.identity in kept:
+                    kept[block.identity] = block
+            self._blocks_until_s = self._clock() + self._lease_s
+            return len(kept)
+
+    def find_blocks(self, identities: Sequence[BlockHash]) -> list[HeldBlock]:
+        """See `Registry`."""
+        with self._lock:
+            kept, found = self._present_blocks(), []
+            for identity in identities:
+                if identity not in kept:
+                    break
+                found.append(kept[identity])
+            return found
+
+    def read_blocks(self) -> Iterator[list[HeldBlock]]:
+        """See `Registry`. All in one part."""
+        with self._lock:
+            kept = list(self._present_blocks().values())
+        if kept:
+            yield kept
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -77,6 +114,12 @@ class EmbeddedRegistry:
 
     def _present_version(self) -> int:
         return self._version if self._clock() < self._version_until_s else 0
+
+    def _present_blocks(self) -> dict[BlockHash, HeldBlock]:
+        """Those whose lease has not run out; what is put there is kept."""
+        if self._clock() >= self._blocks_until_s:
+            self._blocks = {}
+        return self._blocks
 
     def _require(self, writer: Epoch) -> None:
         held = self._present_controller()

@@ -1,14 +1,17 @@
 """What a registry keeps, and what it answers; one interface, an embedded and a shared implementation.
 
-The controller is the only writer. Everyone else reads, and only while the controller does not answer.
+The controller is the only writer. Everyone else reads, and only while the controller does not answer. Of
+blocks it keeps identities, which are hashes: no token is in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.blocks import BlockHash
+from cluster.policies.directory import HeldBlock
 from cluster.types import Epoch, WorkerId
 
 PAST_EPOCHS_MOST = 64
@@ -53,7 +56,8 @@ class RegistryView:
 
 
 class Registry(Protocol):
-    """The membership. Safe to call from several threads; a call takes a few deadlines at most.
+    """The membership, and a copy of the prefix directory. Safe to call from several threads; a call takes a
+    few deadlines at most.
 
     Every method raises Unavailable when the registry does not answer, ResourceExhausted when it answers
     but refuses writes, Unauthenticated when it refuses the password. What is not written again within
@@ -85,6 +89,23 @@ class Registry(Protocol):
     def read(self) -> RegistryView:
         """The whole membership. What is written meanwhile may be in it already: its version is that of the
         beginning, so that whoever compares versions looks again.
+        """
+        ...
+
+    def publish_blocks(self, writer: Epoch, blocks: Sequence[HeldBlock], *, starts_over: bool = False) -> int:
+        """Write who holds these blocks now, and renew the lease of all of them; `starts_over`: nothing that
+        was written before holds. Returns how many blocks the registry keeps: at most
+        `RegistryConfig.blocks_most`, beyond which new ones are left out. Raises Fenced as `publish`.
+        """
+        ...
+
+    def find_blocks(self, identities: Sequence[BlockHash]) -> list[HeldBlock]:
+        """The longest run of these blocks that is kept, from the first on."""
+        ...
+
+    def read_blocks(self) -> Iterator[list[HeldBlock]]:
+        """All blocks, in parts of some hundreds, each of which takes a call; in no order. One may come twice,
+        and what is written meanwhile may be missing.
         """
         ...
 

@@ -13,7 +13,7 @@ def open_registry(config: RegistryConfig) -> Registry:
     missing.
     """
     if config.url is None:
-        return EmbeddedRegistry(config.lease_s)
+        return EmbeddedRegistry(config.lease_s, config.blocks_most)
     try:
         from cluster.registry.redis_server import RedisRegistry
     except ModuleNotFoundError as error:

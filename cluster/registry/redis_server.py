@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cluster.blocks import BlockHash
 from cluster.errors import AnabranchError, Fenced, Internal, ResourceExhausted, Unauthenticated, Unavailable
-from cluster.registry import scripts
+from cluster.policies.directory import HeldBlock
+from cluster.registry import block_codec, scripts
 from cluster.registry.interface import (
     PAST_EPOCHS_MOST,
     ControllerRecord,
@@ -26,7 +29,7 @@ from cluster.types import Epoch, WorkerId
 
 _REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
 _BATCH_MOST = 500
-"""Members in one call: Redis does nothing else meanwhile."""
+"""Members or blocks written or listed in one call: Redis does nothing else meanwhile."""
 
 
 class RedisRegistry:
@@ -43,6 +46,8 @@ class RedisRegistry:
         self._publish = script(scripts.PUBLISH.replace("{past_most}", str(PAST_EPOCHS_MOST)))
         self._head = script(scripts.HEAD)
         self._members = script(scripts.MEMBERS)
+        self._publish_blocks = script(scripts.PUBLISH_BLOCKS)
+        self._blocks_most = config.blocks_most
 
     def claim(self, controller: ControllerRecord, *, take_over: bool) -> None:
         """See `Registry`."""
@@ -84,6 +89,34 @@ class RedisRegistry:
                 if ended:
                     past[worker] = tuple(map(_epoch, reversed(ended)))
         return RegistryView(int(version), _controller(controller), tuple(members), past)
+
+    def publish_blocks(self, writer: Epoch, blocks: Sequence[HeldBlock], *, starts_over: bool = False) -> int:
+        """See `Registry`. More blocks than fit one call are written in parts."""
+        kept = 0
+        for part in _parts(blocks) or [()]:
+            words = [word for block in part for word in (block.identity, block_codec.pack(block))]
+            settings = (self._blocks_most, int(starts_over))
+            kept = int(self._write(self._publish_blocks, writer, (*settings, *words)))
+            starts_over = False
+        return kept
+
+    def find_blocks(self, identities: Sequence[BlockHash]) -> list[HeldBlock]:
+        """See `Registry`. One call."""
+        if not identities:
+            return []
+        with self._translated():
+            found: list[Any] = self._client.hmget(f"{self._prefix}blocks", list(identities))
+        kept = takewhile(lambda each: each[1] is not None, zip(identities, found, strict=True))
+        return [block_codec.unpack(identity, held) for identity, held in kept]
+
+    def read_blocks(self) -> Iterator[list[HeldBlock]]:
+        """See `Registry`."""
+        cursor = None
+        while cursor != 0:
+            with self._translated():
+                answer: Any = self._client.hscan(f"{self._prefix}blocks", cursor or 0, count=_BATCH_MOST)
+            cursor, found = answer
+            yield [block_codec.unpack(BlockHash(identity), held) for identity, held in found.items()]
 
     def close(self) -> None:
         """See `Registry`."""

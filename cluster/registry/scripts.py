@@ -6,6 +6,7 @@ cluster's name in braces, so that they share a slot where Redis is itself a clus
     PREFIX names             set of worker ids
     PREFIX member:WORKER     hash: epoch, body
     PREFIX past:WORKER       list of epochs, newest first
+    PREFIX blocks            hash: identity of a block -> length of its prefix and its holders, packed
 
 Every key has a time to live. Epochs are 16 hexadecimal digits. KEYS[1] is PREFIX controller, ARGV[1] PREFIX;
 what writes gets the writer's epoch as ARGV[2] and the lease in milliseconds as ARGV[3].
@@ -89,3 +90,25 @@ end
 return found
 """
 """Also: workers. For each, epoch and body if it is a member, and its past epochs."""
+
+PUBLISH_BLOCKS = (
+    _REQUIRE_WRITER
+    + """
+local blocks, room = prefix .. 'blocks', tonumber(ARGV[4])
+if ARGV[5] == '1' then redis.call('UNLINK', blocks) end
+room = room - redis.call('HLEN', blocks)
+for at = 6, #ARGV, 2 do
+  local identity, held = ARGV[at], ARGV[at + 1]
+  if held == '' then
+    room = room + redis.call('HDEL', blocks, identity)
+  elseif room > 0 or redis.call('HEXISTS', blocks, identity) == 1 then
+    room = room - redis.call('HSET', blocks, identity, held)
+  end
+end
+redis.call('PEXPIRE', blocks, lease)
+return redis.call('HLEN', blocks)
+"""
+)
+"""Also: how many blocks may be kept, whether those written before are gone (1 or 0), then blocks as identity
+and what is kept of it, empty for one that is gone. FENCED, or the number kept.
+"""

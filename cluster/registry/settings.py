@@ -27,7 +27,9 @@ class RegistryAddress:
 
 
 class RegistryConfig(Section):
-    """Where the membership is kept; `registry: redis://HOST:PORT/DB` is short for url."""
+    """Where the membership and a copy of the prefix directory are kept; `registry: redis://HOST:PORT/DB` is
+    short for url.
+    """
 
     url: str | None = Field(
         None,
@@ -51,6 +53,11 @@ class RegistryConfig(Section):
     deadline_ms: int = Field(500, ge=10, description="Longest wait for an answer.")
     lease_s: float = Field(
         3600.0, ge=0.05, description="What no controller renews is forgotten after this time."
+    )
+    blocks_most: int = Field(
+        1_048_576,
+        ge=0,
+        description="Blocks of the prefix directory kept, 128 bytes each; others are left out.",
     )
 
     @field_validator("url")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.cli.bench import context, lane, product, results_file
+from anabranch.cli.bench import context, directory, directory_copy, lane, product, results_file
 from anabranch.cli.bench.contender import Cell
 from anabranch.cli.bench.namespaces import LOOPBACK
 from anabranch.cli.bench.records import Results, differences, records
@@ -19,6 +19,7 @@ from anabranch.cli.bench.serve import ServeBench, measure
 from anabranch.cli.bench.timeline import draw
 from cluster.errors import ConfigError, InvalidRequest
 from tests.models import tiny_model
+from tests.redis_server import BINARY, MISSING
 from workers.kernels.select import has_compiled_code
 
 SERVE_KEYS = {
@@ -54,6 +55,30 @@ def test_lanes_are_measured_beside_bare_loops() -> None:
     settings = found["lane"]["tcp_vs_bare"]["settings"]
     assert settings["network"] == "loopback"
     assert ("lane.tls_vs_plain" in values) == settings["tls"].startswith("gRPC")
+
+
+def test_the_directory_is_measured() -> None:
+    """Rates, memory and times of a small cluster; an odd number of blocks is no special case."""
+    values = verified({"directory": directory.measure(workers=3, blocks=7)})
+    assert len(values) == 5
+    assert all(value > 0 for value in values.values())
+
+
+@pytest.mark.redis
+@pytest.mark.skipif(BINARY is None, reason=MISSING)
+def test_the_directorys_copy_is_measured_in_a_redis_of_its_own() -> None:
+    """Blocks are written, changed, restored and found; memory of the server grows by what they take."""
+    assert BINARY is not None
+    values = verified({"directory": directory_copy.measure(BINARY, workers=3, blocks=1001)})
+    assert len(values) == 5
+    assert all(value > 0 for value in values.values())
+    assert 32 < values["directory.copy_memory_per_entry"] < 2000
+
+
+def test_a_redis_that_does_not_start_is_told() -> None:
+    """A program that ends at once is no server."""
+    with pytest.raises(ConfigError, match="ended"):
+        directory_copy.measure("true", workers=1, blocks=2)
 
 
 @pytest.mark.skipif(not has_compiled_code(), reason="the C++ extension is not built")

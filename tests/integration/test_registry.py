@@ -4,12 +4,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from cluster.blocks import BlockHash
 from cluster.clock import ManualClock
 from cluster.errors import ConfigError, Fenced, Unauthenticated, Unavailable
+from cluster.policies.directory import HeldBlock, Life
 from cluster.registry.embedded import EmbeddedRegistry
 from cluster.registry.interface import ControllerRecord, MemberRecord, Registry
 from cluster.registry.opening import open_registry
@@ -21,8 +24,10 @@ from tests.redis_server import BINARY, MISSING, LocalRedis, any_redis, engine_an
 WRITER = Epoch(0xA)
 CONTROLLER = ControllerRecord(WRITER, "127.0.0.1:8600", "wire 2", b"\x00welcome")
 DENSE, ATTENTION = WorkerId("dense-0"), WorkerId("attention-0")
+HOLDER = Life(ATTENTION, Epoch(5))
 LEASE_S = 3600.0
 SHORT_S = 0.2
+BLOCKS_MOST = 1200
 KINDS = ("embedded", *(pytest.param(kind, marks=pytest.mark.redis) for kind in ("redis", "secure")))
 LOCAL = pytest.mark.skipif(BINARY is None, reason=MISSING)
 DEADLINE_S = 20.0
@@ -50,7 +55,7 @@ def _embedded(lease_s: float) -> Subject:
             clock.advance(lease_s / 4)
         raise AssertionError("never")
 
-    return Subject(EmbeddedRegistry(lease_s, clock), wait_until)
+    return Subject(EmbeddedRegistry(lease_s, BLOCKS_MOST, clock), wait_until)
 
 
 def _wait_until(holds: Callable[[], bool]) -> None:
@@ -90,7 +95,9 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
 
     def in_redis(lease_s: float) -> Subject:
         name = f"{request.node.name[:40].translate({91: 46, 93: 46})}{time.monotonic_ns()}"
-        config = servers[request.param].model_copy(update={"cluster": name, "lease_s": lease_s})
+        config = servers[request.param].model_copy(
+            update={"cluster": name, "lease_s": lease_s, "blocks_most": BLOCKS_MOST}
+        )
         opened.append(open_registry(config))
         return Subject(opened[-1], _wait_until)
 
@@ -197,6 +204,103 @@ def test_thousands_of_members(registry: Registry) -> None:
     assert registry.version() == 5
 
 
+def _block(number: int, *holders: Life) -> HeldBlock:
+    """The block with so many before it in one chain; held by one worker where nothing is said."""
+    return HeldBlock(BlockHash(number.to_bytes(32, "big")), number + 1, holders or (HOLDER,))
+
+
+def _gone(number: int) -> HeldBlock:
+    return _block(number)._replace(holders=())
+
+
+def _identities(*numbers: int) -> list[BlockHash]:
+    return [_block(number).identity for number in numbers]
+
+
+def test_an_empty_registry_keeps_no_block(make: Make) -> None:
+    """Nothing is found, nothing read, and to ask for nothing is no error."""
+    registry = make(LEASE_S).registry
+    assert registry.find_blocks(_identities(0, 1)) == registry.find_blocks([]) == []
+    assert list(chain.from_iterable(registry.read_blocks())) == []
+
+
+def test_blocks_are_found_up_to_the_first_that_is_missing(registry: Registry) -> None:
+    """Identity, length and holders, in the order asked for; holders in the order written, whatever their
+    names and lives. Members are not touched.
+    """
+    holders = (Life(WorkerId("wörker 1"), Epoch(2**64 - 1)), Life(WorkerId(""), Epoch(1)), HOLDER)
+    registry.publish(WRITER, 3, [_member(DENSE, 1)], ())
+    assert registry.publish_blocks(WRITER, [_block(0), _block(1, *holders), _block(3)]) == 3
+    assert registry.find_blocks(_identities(0, 1, 2, 3)) == [_block(0), _block(1, *holders)]
+    assert registry.find_blocks(_identities(3)) == [_block(3)]
+    assert registry.find_blocks(_identities(2, 3)) == []
+    assert registry.read().members == (_member(DENSE, 1),)
+
+
+def test_blocks_change_go_and_start_over(registry: Registry) -> None:
+    """The last word on a block holds; one that nobody holds is gone, also if it never was there; what starts
+    over leaves nothing of before.
+    """
+    registry.publish_blocks(WRITER, [_block(0), _block(1), _block(2)])
+    other = Life(ATTENTION, Epoch(9))
+    assert registry.publish_blocks(WRITER, [_block(0, HOLDER, other), _gone(1), _gone(7)]) == 2
+    kept = sorted(chain.from_iterable(registry.read_blocks()))
+    assert kept == [_block(0, HOLDER, other), _block(2)]
+    assert registry.publish_blocks(WRITER, [_block(5)], starts_over=True) == 1
+    assert list(chain.from_iterable(registry.read_blocks())) == [_block(5)]
+    assert registry.publish_blocks(WRITER, (), starts_over=True) == 0
+    assert list(chain.from_iterable(registry.read_blocks())) == []
+
+
+def test_no_more_blocks_than_there_is_place_for(registry: Registry) -> None:
+    """What takes more than one call is written and read as a whole; beyond the limit new blocks are left out,
+    those that are there still change, and one that goes makes place.
+    """
+    blocks = [_block(number) for number in range(BLOCKS_MOST + 100)]
+    assert registry.publish_blocks(WRITER, blocks) == BLOCKS_MOST
+    read = sorted({block for part in registry.read_blocks() for block in part})
+    assert read == registry.find_blocks([block.identity for block in blocks]) == blocks[:BLOCKS_MOST]
+    changed = _block(3, Life(ATTENTION, Epoch(9)))
+    assert registry.publish_blocks(WRITER, [changed]) == BLOCKS_MOST
+    assert registry.find_blocks([changed.identity]) == [changed]
+    assert registry.publish_blocks(WRITER, [_gone(3), blocks[-1], blocks[-2]]) == BLOCKS_MOST
+    assert registry.find_blocks([blocks[-1].identity]) == [blocks[-1]]
+    assert registry.find_blocks([blocks[-2].identity]) == []
+
+
+def test_only_the_controller_that_claimed_last_writes_blocks(make: Make) -> None:
+    """Neither before a claim, nor after another controller took over, be it only to empty them."""
+    registry = make(LEASE_S).registry
+    with pytest.raises(Fenced):
+        registry.publish_blocks(WRITER, [_block(0)])
+    registry.claim(CONTROLLER, take_over=True)
+    registry.publish_blocks(WRITER, [_block(0)])
+    registry.claim(ControllerRecord(Epoch(0xB), "127.0.0.2:8600", "wire 2", b""), take_over=True)
+    for blocks, starts_over in (([_gone(0)], False), ([], True)):
+        with pytest.raises(Fenced):
+            registry.publish_blocks(WRITER, blocks, starts_over=starts_over)
+    assert registry.find_blocks(_identities(0)) == [_block(0)]
+
+
+def test_the_lease_of_all_blocks_is_renewed_at_once(make: Make) -> None:
+    """Blocks stay while any is written, or none; without that all are forgotten after the lease."""
+    subject = make(SHORT_S)
+    registry = subject.registry
+    registry.claim(CONTROLLER, take_over=True)
+    registry.publish_blocks(WRITER, [_block(0)])
+    registry.publish(WRITER, 1, [_member(DENSE, 1)], ())
+
+    def only_blocks_are_left() -> bool:
+        registry.claim(CONTROLLER, take_over=True)
+        assert registry.publish_blocks(WRITER, ()) == 1
+        return registry.read().members == ()
+
+    subject.wait_until(only_blocks_are_left)
+    assert registry.find_blocks(_identities(0)) == [_block(0)]
+    subject.wait_until(lambda: registry.find_blocks(_identities(0)) == [])
+    assert list(chain.from_iterable(registry.read_blocks())) == []
+
+
 @pytest.mark.redis
 @LOCAL
 def test_every_key_has_a_time_to_live_and_the_clusters_name(tmp_path: Path) -> None:
@@ -208,11 +312,12 @@ def test_every_key_has_a_time_to_live_and_the_clusters_name(tmp_path: Path) -> N
             registry.publish(WRITER, 1, [_member(DENSE, 1)], ())
             registry.publish(WRITER, 2, [_member(DENSE, 2), _member(ATTENTION, 1)], ())
             registry.publish(WRITER, 3, (), [(ATTENTION, Epoch(1))])
+            registry.publish_blocks(WRITER, [_block(0)])
             assert registry.read().version == 3
             registry.close()
         keys = [key.decode(errors="replace") for key in client.scan_iter()]
         assert {key.split("}")[0] for key in keys} == {"anabranch:1:{one", "anabranch:1:{two"}
-        assert len(keys) >= 2 * 6
+        assert len(keys) >= 2 * 7
         assert [key for key in client.scan_iter() if client.pttl(key) <= 0] == []
 
 

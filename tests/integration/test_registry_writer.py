@@ -1,27 +1,21 @@
 """The controller's copy in a real Redis: away and back, full, taken over, and what a successor gets."""
 
-import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from anabranch.v1 import control_pb2, inference_pb2, types_pb2
-from cluster.clock import ManualClock
+from anabranch.v1 import control_pb2, inference_pb2
 from cluster.errors import Fenced, NotFound, Unauthenticated
 from cluster.registry.interface import MemberRecord, Registry
-from cluster.registry.opening import open_registry
-from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, WorkerId
-from controller.membership import RESTORED_GRACE_S, MembershipTable, Terms
-from controller.registry_writer import RegistryState, RegistryWriter
+from cluster.types import Epoch, WorkerId
+from controller.membership import RESTORED_GRACE_S
+from controller.registry_writer import RegistryState
 from tests.redis_server import BINARY, MISSING, LocalRedis, local_redis
+from tests.registry_controller import EXPIRY_S, HEARTBEAT_S, Controller, noted_events
 
 pytestmark = [pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSING)]
-
-EXPIRY_S = 2.5
-HEARTBEAT_S = 0.5
-DIGEST = "digest-of-the-file"
 
 
 @pytest.fixture
@@ -29,67 +23,6 @@ def server(tmp_path: Path) -> Iterator[LocalRedis]:
     """A Redis of the test's own."""
     with local_redis(tmp_path) as server:
         yield server
-
-
-class Controller:
-    """A table, its writer, and short ways to speak to them; rounds are made by hand."""
-
-    def __init__(self, server: LocalRedis, epoch: int, digest: str = DIGEST, inherits: bool = True) -> None:
-        self.clock = ManualClock()
-        terms = Terms(digest, int(HEARTBEAT_S * 1000), int(EXPIRY_S * 1000))
-        self.table = MembershipTable(terms, self.clock)
-        self.registry: Registry = open_registry(server.config(deadline_ms=200))
-        self.welcome = control_pb2.RegisterResponse(
-            responder=types_pb2.Responder(worker_id="controller-0", epoch=epoch)
-        )
-        self.times_taken = 0
-        self.writer = RegistryWriter(
-            self.registry, self.table, inherits=inherits, on_taken=self._note_taken, clock=self.clock
-        )
-
-    def begin(self) -> None:
-        """Learn who lived, and take over the writing."""
-        self.writer.inherit()
-        self.writer.claim(self.welcome, "127.0.0.1:8600", self.table.terms.config_digest)
-
-    def register(self, worker_id: str, epoch: int) -> None:
-        """A dense worker joins."""
-        member = inference_pb2.Member(
-            worker_id=worker_id, role=inference_pb2.ROLE_DENSE, epoch=epoch, address="127.0.0.1:1"
-        )
-        self.table.register(
-            control_pb2.RegisterRequest(
-                member=member,
-                wire_version=WIRE_VERSION,
-                layout_version=LAYOUT_VERSION,
-                config_digest=self.table.terms.config_digest,
-            )
-        )
-
-    def beat(self, worker_id: str, epoch: int, **fields: object) -> None:
-        """A sign of life."""
-        self.table.heartbeat(control_pb2.HeartbeatRequest(worker_id=worker_id, epoch=epoch, **fields))  # type: ignore[arg-type]  # a mixed dict
-
-    def pass_time(self, seconds: float) -> list[str]:
-        """Sweep at every heartbeat, as the controller does; returns who fell silent."""
-        silent: list[str] = []
-        for _ in range(int(seconds / HEARTBEAT_S)):
-            self.clock.advance(HEARTBEAT_S)
-            silent += [each.worker_id for each in self.table.sweep(frozen=self.writer.is_away)]
-        return silent
-
-    def _note_taken(self) -> None:
-        self.times_taken += 1
-
-    @property
-    def lives(self) -> dict[str, int]:
-        """Who lives, as the table says."""
-        return {member.worker_id: member.epoch for member in self.table.membership().members}
-
-    @property
-    def up(self) -> float | None:
-        """The metric."""
-        return self.writer.metrics.get_sample_value("anabranch_registry_up")
 
 
 @pytest.fixture
@@ -143,13 +76,7 @@ def test_away_and_back(server: LocalRedis, first: Controller, how: str) -> None:
     """While the registry is away nobody expires; when it is back, and be it empty, it gets everything, and
     silence counts again. Each change of state is one line in the log, and the metric follows.
     """
-    events: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: events.append(record.getMessage())  # type: ignore[method-assign]  # a probe
-    log = logging.getLogger("anabranch.registry")
-    log.addHandler(handler)
-    log.setLevel("INFO")
-    try:
+    with noted_events("anabranch.registry") as events:
         if how == "frozen":
             server.signal(signal.SIGSTOP)
         else:
@@ -171,8 +98,6 @@ def test_away_and_back(server: LocalRedis, first: Controller, how: str) -> None:
         assert events == ["registry_state", "registry_up"]
         assert first.pass_time(EXPIRY_S) == []
         assert sorted(first.pass_time(HEARTBEAT_S)) == ["dense-0", "dense-2"]
-    finally:
-        log.removeHandler(handler)
 
 
 def test_a_round_that_fails_does_not_end_the_next(first: Controller, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,8 @@ def _fill(disk: Path) -> Path:
 
 
 def test_a_full_disk_of_the_registry_stops_nothing(disk: Path, tmp_path: Path) -> None:
-    """The registry refuses writes: that is logged once, requests are served with the reference's tokens, and
-    who leaves is noticed; with room again, who lives is written.
+    """The registry refuses writes, of members and of blocks: that is logged once, requests are served with
+    the reference's tokens, and who leaves is noticed; with room again, who lives is written.
     """
     model = tiny_model(tmp_path / "model", "llama", tokenizer=True)
     reference = reference_tokens(model, [PROMPT], TOKENS)[0]
@@ -72,4 +72,5 @@ def test_a_full_disk_of_the_registry_stops_nothing(disk: Path, tmp_path: Path) -
         cluster.await_logged("controller", '"registry_up"', times=2)
         await_(lambda: {record.worker for record in registry.read().members} == set(ROLES))
         assert cluster.log("controller").count('"registry_state"') == 1
+        assert cluster.log("controller").count('"directory_not_copied"') == 1
         registry.close()

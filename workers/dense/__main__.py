@@ -17,9 +17,10 @@ from workers import role
 from workers.attention.core import AttentionCore
 from workers.attention.kv_service import account_message
 from workers.cores import pin
-from workers.dense.finder import PrefixFinder
+from workers.dense.finder import CopyFinder, PrefixFinder, find_nothing
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
+from workers.dense.prefixes import Find
 from workers.dense.worker import DenseWorker, LocalArena
 from workers.devices import open_device
 from workers.kernels.select import select
@@ -48,9 +49,7 @@ def serve(context: RoleContext) -> int:
         local = _local_core(context, decoder)
         if local is not None:
             stack.enter_context(local)
-        finder = _finder(context)
-        if finder is not None:
-            stack.callback(finder.close)
+        finder = _finder(context, stack)
         worker = _worker(context, decoder, local, finder, spin_s)
         stack.callback(worker.stop)
         return _join_and_serve(context, worker, finder, stack)
@@ -128,12 +127,19 @@ def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
     return AttentionCore(settings, config.dense.local_arena, geometry, name, context.epoch)
 
 
-def _finder(context: RoleContext) -> PrefixFinder | None:
-    """Who asks for prefixes, where others could have left one."""
+def _finder(context: RoleContext, stack: contextlib.ExitStack) -> PrefixFinder | None:
+    """Who asks for prefixes, where others could have left one; closed with the stack."""
     config = context.config
     if not config.attention.prefix_sharing or config.attention.replicas == 0:
         return None
-    return PrefixFinder(context.controller, config.security.tls)
+    otherwise: Find = find_nothing
+    if config.registry.url is not None:
+        copy = CopyFinder(config.registry)
+        stack.callback(copy.close)
+        otherwise = copy.find
+    finder = PrefixFinder(context.controller, config.security.tls, otherwise=otherwise)
+    stack.callback(finder.close)
+    return finder
 
 
 def _worker(

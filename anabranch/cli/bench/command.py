@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -220,16 +221,26 @@ def directory(
     json_file: JsonFile = None,
     workers: Annotated[int, typer.Option(help="Attention workers that report.", min=1)] = 1000,
     blocks: Annotated[int, typer.Option(help="Sealed blocks of each.", min=2)] = 1000,
+    redis: Annotated[
+        str, typer.Option(metavar="PROGRAM", help="Redis server for the copy; left out where there is none.")
+    ] = "redis-server",
 ) -> None:
-    """Reports a controller takes per second, memory of what it knows, and a question about a prefix.
+    """Reports a controller takes per second, memory of what it knows, and a question about a prefix; the same
+    of the copy that it keeps in a Redis.
 
     \b
     anabranch bench directory
-    anabranch bench directory --workers 100 --blocks 1000
+    anabranch bench directory --workers 100 --blocks 1000 --redis valkey-server
     """
-    from anabranch.cli.bench.directory import measure
+    from anabranch.cli.bench import directory as bench
+    from anabranch.cli.bench import directory_copy
 
-    report({"directory": measure(workers, blocks)}, json_file)
+    results = bench.measure(workers, blocks)
+    if shutil.which(redis):
+        results |= directory_copy.measure(redis, workers, blocks)
+    else:
+        sys.stderr.write(f"no {redis} here: the copy is left out (--redis PROGRAM)\n")
+    report({"directory": results}, json_file)
 
 
 @app.command()

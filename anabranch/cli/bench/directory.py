@@ -18,8 +18,8 @@ from workers.attention.journal import Journal
 from workers.attention.ledger import BlockLedger
 
 _REPORTS_PER_SAMPLE = 50
-_QUESTIONS = 101
-_PREFIX_BLOCKS = 63
+QUESTIONS = 101
+PREFIX_BLOCKS = 63
 """A prefix of 2,000 tokens in blocks of 32."""
 _ROOT = BlockHash(bytes(32))
 
@@ -28,13 +28,14 @@ def measure(workers: int, blocks: int) -> Results:
     """Records of a directory of `workers` x `blocks` entries; reports arrive as bytes, as from the wire."""
     settings = {"workers": workers, "blocks_per_worker": blocks}
     keeper = DirectoryKeeper(MembershipTable(Terms("bench", 1000, 2000)))
+    keeper.follow(from_nothing=True)  # as a controller does for the registry's copy
     first = list(_rates(keeper, workers, blocks, number=1))
     churn = list(_rates(keeper, workers, blocks, number=2))
     return {
         "entries_taken": figure(first, "1/s", settings=settings),
         "entries_changed": figure(churn, "1/s", settings=settings),
         "memory_per_entry": figure([_entry_bytes(min(workers, 100), blocks)], "B", settings=settings),
-        "question": figure(_question_s(), "s", settings={"blocks": _PREFIX_BLOCKS}),
+        "question": figure(_question_s(), "s", settings={"blocks": PREFIX_BLOCKS}),
         "eviction": figure(_eviction_s(), "s", settings={"blocks": blocks}),
     }
 
@@ -43,7 +44,7 @@ def _rates(keeper: DirectoryKeeper, workers: int, blocks: int, number: int) -> I
     """Entries per second, parsing included, of some reports at a time."""
     for begin in range(0, workers, _REPORTS_PER_SAMPLE):
         sent = [
-            _report(worker, blocks, number)
+            report_of(worker, blocks, number)
             for worker in range(begin, min(begin + _REPORTS_PER_SAMPLE, workers))
         ]
         payloads = [request.SerializeToString() for request in sent]
@@ -53,14 +54,14 @@ def _rates(keeper: DirectoryKeeper, workers: int, blocks: int, number: int) -> I
         yield len(sent) * blocks / (perf_counter() - began_s)
 
 
-def _report(worker: int, blocks: int, number: int) -> control_pb2.HeartbeatRequest:
+def report_of(worker: int, blocks: int, number: int) -> control_pb2.HeartbeatRequest:
     """A worker's first report names its blocks; a later one withdraws half of them, and names as many."""
     pool = control_pb2.PoolReport(number=number, starts_over=number == 1)
     kept = blocks if number == 1 else blocks // 2
     for block in range(kept):
-        pool.published.add(hash=_hash(worker, block, number), prefix_blocks=block + 1)
+        pool.published.add(hash=identity_of(worker, block, number), prefix_blocks=block + 1)
     if number > 1:
-        pool.withdrawn.extend(_hash(worker, block, number - 1) for block in range(blocks - kept))
+        pool.withdrawn.extend(identity_of(worker, block, number - 1) for block in range(blocks - kept))
     account = inference_pb2.BlockAccount(capacity=blocks)
     load = inference_pb2.Load(blocks=account)
     return control_pb2.HeartbeatRequest(
@@ -68,7 +69,8 @@ def _report(worker: int, blocks: int, number: int) -> control_pb2.HeartbeatReque
     )
 
 
-def _hash(worker: int, block: int, number: int) -> BlockHash:
+def identity_of(worker: int, block: int, number: int) -> BlockHash:
+    """Of a block that a worker's report of this number names."""
     return child(_ROOT, (worker, block, number))
 
 
@@ -78,7 +80,7 @@ def _entry_bytes(workers: int, blocks: int) -> float:
     gc.collect()
     tracemalloc.start()
     for worker in range(workers):
-        directory.apply(read_report(_report(worker, blocks, 1)))
+        directory.apply(read_report(report_of(worker, blocks, 1)))
     gc.collect()
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -88,10 +90,10 @@ def _entry_bytes(workers: int, blocks: int) -> float:
 def _question_s() -> list[float]:
     """Finding a prefix that lies at one worker."""
     directory = Directory()
-    directory.apply(read_report(_report(0, _PREFIX_BLOCKS, 1)))
-    hashes = [_hash(0, block, 1) for block in range(_PREFIX_BLOCKS)]
+    directory.apply(read_report(report_of(0, PREFIX_BLOCKS, 1)))
+    hashes = [identity_of(0, block, 1) for block in range(PREFIX_BLOCKS)]
     samples = []
-    for _ in range(_QUESTIONS):
+    for _ in range(QUESTIONS):
         began_s = perf_counter()
         (run,) = directory.find(hashes)
         samples.append(perf_counter() - began_s)
@@ -107,7 +109,7 @@ def _eviction_s() -> list[float]:
     for number in range(11):
         blocks = ledger.allocate(count)
         for index, block in enumerate(blocks):
-            ledger.publish(block, _hash(number, index, 1), index + 1)
+            ledger.publish(block, identity_of(number, index, 1), index + 1)
         ledger.drop(blocks)
         began_s = perf_counter()
         evicting = ledger.allocate(count)
