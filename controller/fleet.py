@@ -1,7 +1,8 @@
 """Ray: the machines, and processes on them. The only file that imports it.
 
-Ray places and watches small actors, the keepers; each starts one role process and reports its end.
-No token and no tensor passes through Ray.
+Ray places and watches small actors, the keepers; each starts one role process and reports its end. On a
+cluster that is joined they outlive the controller, and the next one adopts them. No token and no tensor
+passes through Ray.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -22,10 +23,11 @@ from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import RayConfig
-from cluster.errors import ConfigError, Unavailable
+from cluster.config import Config
+from cluster.errors import AlreadyExists, ConfigError, Fenced, Unavailable
 from cluster.telemetry import logger
-from controller.keeper import Ended, Keeper, Started
+from controller.adoption import filled, keeper_name
+from controller.keeper import Ended, Held, Keeper, Outliving, Started
 from controller.ray_folder import RayFolder
 from controller.slots import Node, Order, Slot
 
@@ -33,8 +35,12 @@ _log = logger("fleet")
 
 _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 80 * 2**20  # close to the least Ray accepts; nothing of ours goes there
-_KEEPER_THREADS = 4  # start, wait, terminate, and terminate again without grace
+_KEEPER_THREADS = 16  # start, wait, adopt, terminate (again without grace), and waits nobody hears any more
 _PROBE_S = 5.0
+_WAIT_S = 3.0
+"""How long a keeper is waited for at a time: the pause between two signs that its controller lives."""
+_SILENCE_S = 8.0
+"""After this long without one another controller may adopt the keeper."""
 
 
 class Listener(Protocol):
@@ -61,14 +67,15 @@ class RayFleet:
     """Owns the connection to Ray and one keeper per running process; implements `slots.Hands`.
 
     Without an address a private cluster is started: on loopback, guarded by a random token, without
-    dashboard, and stopped with everything in it by `close`. With one, only the keepers are ended.
+    dashboard, and stopped with everything in it by `close`. With one, only the keepers are ended; should this
+    process die instead, they go on for `registry.lease_s`, in a Ray namespace named for `registry.cluster`.
 
     Not thread-safe: what Ray reports on its own threads is posted to the owner's.
     """
 
     def __init__(
         self,
-        config: RayConfig,
+        config: Config,
         cpus: int,
         order: Callable[[Slot], Order],
         post: Post,
@@ -77,8 +84,10 @@ class RayFleet:
 
         Raises Unavailable when no cluster answers at the address, ConfigError for an unusable one.
         """
+        self._config = config
         self._order = order
         self._post = post
+        self._controller = secrets.token_hex(8)  # this life, to keepers
         self.listener: Listener | None = None
         self._keepers: dict[str, Any] = {}
         self._folder: RayFolder | None = None
@@ -86,7 +95,7 @@ class RayFleet:
         # ends Ray's processes with the thread that started them.
         self._starter = futures.ThreadPoolExecutor(1, thread_name_prefix="ray")
         try:
-            self._starter.submit(self._connect, config, cpus).result()
+            self._starter.submit(self._connect, cpus).result()
         except BaseException:
             self.close()
             raise
@@ -115,8 +124,27 @@ class RayFleet:
             raise Unavailable(f"Ray does not answer: {error}") from error
         return tuple(_node(raw, available.get(raw["NodeID"], {})) for raw in described if raw["Alive"])
 
+    def adopt(self, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+        """The slots, with the processes that an earlier controller of this cluster left on Ray. What does not
+        belong into any is ended. Takes seconds where there are such processes.
+
+        Raises AlreadyExists while that controller lives.
+        """
+        if not self._is_joined:
+            return tuple(slots)
+        keepers = _named_keepers()
+        held = {name: _adopted(answer) for name, answer in self._ask(keepers).items()}
+        has_registry = self._config.registry.url is not None
+        found = filled(slots, held, lambda slot: self._order(slot).launch, may_move=has_registry)
+        for slot in found:
+            if slot.has_process:
+                _log.info("adopted", worker=slot.worker_id, process=slot.process_id, node=slot.node)
+                self._take(slot, keepers.pop(keeper_name(slot)))
+        self._end_unwanted(keepers)
+        return found
+
     def launch(self, slot: Slot) -> None:
-        """Start the slot's process on its node."""
+        """Start the slot's process on its node. Raises AlreadyExists when another controller did."""
         order = self._order(slot)
         options = {
             "num_cpus": order.cpus,
@@ -127,16 +155,22 @@ class RayFleet:
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(slot.node, soft=False),
         }
-        keeper = ray.remote(Keeper).options(**options).remote()
-        self._keepers[slot.worker_id] = keeper
+        outliving = None
+        if self._is_joined:
+            options |= {"name": keeper_name(slot), "lifetime": "detached"}
+            outliving = self._outliving()
+        try:
+            keeper = ray.remote(Keeper).options(**options).remote(self._controller, slot.node, outliving)
+        except ValueError as error:  # the name is taken
+            raise self._superseded() from error
+        self._take(slot, keeper)
         self._watch(keeper.start.remote(order.launch), functools.partial(self._started, slot))
-        self._watch(keeper.wait.remote(), functools.partial(self._ended, slot, keeper))
 
     def terminate(self, slot: Slot, grace_s: float) -> None:
         """SIGTERM, and SIGKILL after the grace; a grace of zero is SIGKILL at once."""
         keeper = self._keepers.get(slot.worker_id)
         if keeper is not None:
-            keeper.terminate.remote(grace_s)
+            keeper.terminate.remote(self._controller, grace_s)
 
     def abandon(self, slot: Slot) -> None:
         """Give up the keeper: its process, if it still runs, ends with it."""
@@ -144,12 +178,46 @@ class RayFleet:
         if keeper is not None:
             _kill(keeper)
 
-    def _connect(self, config: RayConfig, cpus: int) -> None:
-        if config.address is None:
+    @property
+    def _is_joined(self) -> bool:
+        return self._config.ray.address is not None
+
+    def _connect(self, cpus: int) -> None:
+        if self._config.ray.address is None:
             self._folder = RayFolder()
             _start_private(cpus, self._folder)
         else:
-            _join(config.address)
+            _join(self._config.ray.address, f"anabranch-{self._config.registry.cluster}")
+
+    def _outliving(self) -> Outliving:
+        absence_s = max(self._config.registry.lease_s, _SILENCE_S)
+        return Outliving(absence_s, self._config.controller.drain_grace_s)
+
+    def _ask(self, keepers: dict[str, Any]) -> dict[str, Any]:
+        """A call to each to be adopted; None for those that did not answer in time."""
+        calls = {name: keeper.adopt.remote(self._controller, _SILENCE_S) for name, keeper in keepers.items()}
+        if not calls:
+            return {}
+        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=_SILENCE_S + _PROBE_S)
+        return {name: call if call in done else None for name, call in calls.items()}
+
+    def _end_unwanted(self, keepers: dict[str, Any]) -> None:
+        """At once, so that ports and memory are free for what is started instead."""
+        if not keepers:
+            return
+        _log.warning("not_adopted", keepers=sorted(keepers))
+        calls = [keeper.terminate.remote(self._controller, 0.0) for keeper in keepers.values()]
+        ray.wait(calls, num_returns=len(calls), timeout=_PROBE_S)
+        for keeper in keepers.values():
+            _kill(keeper)
+
+    def _take(self, slot: Slot, keeper: Any) -> None:
+        self._keepers[slot.worker_id] = keeper
+        self._await_end(slot, keeper)
+
+    def _await_end(self, slot: Slot, keeper: Any) -> None:
+        waiting = keeper.wait.remote(self._controller, _WAIT_S)
+        self._watch(waiting, functools.partial(self._waited, slot, keeper))
 
     def _watch(self, ref: Any, done: Callable[[futures.Future[Any]], None]) -> None:
         ref.future().add_done_callback(lambda future: self._post(functools.partial(done, future)))
@@ -159,18 +227,36 @@ class RayFleet:
             process = future.result()
             self.listener.started(slot.worker_id, slot.attempt, process.process_id, process.log_file)
 
-    def _ended(self, slot: Slot, keeper: Any, future: futures.Future[Ended]) -> None:
-        if self._keepers.get(slot.worker_id) is keeper:
-            self.abandon(slot)
-        if self.listener is None:
+    def _waited(self, slot: Slot, keeper: Any, future: futures.Future[Ended | None]) -> None:
+        """A wait is over, and perhaps the process."""
+        error = future.exception()
+        is_ours = self._keepers.get(slot.worker_id) is keeper
+        if isinstance(error, Fenced):
+            raise self._superseded() from error
+        if error is None and future.result() is None:
+            if is_ours:
+                self._await_end(slot, keeper)
             return
+        if is_ours:
+            self.abandon(slot)
+        if self.listener is not None:
+            self._tell_end(self.listener, slot, future)
+
+    def _tell_end(self, listener: Listener, slot: Slot, future: futures.Future[Ended | None]) -> None:
         error = future.exception()
         if error is not None:
             _log.warning("keeper_lost", worker=slot.worker_id, node=slot.node, problem=str(error))
-            self.listener.lost(slot.worker_id, slot.attempt, _first_line(error))
-        else:
-            ended = future.result()
-            self.listener.ended(slot.worker_id, slot.attempt, ended.status, ended.last_line)
+            listener.lost(slot.worker_id, slot.attempt, _first_line(error))
+        elif (ended := future.result()) is not None:
+            listener.ended(slot.worker_id, slot.attempt, ended.status, ended.last_line)
+
+    def _superseded(self) -> AlreadyExists:
+        """Another controller has the keepers: they are not this one's to end."""
+        self._keepers.clear()
+        return AlreadyExists(
+            f"another controller took over the processes of {self._config.registry.cluster}, which go on; "
+            "two clusters on one Ray cluster need names of their own (registry.cluster)"
+        )
 
 
 def _start_private(cpus: int, folder: RayFolder) -> None:
@@ -196,7 +282,36 @@ def _start_private(cpus: int, folder: RayFolder) -> None:
         raise Unavailable(f"a private Ray cluster did not start: {_first_line(error)}") from error
 
 
-def _join(address: str) -> None:
+def _named_keepers() -> dict[str, Any]:
+    """What there is in the namespace that was joined. Raises Unavailable when Ray does not answer."""
+    found = {}
+    try:
+        for name in ray.util.list_named_actors():
+            with contextlib.suppress(ValueError):  # it has just died
+                found[name] = ray.get_actor(name)
+    except RayError as error:
+        raise Unavailable(f"Ray does not answer: {_first_line(error)}") from error
+    return found
+
+
+def _adopted(call: Any) -> Held | None:
+    """What a keeper that was asked to be adopted holds; None if nothing, or it is gone or out of reach."""
+    if call is None:
+        return None
+    try:
+        held: Held | None = ray.get(call)
+    except AlreadyExists as error:
+        raise AlreadyExists(
+            "a controller of this name lives on this Ray cluster: `anabranch down` stops it; another cluster "
+            "beside it needs a name of its own (registry.cluster)"
+        ) from error
+    except RayError as error:
+        _log.warning("keeper_lost", problem=_first_line(error))
+        return None
+    return held
+
+
+def _join(address: str, namespace: str) -> None:
     if address.startswith("ray://"):
         raise ConfigError(
             "ray.address: give the cluster's own address (HOST:6379), not that of a Ray client server"
@@ -204,7 +319,7 @@ def _join(address: str) -> None:
     _require_listener(address)
     try:
         with _warnings_kept_back():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray raises bare ones here
         raise Unavailable(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
 
