@@ -12,7 +12,9 @@ import functools
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol
@@ -20,7 +22,7 @@ from typing import Any, Protocol
 import ray
 from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
-from ray.exceptions import RayError
+from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import Config
@@ -99,6 +101,9 @@ class RayFleet:
         except BaseException:
             self.close()
             raise
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler calls the one there was, and aborts the process three seconds later.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def close(self) -> None:
         """End all keepers, and the private cluster. Idempotent."""
@@ -161,7 +166,7 @@ class RayFleet:
             outliving = self._outliving()
         try:
             keeper = ray.remote(Keeper).options(**options).remote(self._controller, slot.node, outliving)
-        except ValueError as error:  # the name is taken
+        except ActorAlreadyExistsError as error:
             raise self._superseded() from error
         self._take(slot, keeper)
         self._watch(keeper.start.remote(order.launch), functools.partial(self._started, slot))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from anabranch import Client
 from anabranch.v1 import control_pb2, control_pb2_grpc
 from cluster import config as configuration
 from cluster import rpc
+from cluster.errors import NotFound
 from controller.state import StateFolder
 from tests.controlled import DEADLINE_S, await_
 from tests.integration.ray_nodes import RayNodes
@@ -48,19 +47,16 @@ class JoinedCluster:
             "ray.address": ray.address,
         }
         overrides = base | {key.replace("__", "."): value for key, value in settings.items()}
+        self._state = StateFolder(folder / "state")
         self._file = folder / "cluster.yaml"
         self._file.write_text(configuration.load(None, overrides).to_yaml())
         self.controller: subprocess.Popen[bytes] | None = None
 
     def start_controller(self) -> subprocess.Popen[bytes]:
-        """Start one; the caller knows that no other lives."""
+        """Start one beside those that live, if any; it is the one meant from now on."""
         with (self._folder / "controller.log").open("ab") as log:
-            self.controller = subprocess.Popen(
-                [sys.executable, "-m", "controller", "--config", str(self._file)],
-                stdout=log,
-                stderr=log,
-                env=self._environment,
-            )
+            command = [sys.executable, "-m", "controller", "--config", str(self._file)]
+            self.controller = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
         return self.controller
 
     def kill_controller(self) -> None:
@@ -79,7 +75,7 @@ class JoinedCluster:
             return bool(slots) and not any(slot.problem for slot in slots.values())
 
         await_(is_ready, lambda: self.log)
-        await_(lambda: bool(StateFolder(self._folder / "state").read().gateways), lambda: self.log)
+        await_(self._is_recorded, lambda: self.log)
 
     def slots(self) -> dict[str, control_pb2.Slot]:
         """As the controller has them; none while it does not answer."""
@@ -90,8 +86,8 @@ class JoinedCluster:
         return {each.worker_id: (each.process_id, each.epoch) for each in self._fleet().membership.members}
 
     def client(self) -> Client:
-        """A client of its gateways."""
-        return Client(StateFolder(self._folder / "state").read().gateways)
+        """A client of its gateways; it needs no controller any more."""
+        return Client(self._state.read().gateways)
 
     def stop(self) -> int:
         """SIGTERM for the controller; its exit status."""
@@ -103,6 +99,13 @@ class JoinedCluster:
     def log(self) -> str:
         """What the controllers wrote."""
         return (self._folder / "controller.log").read_text()
+
+    def _is_recorded(self) -> bool:
+        try:
+            record = self._state.read()
+        except NotFound:  # that of the controller before
+            return False
+        return self.controller is not None and record.process_id == self.controller.pid
 
     def _fleet(self) -> control_pb2.GetFleetResponse:
         with rpc.channel(f"127.0.0.1:{self._port}", configuration.TlsConfig()) as channel:
@@ -116,7 +119,8 @@ class JoinedCluster:
 
 @contextmanager
 def joined(folder: Path, ray: RayNodes, model: Path, **settings: Any) -> Iterator[JoinedCluster]:
-    """A cluster that serves; its controller is gone at the end, whatever else is not."""
+    """A cluster that serves; its controller is gone at the end, and with it what runs under it."""
+    folder.mkdir(exist_ok=True)
     cluster = JoinedCluster(folder, ray, model, **settings)
     try:
         cluster.start_controller()
@@ -124,10 +128,4 @@ def joined(folder: Path, ray: RayNodes, model: Path, **settings: Any) -> Iterato
         yield cluster
     finally:
         if cluster.controller is not None and cluster.controller.poll() is None:
-            cluster.controller.send_signal(signal.SIGCONT)
             cluster.stop()
-
-
-def run(processes: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether all of these run."""
-    return all(os.path.exists(f"/proc/{number}") for number, _ in processes.values())

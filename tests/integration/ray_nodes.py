@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, each a process tree that can be killed as a machine dies."""
+"""A Ray cluster of several nodes on this machine, each a tree of processes that can be killed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _RAY = Path(sys.executable).with_name("ray")
 
 
 class RayNodes:
-    """A head, on which nothing of ours has room, and nodes that have; `address` is what a controller joins."""
+    """A head, on which no role has room, and nodes that have; `address` is what a controller joins."""
 
     def __init__(self, folder: Path, redis: str | None = None) -> None:
         """`redis` (HOST:PORT) keeps what the head knows."""
         self._folder = folder
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
-        own = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+        own = {"RAY_AUTH_MODE": "disabled"}
         if redis is not None:
             own |= {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": "tests"}
         self.environment = os.environ | own
@@ -46,9 +46,11 @@ class RayNodes:
         self._nodes.append(self._start(f"--address={self.address}", "--num-cpus=8"))
 
     def kill_head(self) -> None:
-        """SIGKILL of everything on it: what was joined through it is not of it."""
+        """SIGKILL of everything on it."""
         assert self._head is not None
         _kill(self._head)
+        # `ray start --head` refuses where this names the address that nodes on the same machine look for.
+        (self._folder / "ray_current_cluster").unlink()
 
     def stop(self) -> None:
         """End everything."""
