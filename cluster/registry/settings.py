@@ -54,8 +54,8 @@ class RegistryConfig(Section):
     lease_s: float = Field(
         3600.0,
         ge=0.05,
-        description="What no controller renews is forgotten after this time; on a Ray cluster that was joined "
-        "processes without one end.",
+        description="What no controller renews is forgotten after this time; processes on a Ray cluster "
+        "that was joined end.",
     )
     blocks_most: int = Field(
         1_048_576,

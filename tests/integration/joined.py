@@ -95,6 +95,11 @@ class JoinedCluster:
         self.controller.terminate()
         return self.controller.wait(DEADLINE_S)
 
+    def close(self) -> None:
+        """Stop what runs, if anything does."""
+        if self.controller is not None and self.controller.poll() is None:
+            self.stop()
+
     @property
     def log(self) -> str:
         """What the controllers wrote."""
@@ -127,5 +132,4 @@ def joined(folder: Path, ray: RayNodes, model: Path, **settings: Any) -> Iterato
         cluster.await_ready()
         yield cluster
     finally:
-        if cluster.controller is not None and cluster.controller.poll() is None:
-            cluster.stop()
+        cluster.close()

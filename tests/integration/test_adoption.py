@@ -147,8 +147,8 @@ def test_nothing_outlives_the_controller_for_ever(ray: RayNodes, model: Path, tm
 
 
 def test_a_drain_has_its_time(ray: RayNodes, model: Path, tmp_path: Path) -> None:
-    """SIGTERM leaves a gateway that does not stop the whole grace before it is killed, although Ray would abort
-    the controller sooner.
+    """SIGTERM leaves a gateway that does not stop the whole grace before it is killed, although Ray would
+    abort the controller sooner.
     """
     with joined(tmp_path, ray, model) as cluster:
         processes = cluster.processes()
@@ -174,10 +174,12 @@ def test_two_controllers_never_have_one_process(ray: RayNodes, model: Path, tmp_
         try:
             second.start_controller()
             second.await_ready()
+            frozen.send_signal(signal.SIGCONT)
+            assert frozen.wait(DEADLINE_S) == 1
+            assert "another controller took over" in first.log
+            new = second.processes()
+            assert (_run(old), sorted(_run(new))) == ([], sorted(STARTED_ONCE))
+            assert second.stop() == 0
         finally:
             frozen.send_signal(signal.SIGCONT)
-        assert frozen.wait(DEADLINE_S) == 1
-        assert "another controller took over" in first.log
-        new = second.processes()
-        assert (_run(old), sorted(_run(new))) == ([], sorted(STARTED_ONCE))
-        assert second.stop() == 0
+            second.close()
