@@ -88,6 +88,15 @@ def source(kind: PromptKind, seed: int, vocabulary: int | None) -> Source:
     return TokenSource(seed, vocabulary)
 
 
+def joined(before: Prompt, after: Prompt) -> Prompt:
+    """One behind the other, both of one kind."""
+    if isinstance(before, str):
+        assert isinstance(after, str)
+        return before + after
+    assert not isinstance(after, str)
+    return before + after
+
+
 def _generator(seed: int, segment: Segment) -> np.random.Generator:
     return np.random.default_rng([seed, int(segment.origin), segment.number])
 

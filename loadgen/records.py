@@ -37,14 +37,14 @@ class Outcome(StrEnum):
 class Record:
     """One request. Times are seconds since the run began, counts are tokens."""
 
-    index: int
-    """Position in the plan, over all stages; with `turn` unique in a run."""
     request_id: str
-    """As the server knows it; empty where it was never sent."""
+    """As the server knows it; empty where its sender was lost."""
     session: int
-    """Requests of one session are one conversation: each prompt begins with the one before and its answer."""
+    """Position in the plan, over all stages. Requests of one session are one conversation: each prompt begins
+    with the one before and its answer.
+    """
     turn: int
-    """Position in the session, from 0."""
+    """Position in the session, from 0; with `session` unique in a run."""
     tenant: str
     """Whose request it is: the client of a ServeGen trace; else empty."""
     stage: str
