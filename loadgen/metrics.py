@@ -294,8 +294,8 @@ def _warnings(summary: Summary, completed: Sequence[Record]) -> list[str]:
     residual = summary["littles_law_residual"]
     if residual is not None and abs(residual) > _STAY_SHARE:
         found.append(
-            f"no steady state (Little's law is off by {residual:+.0%}): the load is too high, or run and "
-            "warm-up are too short"
+            f"no steady state (Little's law is off by {residual:+.0%}): the load is too high, or the run "
+            "too short for requests that take so long"
         )
     asked = sum(record.asked_output_tokens for record in completed)
     if summary["total_output_tokens"] < _OUTPUT_SHARE * asked:

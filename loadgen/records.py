@@ -139,7 +139,7 @@ class Record:
             values["outcome"] = Outcome(values["outcome"])
             values["timings"] = Timings(**values["timings"]) if values["timings"] else None
             return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidRequest(f"not a line of a load generator's records: {error}") from error
 
 

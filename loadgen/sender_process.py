@@ -2,7 +2,8 @@
 
     started --connected--> Ready --Begin--> Progress ... Done --Begin--> ... --pipe closed or Stop--> ended
 
-It does as it is told: Ctrl-C, which the terminal gives to all, is for the pool to answer.
+It does as it is told: Ctrl-C and SIGTERM, which a terminal or a service manager may give to all, are for the
+pool to answer.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from multiprocessing.connection import Connection
 
 from cluster.clock import monotonic
 from cluster.errors import AnabranchError
-from loadgen.drivers.interface import Driver
+from loadgen.drivers.interface import Ask, Driver
 from loadgen.drivers.opening import open_driver
 from loadgen.messages import Begin, Done, FromSender, Orders, Progress, Ready, Refused, ToSender
 from loadgen.records import Record
 from loadgen.sender import Counts, StageRun, Tools
+from loadgen.workload import Origin, Segment
 
 _PROGRESS_S = 0.25
 
 
 def main(pipe: Connection[FromSender, ToSender], orders: Orders) -> None:
     """Serve the pool at the other end of the pipe until it closes it, or says Stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each request under way
     try:
@@ -40,6 +43,8 @@ async def _serve(pipe: Connection[FromSender, ToSender], orders: Orders) -> None
     driver = open_driver(orders.target)
     try:
         await driver.endpoint()  # connects, and asks for nothing that would be measured
+        prompt = orders.source.write((Segment(Origin.OWN, 0, 1),))
+        driver.prepare(Ask("", prompt, 1))  # what is imported or built at the first use is there
         pipe.send(Ready())
         inbox = _Inbox(pipe)
         while isinstance(order := await inbox.next(), Begin):

@@ -69,7 +69,7 @@ def run(
     senders: o.Senders = 2,
     seed: o.LoadSeed = 0,
     out: o.Out = None,
-) -> int:
+) -> None:
     """Send requests as planned by a seed, and print latencies, rates, and how straight the ruler was.
 
     Ctrl-C hangs up and reports what there is. Every request is a line of OUT/requests.jsonl, every stage one
@@ -95,7 +95,8 @@ def run(
     target = Target(
         target.addresses, target.url, model, api_key, target.tls, timeout_s, ignore_eos=not honour_eos
     )
-    return _measure(Measurement(scenario, target, Settings(senders, Objectives.parse(slo), vocabulary)), out)
+    settings = Settings(senders, Objectives.parse(slo), vocabulary)
+    raise typer.Exit(_measure(Measurement(scenario, target, settings), out))
 
 
 @app.command()

@@ -23,13 +23,13 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print()
     console.print(f"{summary['stage']}", style="bold", highlight=False)
     for line in _lines(summary):
-        console.print(f"  {line}", markup=False, highlight=False)
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(_latencies(summary))
     if summary["mean_decode_ms"] is not None:
         parts = ", ".join(f"{name} {summary[f'mean_{name}_ms']:,.1f}" for name in ROLES)
-        console.print(f"  server, mean ms a request: {parts}", highlight=False)
+        console.print(f"  server, mean ms a request: {parts}", highlight=False, soft_wrap=True)
     for warning in summary["warnings"]:
-        console.print(f"  warning: {warning}", style="yellow", markup=False, highlight=False)
+        console.print(f"  warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _lines(summary: Summary) -> list[str]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.status import Status
 
+from anabranch.cli.pulse import PULSE_S
 from loadgen.live import LiveFigures
 from loadgen.pool import StageCourse
 from loadgen.records import Record
-
-_EVERY_S = 5.0
-"""Between two lines in a file or a pipe."""
 
 
 class LiveLine:
@@ -20,7 +18,7 @@ class LiveLine:
         self._console = console
         self._status = status
         self._figures = LiveFigures()
-        self._told_s = -_EVERY_S
+        self._told_s = -PULSE_S
 
     def heard(self, record: Record) -> None:
         """See `Watcher`."""
@@ -31,6 +29,6 @@ class LiveLine:
         line = self._figures.line(course, now_s)
         if self._console.is_terminal:
             self._status.update(line)
-        elif now_s - self._told_s >= _EVERY_S:
+        elif now_s - self._told_s >= PULSE_S:
             self._told_s = now_s
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
