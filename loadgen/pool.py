@@ -123,7 +123,7 @@ class SenderPool:
         self._stop = stop
         self._clock = clock
         self._origin_s = 0.0
-        self.was_stopped = False
+        self._was_stopped = False
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads and gRPC's state
         self._members = [
             _start(context, Orders(target, source, run_id, _parts(plan, number, senders)))
@@ -177,8 +177,8 @@ class SenderPool:
             if not member.is_busy:
                 self._answer_for(member, number, begins_s)
         while busy := [member for member in self._members if member.is_busy]:
-            if self._stop.is_set and not self.was_stopped:
-                self.was_stopped = True
+            if self._stop.is_set and not self._was_stopped:
+                self._was_stopped = True
                 for member in busy:
                     _send(member, Stop())
             self._listen(busy, number, begins_s)
@@ -188,10 +188,10 @@ class SenderPool:
     def _listen(self, busy: Sequence[_Member], number: int, begins_s: float) -> None:
         """Take what has come, within `_LOOK_S`; end whoever is silent for too long."""
         waited: list[_Pipe | socket.socket] = [member.pipe for member in busy]
-        if not self.was_stopped:
+        if not self._was_stopped:
             waited.append(self._stop.readable)
         readable = wait(waited, _LOOK_S)
-        patience_s = _HANG_UP_S if self.was_stopped else _SILENCE_S
+        patience_s = _HANG_UP_S if self._was_stopped else _SILENCE_S
         for member in busy:
             if member.pipe in readable:
                 member.heard_s = self._now_s()
@@ -216,7 +216,7 @@ class SenderPool:
     def _answer_for(self, member: _Member, number: int, begins_s: float) -> None:
         """A sender is lost: each request of its part that has no record failed, unless all had to stop."""
         member.under_way = 0
-        if self.was_stopped:
+        if self._was_stopped:
             return
         for session in member.stages[number].sessions:
             due_s = self._now_s() if session.at_s is None else begins_s + session.at_s

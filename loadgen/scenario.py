@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -76,34 +78,45 @@ class Scenario:
 def plan(scenario: Scenario, context: int) -> Plan:
     """The plan for a model whose longest sequence is `context`. Raises InvalidRequest for a wrong wish."""
     _check(scenario)
-    workload = _Workload(scenario)
-    if scenario.concurrency:
-        stages, rows = _closed(scenario, workload, context)
-    else:
-        stages, rows = _open(scenario, workload, context)
-    return Plan(stages, tuple(filter(None, workload.notes)), described(rows))
+    material = _material(scenario)
+    made = _closed if scenario.concurrency else _open
+    stages, rows, notes = made(scenario, material, context)
+    return Plan(stages, tuple(filter(None, (*material.notes, *notes))), described(rows))
 
 
-def _open(scenario: Scenario, workload: _Workload, context: int) -> tuple[tuple[Stage, ...], list[Row]]:
-    duration_s = scenario.duration_s
-    if duration_s is None and scenario.requests is None and not workload.replays:
-        duration_s = DURATION_S
-    times_s = workload.times_s(duration_s)
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """What requests are made of. `rows` gives so many, and a line about them; `recorded` and `rate` are
+    arrivals as they were where this comes from, None where nobody knows.
+    """
+
+    rows: Callable[[int], tuple[list[Row], str]]
+    notes: tuple[str, ...] = ()
+    recorded: Gamma | Replay | None = None
+    rate: float | None = None
+
+
+_Made: TypeAlias = tuple[tuple[Stage, ...], list[Row], list[str]]
+"""Stages, their rows, and what is to be said aloud."""
+
+
+def _open(scenario: Scenario, material: _Material, context: int) -> _Made:
+    arrivals, rate, words = _arrivals(scenario, material)
+    times_s = arrivals.times_s(stream(scenario.seed, "arrivals"), _limit(scenario, arrivals))
     if not len(times_s):
         raise InvalidRequest("no request arrives in this time: give a longer --duration, or a higher --rate")
-    rows = workload.fitted(len(times_s) * scenario.turns, context)
-    found, words = _sessions(scenario, rows, times_s, context)
-    workload.notes.append(words)
-    rate = workload.rate if workload.rate is not None else len(times_s) / float(times_s[-1] or 1.0)
-    return (Stage("run", tuple(found), scenario.warm_up_s, request_rate=rate),), rows
+    rows, notes = _fitting(scenario, material, len(times_s) * scenario.turns, context)
+    found, dropped = _sessions(scenario, rows, times_s, context)
+    stage = Stage("run", tuple(found), scenario.warm_up_s, request_rate=rate)
+    return (stage,), rows, [words, *notes, dropped]
 
 
-def _closed(scenario: Scenario, workload: _Workload, context: int) -> tuple[tuple[Stage, ...], list[Row]]:
+def _closed(scenario: Scenario, material: _Material, context: int) -> _Made:
     """A stage for each number of users, each with sessions of its own: none asks what an earlier one did."""
     each = _sessions_of(scenario, scenario.requests or REQUESTS)
-    rows = workload.fitted(each * scenario.turns * len(scenario.concurrency), context)
-    found, words = _sessions(scenario, rows, None, context)
-    workload.notes.append(words)
+    count = each * scenario.turns * len(scenario.concurrency)
+    rows, notes = _fitting(scenario, material, count, context)
+    found, dropped = _sessions(scenario, rows, None, context)
     stages = tuple(
         Stage(
             f"concurrency {users}",
@@ -114,7 +127,7 @@ def _closed(scenario: Scenario, workload: _Workload, context: int) -> tuple[tupl
         )
         for place, users in enumerate(scenario.concurrency)
     )
-    return stages, rows
+    return stages, rows, [*notes, dropped]
 
 
 def _sessions(
@@ -125,105 +138,108 @@ def _sessions(
     )
 
 
-class _Workload:
-    """Where rows and moments come from; `notes` collects what is to be said aloud."""
-
-    def __init__(self, scenario: Scenario) -> None:
-        self._scenario = scenario
-        self.notes: list[str] = []
-        self._fit = fits.named(scenario.workload) if scenario.workload else None
-        self._trace = _trace(scenario)
-        timed = self._trace is not None and self._trace.is_timed
-        kind = scenario.arrivals
-        if kind is None and timed and (scenario.rate is None or _is_servegen(scenario)):
-            kind = ArrivalKind.TRACE
-        self.replays = kind is ArrivalKind.TRACE and not scenario.concurrency
-        self._kind = kind
-        self.rate = scenario.rate or (self._fit.rate if self._fit and not scenario.concurrency else None)
-        if self._fit is not None:
-            self.notes.append(f"workload {self._fit.label}")
-        if self.replays and scenario.turns > 1:
-            raise InvalidRequest("a replayed trace has its own requests: leave --turns out")
-
-    def times_s(self, duration_s: float | None) -> Seconds:
-        """Moments of an open loop."""
-        random = stream(self._scenario.seed, "arrivals")
-        asked = self._scenario.requests
-        most = None if asked is None else _sessions_of(self._scenario, asked)
-        arrivals = self._replay() if self.replays else self._process(duration_s)
-        if most is None and duration_s is None:
-            return arrivals.times_s(random, Limit(len(self._trace.rows) if self._trace else None))
-        return arrivals.times_s(random, Limit(most, duration_s))
-
-    def fitted(self, count: int, context: int) -> list[Row]:
-        """`count` rows that the model can take."""
-        scenario = self._scenario
-        if self._fit is not None:
-            rows = self._fit.rows(scenario.seed, count)
-        elif self._trace is not None:
-            rows, again = repeated(self._trace.rows, count)
-            self.notes.append(again)
-        else:
-            prompts, outputs = lengths.parse(scenario.prompt), lengths.parse(scenario.output)
-            rows = drawn(prompts, outputs, scenario.seed, count)
-        if scenario.length_scale != 1:
-            rows = scaled(rows, scenario.length_scale)
-            self.notes.append(f"all lengths times {scenario.length_scale:g}")
-        rows, words = clipped(rows, context)
-        self.notes.append(words)
-        return rows
-
-    def _process(self, duration_s: float | None) -> Arrivals:
-        scenario, rate = self._scenario, self.rate
-        if rate is None:
-            raise InvalidRequest("say how many sessions begin per second (--rate), or --concurrency")
-        if self._kind is None and self._fit is not None and scenario.rate is None:
-            self.notes.append(f"arrivals as fitted: {rate:g} per second, gaps of cv {self._fit.cv:g}")
-            return self._fit.arrivals
-        if self._kind is ArrivalKind.RAMP:
-            return Ramp(rate, scenario.rate_end or 0.0, duration_s or 0.0)
-        cv = scenario.cv if scenario.cv is not None else self._fit.cv if self._fit else 1.0
-        simple: dict[ArrivalKind, Callable[[], Arrivals]] = {
-            ArrivalKind.POISSON: lambda: poisson(rate),
-            ArrivalKind.GAMMA: lambda: Gamma(rate, cv),
-            ArrivalKind.CONSTANT: lambda: Constant(rate),
-        }
-        return simple[self._kind or ArrivalKind.POISSON]()
-
-    def _replay(self) -> Replay:
-        """The trace's moments, faster or slower where a rate is asked for; ServeGen's clients have theirs."""
-        if self._trace is None:
-            raise InvalidRequest("--arrivals trace replays a --trace-file")
-        times_s = self._trace.times_s()
-        if coarse := self._trace.stamps_line():
-            self.notes.append(coarse)
-            times_s = tuple(spread(np.array(times_s), stream(self._scenario.seed, "spread")).tolist())
-        span_s = times_s[-1] - times_s[0]
-        recorded = len(times_s) / span_s if span_s else 1.0
-        speed = 1.0
-        if self._scenario.rate is not None and not _is_servegen(self._scenario):
-            speed = self._scenario.rate / recorded
-            self.notes.append(f"the trace's {recorded:.3g} requests per second are replayed at {speed:.3g} x")
-        self.rate = recorded * speed
-        return Replay(times_s, speed)
-
-
 def _sessions_of(scenario: Scenario, requests: int) -> int:
     """How many sessions make at least so many requests."""
     return -(-requests // scenario.turns)
 
 
-def _trace(scenario: Scenario) -> Trace | None:
-    if scenario.trace_file is None:
-        return None
+def _limit(scenario: Scenario, arrivals: Arrivals) -> Limit:
+    duration_s = scenario.duration_s
+    if scenario.requests is not None:
+        return Limit(_sessions_of(scenario, scenario.requests), duration_s)
+    if duration_s is None and isinstance(arrivals, Replay):
+        return Limit(len(arrivals.recorded_s))
+    return Limit(duration_s=duration_s or DURATION_S)
+
+
+def _fitting(
+    scenario: Scenario, material: _Material, count: int, context: int
+) -> tuple[list[Row], list[str]]:
+    """`count` rows that the model can take, and what was done to them."""
+    rows, words = material.rows(count)
+    notes = [words]
+    if scenario.length_scale != 1:
+        rows = scaled(rows, scenario.length_scale)
+        notes.append(f"all lengths times {scenario.length_scale:g}")
+    rows, words = clipped(rows, context)
+    return rows, [*notes, words]
+
+
+def _arrivals(scenario: Scenario, material: _Material) -> tuple[Arrivals, float, str]:
+    """When sessions begin, how many a second, and a line that says so where nobody asked for it."""
+    kind, recorded = scenario.arrivals, material.recorded
+    if kind is ArrivalKind.TRACE and (not isinstance(recorded, Replay) or material.rate is None):
+        raise InvalidRequest("--arrivals trace replays a --trace-file that has times")
+    if recorded is not None and material.rate is not None and _as_recorded(scenario):
+        if isinstance(recorded, Gamma):
+            words = f"arrivals as fitted: {recorded.rate:g} per second, cv {recorded.cv:g}"
+            return recorded, recorded.rate, words
+        return _replayed(scenario, recorded, material.rate)
+    rate = material.rate if scenario.rate is None else scenario.rate
+    if rate is None:
+        raise InvalidRequest("say how many sessions begin per second (--rate), or --concurrency")
+    fitted_cv = recorded.cv if isinstance(recorded, Gamma) else 1.0
+    cv = fitted_cv if scenario.cv is None else scenario.cv
+    processes: dict[ArrivalKind, Callable[[], Arrivals]] = {
+        ArrivalKind.POISSON: lambda: poisson(rate),
+        ArrivalKind.GAMMA: lambda: Gamma(rate, cv),
+        ArrivalKind.CONSTANT: lambda: Constant(rate),
+        ArrivalKind.RAMP: lambda: Ramp(rate, scenario.rate_end or rate, scenario.duration_s or DURATION_S),
+    }
+    return processes[kind or ArrivalKind.POISSON](), rate, ""
+
+
+def _as_recorded(scenario: Scenario) -> bool:
+    """A rate makes a trace a list of lengths; ServeGen's clients have been drawn for it already."""
+    if scenario.arrivals is None:
+        return scenario.rate is None or _is_servegen(scenario)
+    return scenario.arrivals is ArrivalKind.TRACE
+
+
+def _replayed(scenario: Scenario, recorded: Replay, rate: float) -> tuple[Replay, float, str]:
+    if scenario.turns > 1:
+        raise InvalidRequest("a replayed trace has its own requests: leave --turns out")
+    if scenario.rate is None or _is_servegen(scenario):
+        return recorded, rate, ""
+    speed = scenario.rate / rate
+    words = f"the trace's {rate:.3g} requests per second are replayed at {speed:.3g} x"
+    return replace(recorded, speed=speed), scenario.rate, words
+
+
+def _material(scenario: Scenario) -> _Material:
+    seed = scenario.seed
+    if scenario.workload:
+        fit = fits.named(scenario.workload)
+        label = f"workload {fit.label}"
+        return _Material(lambda count: (fit.rows(seed, count), ""), (label,), fit.arrivals, fit.rate)
+    if scenario.trace_file is not None:
+        return _of_trace(scenario, _trace(scenario, scenario.trace_file))
+    prompts, outputs = lengths.parse(scenario.prompt), lengths.parse(scenario.output)
+    return _Material(lambda count: (drawn(prompts, outputs, seed, count), ""))
+
+
+def _of_trace(scenario: Scenario, trace: Trace) -> _Material:
+    rows = partial(repeated, trace.rows)
+    if not trace.is_timed:
+        return _Material(rows)
+    times_s, coarse = trace.times_s(), trace.stamps_line()
+    if coarse:
+        times_s = tuple(spread(np.array(times_s), stream(scenario.seed, "spread")).tolist())
+    rate = (len(times_s) - 1) / (times_s[-1] - times_s[0]) if times_s[-1] > times_s[0] else None
+    return _Material(rows, (coarse,), Replay(times_s), rate)
+
+
+def _trace(scenario: Scenario, file: Path) -> Trace:
     if not _is_servegen(scenario):
-        trace = traces.read(scenario.trace_file)
+        trace = traces.read(file)
         return trace.since(scenario.trace_from_s) if scenario.trace_from_s else trace
     if scenario.duration_s is None:
         raise InvalidRequest("a ServeGen trace is drawn for a --duration: give one")
-    clients = servegen.read(scenario.trace_file)
-    rows = servegen.draw(clients, scenario.seed, scenario.trace_from_s, scenario.duration_s, scenario.rate)
-    return Trace(tuple(rows))
+    clients = servegen.read(file)
+    drawn_rows = servegen.draw(
+        clients, scenario.seed, scenario.trace_from_s, scenario.duration_s, scenario.rate
+    )
+    return Trace(tuple(drawn_rows))
 
 
 def _is_servegen(scenario: Scenario) -> bool:

@@ -9,6 +9,7 @@ pool to answer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 import signal
 import time
@@ -33,10 +34,11 @@ def main(pipe: Connection[FromSender, ToSender], orders: Orders) -> None:
         signal.signal(number, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each request under way
-    try:
-        asyncio.run(_serve(pipe, orders))
-    except AnabranchError as error:
-        pipe.send(Refused(error.message))
+    with contextlib.suppress(BrokenPipeError):  # the pool is gone: there is nobody to tell
+        try:
+            asyncio.run(_serve(pipe, orders))
+        except AnabranchError as error:
+            pipe.send(Refused(error.message))
 
 
 async def _serve(pipe: Connection[FromSender, ToSender], orders: Orders) -> None:
@@ -71,7 +73,7 @@ async def _do(
     stopping.cancel()
     await asyncio.wait((doing, stopping))
     telling.cancel()
-    await asyncio.wait((telling,))
+    await asyncio.gather(telling, return_exceptions=True)
     if not doing.cancelled():
         doing.result()  # a bug ends the process, aloud
     await outbox.flush()

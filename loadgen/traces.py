@@ -14,7 +14,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
@@ -116,7 +116,7 @@ def _is_bare(line: str) -> bool:
 
 
 def _azure(cells: _Cells) -> Row:
-    at_s = datetime.fromisoformat(cells["TIMESTAMP"]).timestamp()
+    at_s = datetime.fromisoformat(cells["TIMESTAMP"]).replace(tzinfo=UTC).timestamp()
     return _row(int(cells["ContextTokens"]), int(cells["GeneratedTokens"]), at_s)
 
 

@@ -64,8 +64,8 @@ def test_a_trace_is_replayed_with_its_own_pairs(trace: Path) -> None:
     assert _moments(whole) == [0.0, 1.0, 2.0, 3.0]
     assert [session.turns[0].new_tokens for session in _only(whole).sessions] == [100, 200, 300, 400]
     fast = plan(Scenario(trace_file=trace, arrivals=ArrivalKind.TRACE, rate=4.0), CONTEXT)
-    assert _moments(fast) == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
-    assert any("replayed at 3 x" in note for note in fast.notes)
+    assert _moments(fast) == pytest.approx([0.0, 0.25, 0.5, 0.75])
+    assert any("replayed at 4 x" in note for note in fast.notes)
     late = plan(Scenario(trace_file=trace, trace_from_s=2.0), CONTEXT)
     assert [session.turns[0].output_tokens for session in _only(late).sessions] == [3, 4]
 
@@ -110,6 +110,7 @@ def test_senders_share_a_stage_without_loss(stage: Stage, senders: int) -> None:
         (Scenario(), "--rate"),
         (Scenario(rate=1.0, concurrency=(1,)), "closed loop"),
         (Scenario(concurrency=(0,)), "above 0"),
+        (Scenario(rate=0.0, workload="azure-conv"), "must be above 0"),
         (Scenario(rate=1.0, cv=2.0), "--arrivals gamma"),
         (Scenario(rate=1.0, arrivals=ArrivalKind.GAMMA), "needs --cv"),
         (Scenario(rate=1.0, arrivals=ArrivalKind.RAMP), "--rate-end"),

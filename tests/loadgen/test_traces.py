@@ -110,6 +110,7 @@ def test_servegen_draws_its_clients(tmp_path: Path) -> None:
         servegen.draw(clients, 1, 1300.0, 10.0, None)
 
 
+@pytest.mark.traces
 def test_servegen_real() -> None:
     """Five minutes of the published models: the recorded rate, many clients, and long reasoning outputs."""
     clients = servegen.read(_real("servegen_deepseek-r1.tar.gz"))
@@ -119,12 +120,14 @@ def test_servegen_real() -> None:
     assert np.mean([row.output_tokens for row in rows]) > 500
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_fit_follows_from_its_trace(name: str) -> None:
     """The command gives what the repository holds, number for number."""
     assert fits.fitted(name, traces.read(_real(SOURCES[name]))) == fits.named(name)
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_fit_is_like_its_trace(name: str) -> None:
     """As many drawn requests as the trace has: mean lengths within 4 %, medians and 99th percentiles within

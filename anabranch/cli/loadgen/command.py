@@ -27,6 +27,9 @@ from loadgen.prompts import PromptKind
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
 
+_WIDTH = 100
+"""A table narrower than this would cut its figures; a narrow terminal wraps it."""
+
 app = typer.Typer(
     name="loadgen",
     help="Put a load on a cluster, or on any OpenAI-compatible endpoint, and report what came of it.",
@@ -114,12 +117,12 @@ def fit(
 
 def _measure(measurement: Measurement, out: Path | None) -> int:
     console, errors = Console(), Console(stderr=True)
+    console.width = max(console.width, _WIDTH)
     folder = out or Path(time.strftime("loadgen-%Y%m%d-%H%M%S"))
     plan = measurement.plan
     planned = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in plan.workload.items())
-    errors.print(f"{measurement.endpoint.model}: {planned}", highlight=False, markup=False)
-    for note in plan.notes:
-        errors.print(f"note: {note}", highlight=False, markup=False)
+    for line in (f"{measurement.endpoint.model}: {planned}", *(f"note: {note}" for note in plan.notes)):
+        errors.print(line, highlight=False, markup=False, soft_wrap=True)
     stop = StopSwitch()
     with (
         ResultsFolder(folder) as results,
