@@ -1,4 +1,4 @@
-"""Rules for every test: one compute thread, and in CI no skip but for a missing GPU, Redis or published trace.
+"""Rules for every test: one compute thread, and in CI no skip but for a missing GPU, Redis or trace.
 
 `pytest -m gpu` collects tests/gpu only, because a GPU machine may lack what the other tests import. In every
 other run Triton interprets its kernels on the CPU; that is decided when it is imported.

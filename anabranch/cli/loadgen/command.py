@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -85,19 +86,18 @@ def run(
     anabranch loadgen run --trace-file conversation_trace.jsonl --length-scale 0.05 --duration 300
     anabranch loadgen run --openai http://127.0.0.1:8000 --text --rate 2
     """
+    is_text = text or (openai is not None and vocabulary is None)
     scenario = Scenario(
-        seed, arrivals, rate, rate_end, cv, _numbers(concurrency), requests, duration, warm_up, workload,
-        trace_file, trace_from, prompt, output, length_scale, context, turns, think,
-        PromptKind.TEXT if text or (openai and vocabulary is None) else PromptKind.TOKENS,
+        seed=seed, arrivals=arrivals, rate=rate, rate_end=rate_end, cv=cv, concurrency=_numbers(concurrency),
+        requests=requests, duration_s=duration, warm_up_s=warm_up, workload=workload, trace_file=trace_file,
+        trace_from_s=trace_from, prompt=prompt, output=output, length_scale=length_scale, context=context,
+        turns=turns, think_s=think, prompts=PromptKind.TEXT if is_text else PromptKind.TOKENS,
     )  # fmt: skip
-    if openai:
-        target = Target(url=openai, tls=TlsConfig(authority=str(authority) if authority else None))
-    else:
+    if openai is None:
         addresses, tls = reach(address, authority, config_file)
-        target = Target(addresses, tls=tls)
-    target = Target(
-        target.addresses, target.url, model, api_key, target.tls, timeout_s, ignore_eos=not honour_eos
-    )
+    else:
+        addresses, tls = (), TlsConfig(authority=str(authority) if authority else None)
+    target = Target(addresses, openai or "", model, api_key, tls, timeout_s, ignore_eos=not honour_eos)
     settings = Settings(senders, Objectives.parse(slo), vocabulary)
     raise typer.Exit(_measure(Measurement(scenario, target, settings), out))
 
@@ -123,15 +123,14 @@ def _measure(measurement: Measurement, out: Path | None) -> int:
     planned = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in plan.workload.items())
     for line in (f"{measurement.endpoint.model}: {planned}", *(f"note: {note}" for note in plan.notes)):
         errors.print(line, highlight=False, markup=False, soft_wrap=True)
-    stop = StopSwitch()
     with (
+        contextlib.closing(StopSwitch()) as stop,
         ResultsFolder(folder) as results,
         errors.status("starting the senders") as status,
         Interrupts(stop.set, lambda number: os._exit(128 + number)),
     ):
         summaries = measurement.run(LiveLine(errors, status), stop, results.add)
         results.sum_up(summaries)
-    stop.close()
     for summary in summaries:
         print_summary(console, summary)
     console.print(f"\nwritten to {folder}", highlight=False, markup=False)

@@ -144,7 +144,11 @@ Text = Annotated[
 ]
 Vocabulary = Annotated[
     int | None,
-    typer.Option(help="Token ids to draw from, for --openai.", min=8, rich_help_panel=_WORKLOAD),
+    typer.Option(
+        help="Token ids to draw from, for --openai, which is else asked in words.",
+        min=8,
+        rich_help_panel=_WORKLOAD,
+    ),
 ]
 Slo = Annotated[
     str,
