@@ -199,8 +199,10 @@ def _as_recorded(scenario: Scenario) -> bool:
 def _replayed(scenario: Scenario, recorded: Replay, rate: float) -> tuple[Replay, float, str]:
     if scenario.turns > 1:
         raise InvalidRequest("a replayed trace has its own requests: leave --turns out")
-    if scenario.rate is None or _is_servegen(scenario):
+    if scenario.rate is None:
         return recorded, rate, ""
+    if _is_servegen(scenario):
+        return recorded, scenario.rate, ""
     speed = scenario.rate / rate
     words = f"the trace's {rate:.3g} requests per second are replayed at {speed:.3g} x"
     return replace(recorded, speed=speed), scenario.rate, words

@@ -60,7 +60,9 @@ def test_a_run_writes_its_requests_and_its_figures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_still_gives_the_report(number: signal.Signals, tmp_path: Path) -> None:
-    """Sent to the whole group, as a terminal does: what ended is reported, the rest interrupted or unsent."""
+    """Sent to the process and to its group, as `timeout` does: what ended is reported, the rest interrupted
+    or unsent.
+    """
     with GrpcServer(Script(first_s=0.01, gap_s=0.01, holds_from=4)) as server:
         address = server.target.addresses[0]
         process = subprocess.Popen(
@@ -73,6 +75,7 @@ def test_a_signal_still_gives_the_report(number: signal.Signals, tmp_path: Path)
         )
         assert process.stderr is not None
         assert any("completed 4 " in line for line in process.stderr), "the run never got so far"
+        process.send_signal(number)
         os.killpg(process.pid, number)
         stdout, _ = process.communicate(timeout=30)
     assert process.returncode == 130

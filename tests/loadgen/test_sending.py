@@ -37,9 +37,9 @@ def test_a_known_pace_is_reported(server_of: type[GrpcServer | OpenAiServer]) ->
     and end-to-end latency are the server's: never less, and their medians at most `LATE_S` more.
     """
     script = Script(first_s=0.1, gap_s=0.02)
-    plan = _open(rate=30.0, duration_s=2.0, row=Row(16, 6))
+    plan = _open(rate=40.0, duration_s=1.2, row=Row(16, 6))
     with server_of(script) as server:
-        run = Run().do(plan, server.target)
+        run = Run().do(plan, server.target, senders=2)
     count = plan.stages[0].requests
     assert len(run.records) == len(script.prompts) == count
     assert {record.outcome for record in run.records} == {Outcome.COMPLETED}
@@ -47,7 +47,7 @@ def test_a_known_pace_is_reported(server_of: type[GrpcServer | OpenAiServer]) ->
     assert {record.output_tokens for record in run.records} == {6}
     assert {record.prompt_tokens for record in run.records} == {16}
     assert {record.cached_tokens for record in run.records} == {PROMPT_TOKENS_CACHED}
-    summary = summarize(run.records, Facts("run", run.courses[0].begins_s, count, 0.0, request_rate=30.0))
+    summary = summarize(run.records, Facts("run", run.courses[0].begins_s, count, 0.0, request_rate=40.0))
     assert (summary["completed"], summary["failed"], summary["unsent"]) == (count, 0, 0)
     assert summary["total_output_tokens"] == 6 * count
     for name, paced_ms in (("ttft", 100), ("tpot", 20), ("itl", 20), ("e2el", 200), ("send_lag", 0)):
@@ -109,7 +109,7 @@ def test_a_sender_killed_in_the_middle() -> None:
             os.kill(run.process_ids[0], signal.SIGKILL)
 
     with GrpcServer(Script(first_s=0.3, gap_s=0.0)) as server:
-        run = Run(kill).do(closed([Row(4, 2)] * 24, concurrency=4), server.target)
+        run = Run(kill).do(closed([Row(4, 2)] * 24, concurrency=4), server.target, senders=2)
     assert len({(record.session, record.turn) for record in run.records}) == len(run.records) == 24
     lost = [record for record in run.records if record.error.startswith(SENDER_LOST)]
     assert len(lost) + sum(record.outcome is Outcome.COMPLETED for record in run.records) == 24
@@ -156,7 +156,7 @@ def test_stages_follow_each_other() -> None:
         for place, users in enumerate((1, 3, 6))
     )
     with GrpcServer(Script(first_s=0.05, gap_s=0.0)) as server:
-        run = Run().do(Plan(stages, (), {}), server.target)
+        run = Run().do(Plan(stages, (), {}), server.target, senders=2)
     over_s = 0.0
     for course in run.courses:
         records = [record for record in run.records if record.stage == course.stage.name]
@@ -168,13 +168,13 @@ def test_stages_follow_each_other() -> None:
 
 
 def test_the_warm_up_does_not_count() -> None:
-    """Requests due in the first second are sent and recorded, and are in no figure."""
-    plan = _open(rate=20.0, duration_s=2.0, row=Row(4, 2), warm_up_s=1.0)
+    """Requests due in the first half second are sent and recorded, and are in no figure."""
+    plan = _open(rate=40.0, duration_s=1.0, row=Row(4, 2), warm_up_s=0.5)
     with GrpcServer(Script(first_s=0.01, gap_s=0.0)) as server:
         run = Run().do(plan, server.target)
-    early = sum((session.at_s or 0.0) < 1.0 for session in plan.stages[0].sessions)
+    early = sum((session.at_s or 0.0) < 0.5 for session in plan.stages[0].sessions)
     count = plan.stages[0].requests
     assert 0 < early < count
     assert sum(record.warm_up for record in run.records) == early
-    facts = Facts("run", run.courses[0].begins_s + 1.0, count, 0.0, request_rate=20.0)
+    facts = Facts("run", run.courses[0].begins_s + 0.5, count, 0.0, request_rate=40.0)
     assert summarize(run.records, facts)["completed"] == count - early

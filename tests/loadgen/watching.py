@@ -32,7 +32,7 @@ class Run:
     def looked(self, course: StageCourse, now_s: float) -> None:
         """See `Watcher`."""
 
-    def do(self, plan: Plan, target: Target, senders: int = 2, kind: PromptKind = PromptKind.TOKENS) -> Run:
+    def do(self, plan: Plan, target: Target, senders: int = 1, kind: PromptKind = PromptKind.TOKENS) -> Run:
         """Send it all; `records` and `courses` tell how it went."""
         with closing(self.stop):
             pool = SenderPool(

@@ -16,6 +16,7 @@ from anabranch.cli.loadgen import options as o
 from anabranch.cli.loadgen.table import print_summary
 from anabranch.cli.loadgen.watching import LiveLine
 from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile, reach
+from cluster.clock import monotonic
 from cluster.config import TlsConfig
 from cluster.errors import InvalidRequest
 from cluster.signals import Interrupts
@@ -30,6 +31,8 @@ from loadgen.scenario import Scenario
 
 _WIDTH = 100
 """A table narrower than this would cut its figures; a narrow terminal wraps it."""
+
+_ECHO_S = 1.0
 
 app = typer.Typer(
     name="loadgen",
@@ -127,7 +130,7 @@ def _measure(measurement: Measurement, out: Path | None) -> int:
         contextlib.closing(StopSwitch()) as stop,
         ResultsFolder(folder) as results,
         errors.status("starting the senders") as status,
-        Interrupts(stop.set, lambda number: os._exit(128 + number)),
+        _stopping(stop),
     ):
         summaries = measurement.run(LiveLine(errors, status), stop, results.add)
         results.sum_up(summaries)
@@ -135,6 +138,23 @@ def _measure(measurement: Measurement, out: Path | None) -> int:
         print_summary(console, summary)
     console.print(f"\nwritten to {folder}", highlight=False, markup=False)
     return INTERRUPTED_STATUS if measurement.was_stopped else _status(summaries)
+
+
+def _stopping(stop: StopSwitch) -> Interrupts:
+    """Signals end the run with its report; a later one ends the process, unless it is an echo of the first:
+    `timeout`, for one, sends its signal to the process and then to its group.
+    """
+    asked_s: list[float] = []
+
+    def ask() -> None:
+        asked_s.append(monotonic())
+        stop.set()
+
+    def insist(number: int) -> None:
+        if monotonic() - asked_s[0] > _ECHO_S:
+            os._exit(128 + number)
+
+    return Interrupts(ask, insist)
 
 
 def _status(summaries: list[Summary]) -> int:
