@@ -17,6 +17,7 @@ from loadgen.results import ResultsFolder, read_records, read_summaries
 from tests.loadgen.paced import MODEL, GrpcServer, OpenAiServer, Script
 from tests.models import tiny_model
 from tests.processes import ProcessCluster, process_cluster
+from tests.serving import wait_until
 
 PROGRAM = "from anabranch.cli.entry import loadgen; loadgen()"
 """What the console script `loadgen` does."""
@@ -73,13 +74,14 @@ def test_a_signal_still_gives_the_report(number: signal.Signals, tmp_path: Path)
             text=True,
             start_new_session=True,
         )
-        assert process.stderr is not None
-        assert any("completed 4 " in line for line in process.stderr), "the run never got so far"
+        requests = tmp_path / "results" / "requests.jsonl"
+        wait_until(lambda: requests.exists() and requests.read_text().count("\n") == 4)
         process.send_signal(number)
         os.killpg(process.pid, number)
-        stdout, _ = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "completed 4, failed 0, interrupted 4, unsent 42 of 50 planned" in stdout
+    assert "concurrency 4: 0 s  sent" in stderr
     outcomes = [record.outcome for record in read_records(tmp_path / "results")]
     assert sorted(outcomes) == [Outcome.COMPLETED] * 4 + [Outcome.INTERRUPTED] * 4
     assert read_summaries(tmp_path / "results")[0]["interrupted"] == 4
