@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import secrets
 import time
 import uuid
 from collections.abc import Callable
@@ -41,9 +42,10 @@ class Measurement:
         self._settings = settings
         self.endpoint = asyncio.run(_ask(target))
         self._target = dataclasses.replace(target, model=self.endpoint.model)
-        self._source = source(
-            scenario.prompts, scenario.seed, self.endpoint.vocabulary or settings.vocabulary
-        )
+        # Contents are new in each run: what a server has cached of an earlier one would flatter this one.
+        self._content_seed = secrets.randbits(32)
+        vocabulary = self.endpoint.vocabulary or settings.vocabulary
+        self._source = source(scenario.prompts, self._content_seed, vocabulary)
         self.plan: Plan = scenarios.plan(scenario, self._context())
         self.was_stopped = False
 
@@ -99,6 +101,7 @@ class Measurement:
             "senders": self._settings.senders,
             "objectives_ms": dict(self._settings.objectives.bounds_ms),
             "scenario": scenario,
+            "content_seed": self._content_seed,
             "workload": dict(self.plan.workload),
             "notes": list(self.plan.notes),
         }

@@ -1,7 +1,7 @@
-"""What prompts say: token ids or text, made from a seed. Pure.
+"""What prompts say: token ids or text, made from a seed.
 
-A segment's contents depend on the run's seed, its origin and its number, and on nothing else: segments of one
-name are the same in every process, and a shorter one is the beginning of a longer one.
+A segment's contents depend on the seed, its origin and its number, and on nothing else: segments of one name
+are the same in every process, and a shorter one is the beginning of a longer one.
 """
 
 from __future__ import annotations

@@ -6,15 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from anabranch.v1 import inference_pb2
 from cluster.errors import InvalidRequest
+from loadgen.measurement import Measurement, Settings
 from loadgen.records import Outcome
 from loadgen.results import ResultsFolder, read_records, read_summaries
+from loadgen.scenario import Scenario
 from tests.loadgen.paced import MODEL, GrpcServer, OpenAiServer, Script
+from tests.loadgen.watching import Run
 from tests.models import tiny_model
 from tests.processes import ProcessCluster, process_cluster
 from tests.serving import wait_until
@@ -106,6 +110,22 @@ def test_what_the_user_can_correct_is_said_in_one_line(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert server.script.prompts == []
+
+
+def test_contents_are_new_in_each_run() -> None:
+    """The same seed gives the same lengths and shared prefixes, but other tokens: what a server has cached of
+    one run is of no use to the next.
+    """
+    scenario = Scenario(seed=1, workload="kimi-conv", length_scale=0.01, concurrency=(1,), requests=6)
+    script = Script(first_s=0.0, gap_s=0.0)
+    with GrpcServer(script) as server:
+        for _ in range(2):
+            run = Run()
+            with closing(run.stop):
+                Measurement(scenario, server.target, Settings(senders=1)).run(run, run.stop, lambda _: None)
+    first, second = script.prompts[:6], script.prompts[6:]
+    assert [len(prompt) for prompt in first] == [len(prompt) for prompt in second]
+    assert all(one[:5] != other[:5] for one, other in zip(first, second, strict=True))
 
 
 def test_nobody_listens(tmp_path: Path) -> None:

@@ -161,7 +161,13 @@ Slo = Annotated[
 Senders = Annotated[int, typer.Option(help="Processes that send.", min=1, max=64, rich_help_panel=_MEASURE)]
 LoadSeed = Annotated[
     int,
-    typer.Option("--seed", help="The same seed gives the same requests.", min=0, rich_help_panel=_MEASURE),
+    typer.Option(
+        "--seed",
+        help="The same seed gives the same moments and lengths; contents are new in each run, lest the "
+        "cache of an earlier one help.",
+        min=0,
+        rich_help_panel=_MEASURE,
+    ),
 ]
 Out = Annotated[
     Path | None,
