@@ -176,7 +176,7 @@ def test_a_fault_in_one_micro_batch_repeats_the_whole_step(
     and no token of either micro-batch is wrong, missing or doubled.
     """
     # What was lost with a lane is freed by its lease: wait for that, not for long.
-    overrides = {**TWO, "attention": {"lease_ms": 2000}}
+    overrides = {**TWO, "attention": {"lease_ms": 1000}}
     shape = Shape(attention_workers=2, overrides=overrides)
     _assert_survived(FaultyCluster(folder, shape, micro_batch, layer, fault), references)
 
@@ -198,5 +198,5 @@ def test_a_reply_of_too_few_rows_is_not_spread_over_all(
     """A worker that answers one row for many, in a frame that checks, costs its lane, and neither a token nor
     the engine.
     """
-    shape = Shape(attention_workers=workers, overrides={**TWO, "attention": {"lease_ms": 2000}})
+    shape = Shape(attention_workers=workers, overrides={**TWO, "attention": {"lease_ms": 1000}})
     _assert_survived(FaultyCluster(folder, shape, 0, 1, Internal("lies"), LyingLane), references)
