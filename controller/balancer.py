@@ -138,10 +138,11 @@ class Balancer:
         worker, blocks, settings = WorkerId(member.worker_id), member.load.blocks, self._settings
         return ArenaView(
             worker,
-            home_of(worker, settings.homes) if settings.homes else None,
+            home_of(WorkerId(member.slot), settings.homes) if settings.homes else None,
             blocks.capacity * settings.block_tokens,
             (blocks.free + blocks.sealed_cached) * settings.block_tokens,
             self._directory.blocks_at(Life(worker, Epoch(member.epoch))) * settings.block_tokens,
+            member.tier,
         )
 
 

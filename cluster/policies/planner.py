@@ -17,9 +17,9 @@ from cluster.types import SequenceKey, WorkerId
 
 @dataclass(frozen=True, slots=True)
 class ArenaView:
-    """An attention worker as last heard. `home`: the dense worker whose instance it belongs to; None where
-    all dense workers share it. `read_tokens`: what its sequences have there, together; more than it holds
-    where they share blocks, which each of them reads.
+    """An arena as last heard, under the name of its worker. `home`: the dense worker whose instance it belongs
+    to; None where all dense workers share it. `read_tokens`: what its sequences have there, together; more than
+    it holds where they share blocks, which each of them reads. `tier`: of its process's arenas, 0 the best.
     """
 
     worker: WorkerId
@@ -27,6 +27,7 @@ class ArenaView:
     capacity_tokens: int
     free_tokens: int
     read_tokens: int
+    tier: int = 0
 
     @property
     def use(self) -> float:
@@ -102,8 +103,9 @@ def plan(
     for worker in round_.debtors():
         while len(round_.moves) < policy.moves_most and round_.relieve(worker):
             pass
-    while len(round_.moves) < policy.moves_most and round_.level():
-        pass
+    for improve in (round_.lower, round_.lift, round_.level):
+        while len(round_.moves) < policy.moves_most and improve():
+            pass
     return tuple(round_.moves)
 
 
@@ -141,15 +143,44 @@ class _Round:
         self._creditors = self._find_creditors()
         return True
 
+    def lower(self) -> bool:
+        """Move what is too much for an arena to a slower tier of its home.
+
+        Placement fills the better tiers first. Context that only decoding reads is what a slower tier serves
+        best; prompts to come, of which each row reads all that is before it, find room in the better one.
+        """
+        for arenas in self._homes.values():
+            for source in arenas.values():
+                below = [each for each in arenas.values() if each.tier > source.tier and self._lends(each)]
+                if below and source.use > self._policy.full_use:
+                    target = min(below, key=lambda arena: (arena.tier, -arena.free_tokens, arena.worker))
+                    if self._relax(source, target):
+                        return True
+        return False
+
+    def lift(self) -> bool:
+        """Move back to a better tier that has emptied. What has been lowered leaves it fuller than that."""
+        for arenas in self._homes.values():
+            for target in arenas.values():
+                below = [each for each in arenas.values() if each.tier > target.tier and each.read_tokens]
+                if below and target.use <= self._policy.full_use - self._policy.uneven_least:
+                    source = max(below, key=lambda arena: (arena.tier, arena.read_tokens, arena.worker))
+                    key, sizes = self._parts(source, target)
+                    if key is not None and sizes:
+                        self._note(Move(key, source.worker, target.worker, sizes[-1]), source, target)
+                        return True
+        return False
+
     def level(self) -> bool:
-        """Move from the busiest arena of a home to the one of which least is read, where they differ most.
+        """Move from the busiest arena of a home's tier to the one of which least is read, where they differ
+        most.
 
         Blocks that many sequences share are read by each of them: moving one of these copies the blocks, and
         those that follow find them there. So hot blocks are replicated.
         """
         pairs = []
-        for arenas in self._homes.values():
-            by_load = sorted(arenas.values(), key=lambda arena: (arena.load, arena.worker))
+        for arenas in self._tiers():
+            by_load = sorted(arenas, key=lambda arena: (arena.load, arena.worker))
             if by_load[-1].load - by_load[0].load >= self._policy.uneven_least:
                 pairs.append((by_load[-1], by_load[0]))
         pairs.sort(key=lambda pair: (pair[1].load - pair[0].load, pair[0].worker))
@@ -158,8 +189,18 @@ class _Round:
     def _find_creditors(self) -> list[ArenaView]:
         """Arenas with room to lend, the roomiest first."""
         arenas = (arena for home in self._homes.values() for arena in home.values())
-        lending = [arena for arena in arenas if arena.use < self._policy.full_use]
-        return sorted(lending, key=lambda arena: (-arena.free_tokens, arena.worker))
+        return sorted(filter(self._lends, arenas), key=lambda arena: (-arena.free_tokens, arena.worker))
+
+    def _lends(self, arena: ArenaView) -> bool:
+        return arena.use < self._policy.full_use
+
+    def _tiers(self) -> list[list[ArenaView]]:
+        """Arenas of the same home that are as fast as each other."""
+        found: dict[tuple[WorkerId | None, int], list[ArenaView]] = {}
+        for home, arenas in self._homes.items():
+            for arena in arenas.values():
+                found.setdefault((home, arena.tier), []).append(arena)
+        return list(found.values())
 
     def _is_short(self, instance: InstanceView) -> bool:
         own = self._homes.get(instance.worker, {}).values()
@@ -169,22 +210,42 @@ class _Round:
 
     def _move(self, source: ArenaView, target: ArenaView) -> bool:
         """The part of the longest sequence at `source` that gains most; False where none does."""
+        key, sizes = self._parts(source, target)
+        before = self._rate(source, target, 0)
+        rates = {size: self._rate(source, target, size) for size in sizes}
+        best = max(rates, key=lambda size: rates[size], default=0)
+        if key is None or best == 0 or rates[best] - before < self._policy.gain_least * before:
+            return False
+        self._note(Move(key, source.worker, target.worker, best), source, target)
+        return True
+
+    def _relax(self, source: ArenaView, target: ArenaView) -> bool:
+        """The smallest part of the longest sequence at `source` without which that is no longer too full, or
+        else the largest; False where it would free nothing.
+        """
+        key, sizes = self._parts(source, target)
+        excess = (source.use - self._policy.full_use) * source.capacity_tokens
+        size = next((size for size in sizes if source.freed_by(size) >= excess), max(sizes, default=0))
+        if key is None or source.freed_by(size) < self._policy.block_tokens:
+            return False
+        self._note(Move(key, source.worker, target.worker, size), source, target)
+        return True
+
+    def _parts(self, source: ArenaView, target: ArenaView) -> tuple[SequenceKey | None, list[int]]:
+        """The longest sequence at `source` that did not move yet, and how much of it might, smallest first."""
         held = {key: tokens for key, tokens in self._held(source.worker).items() if key not in self._moved}
         if not held:
-            return False
+            return None, []
         key = max(held, key=lambda item: (held[item], item))
         room = target.free_tokens - (1 - self._policy.full_use) * target.capacity_tokens
-        sizes = sorted({self._whole(min(held[key] * share, room)) for share in _SHARES})
-        before = self._rate(source, target, 0)
-        rates = {size: self._rate(source, target, size) for size in sizes if size > 0}
-        best = max(rates, key=lambda size: rates[size], default=0)
-        if best == 0 or rates[best] - before < self._policy.gain_least * before:
-            return False
-        for arena in _after(source, target, best):
+        sizes = {self._whole(min(held[key] * share, room)) for share in _SHARES}
+        return key, sorted(size for size in sizes if size > 0)
+
+    def _note(self, move: Move, source: ArenaView, target: ArenaView) -> None:
+        for arena in _after(source, target, move.tokens):
             self._homes[arena.home][arena.worker] = arena
-        self._moved.add(key)
-        self.moves.append(Move(key, source.worker, target.worker, best))
-        return True
+        self._moved.add(move.sequence)
+        self.moves.append(move)
 
     def _whole(self, tokens: float) -> int:
         """Whole blocks."""

@@ -109,9 +109,9 @@ def test_what_can_never_fit_is_named() -> None:
     workers = [space("a", 0), space("b", 0)]
     assert inadmissible(2000, workers, POLICY) is None
     assert "2001 tokens" in str(inadmissible(2001, workers, POLICY))
-    assert "2 attention workers hold 2000" in str(inadmissible(2001, workers, POLICY))
+    assert "2 arenas hold 2000" in str(inadmissible(2001, workers, POLICY))
     single = PlacementPolicy(block_tokens=16, shard_tokens=64, max_shards=1)
-    assert "1 attention worker holds 1000" in str(inadmissible(1001, workers, single))
+    assert "1 arena holds 1000" in str(inadmissible(1001, workers, single))
 
 
 @settings(deadline=None)
