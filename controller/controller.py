@@ -257,8 +257,9 @@ class Controller:
         self._observe(SlotChanged(slot))
 
     def _on_drain(self, worker_id: str, grace_ms: int) -> None:
-        """Let one worker leave; on the server's threads. Raises what `Supervisor.retire` raises, InvalidRequest
-        for one arena of several, Unavailable while the controller is busy or the cluster still starts.
+        """Let one worker leave; on the server's threads. Raises what `Supervisor.retire` raises,
+        InvalidRequest for one arena of several, Unavailable while the controller is busy or the cluster
+        still starts.
         """
         for member in self._table.membership().members:
             if member.worker_id == worker_id != member.slot:

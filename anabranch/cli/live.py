@@ -32,8 +32,8 @@ _COLUMNS = ("slot", "state", "node", "pid", "epoch", "memory", "cache", "work")
 
 
 def fleet_table(fleet: control_pb2.GetFleetResponse) -> Group:
-    """One row per slot, live member or not, and one per further arena; below, why a slot has no process. Lines
-    stay short.
+    """One row per slot, live member or not, and one per further arena; below, why a slot has no process.
+    Lines stay short.
     """
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for column in _COLUMNS:

@@ -65,11 +65,11 @@ def place(
     """Room for positions first..end of a sequence that has `shards`; empty when nothing fits.
 
     The allotments are in order, touch, and cover exactly first..end, each as much as its worker reports
-    free. A local worker is filled first, then those at home, and of either the better tiers; the rest
+    free. A local worker is filled first, then those at home, and of each the better tiers; the rest
     overflows. Otherwise the shard before `first` grows to `shard_tokens`, and then the worker follows that
-    holds fewest shards of this sequence and, among those, has most space. Of the shards left one is kept for each worker with space (half of all
-    shards at most), so that a sequence may grow until every worker is full. When that is too many, the
-    largest spaces are filled whole.
+    holds fewest shards of this sequence and, among those, has most space. Of the shards left one is kept for
+    each worker with space (half of all shards at most), so that a sequence may grow until every worker is
+    full. When that is too many, the largest spaces are filled whole.
     """
     assert 0 <= first < end
     shards_left = policy.max_shards - len(shards)

@@ -17,9 +17,9 @@ from cluster.types import SequenceKey, WorkerId
 
 @dataclass(frozen=True, slots=True)
 class ArenaView:
-    """An arena as last heard, under the name of its worker. `home`: the dense worker whose instance it belongs
-    to; None where all dense workers share it. `read_tokens`: what its sequences have there, together; more than
-    it holds where they share blocks, which each of them reads. `tier`: of its process's arenas, 0 the best.
+    """An attention worker's arena as last heard. `home`: the dense worker whose instance it belongs to; None
+    where all dense workers share it. `read_tokens`: what its sequences have there, together; more than it
+    holds where they share blocks, which each of them reads. `tier`: of its process's arenas, 0 the best.
     """
 
     worker: WorkerId
@@ -232,7 +232,7 @@ class _Round:
         return True
 
     def _parts(self, source: ArenaView, target: ArenaView) -> tuple[SequenceKey | None, list[int]]:
-        """The longest sequence at `source` that did not move yet, and how much of it might, smallest first."""
+        """The longest sequence at `source` that did not move yet; how much of it might, smallest first."""
         held = {key: tokens for key, tokens in self._held(source.worker).items() if key not in self._moved}
         if not held:
             return None, []

@@ -80,7 +80,7 @@ def serve(context: RoleContext) -> None:
 
 
 def _join(context: RoleContext, arenas: list[_Arena]) -> None:
-    """Form and serve every arena. The slot counts as ready when the first one is, which is after the others."""
+    """Form and serve every arena. The slot counts as ready when the first one is: it comes last."""
     first, *others = arenas
     geometry = geometry_value(first.membership.start().geometry)
     for arena in arenas:

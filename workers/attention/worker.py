@@ -29,8 +29,8 @@ _SERVICES = (
 
 
 class AttentionWorker:
-    """Binds first, serves once it knows the model's geometry, drains at the end. A process has one for each of
-    its arenas, which share nothing.
+    """Binds first, serves once it knows the model's geometry, drains at the end. A process has one for each
+    of its arenas; they share nothing.
 
         bound --start(geometry)--> serving --drain--> draining --stop--> stopped
 
@@ -40,8 +40,8 @@ class AttentionWorker:
     def __init__(
         self, config: Config, slot: WorkerId, epoch: Epoch, spin_s: float = 0.0, tier: int = 0
     ) -> None:
-        """Bind the configured host. `spin_s`: how long lanes ask for messages before they sleep; `tier`: which
-        of the slot's arenas this is.
+        """Bind the configured host. `spin_s`: how long lanes ask for messages before they sleep; `tier`:
+        which of the slot's arenas this is.
 
         Raises ConfigError or Unavailable (`cluster.rpc.bind`).
         """

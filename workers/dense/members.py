@@ -191,8 +191,8 @@ class MemberTable:
             ]
 
     def roomiest(self, apart_from: WorkerId, blocks: int) -> WorkerId | None:
-        """Of the usable, admitting workers outside this process that have `blocks` free blocks, one of the best
-        tier, and of that the one that has most.
+        """Of the usable, admitting workers outside this process that have `blocks` free blocks: the one of
+        the best tier, and of that the one that has most.
         """
         with self._lock:
             found = [
