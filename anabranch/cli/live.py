@@ -32,8 +32,8 @@ _COLUMNS = ("slot", "state", "node", "pid", "epoch", "memory", "cache", "work")
 
 
 def fleet_table(fleet: control_pb2.GetFleetResponse) -> Group:
-    """One row per slot, live member or not, and one per further arena; below, why a slot has no process.
-    Lines stay short.
+    """One row per slot, live member or not, below it one per further arena of its process; at the end, why a
+    slot has no process. Lines stay short.
     """
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for column in _COLUMNS:
@@ -68,7 +68,7 @@ def _row(
     # The slot knows better, but for what a process that comes up says of itself.
     state = phase if phase not in ("", Phase.STARTING.value) else _STATES.get(member.state, "")
     return (
-        name,
+        f"  tier {member.tier}" if member.tier else name,
         _state(state),
         node or member.host,
         str(member.process_id),

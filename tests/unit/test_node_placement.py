@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import Config, DenseConfig, PlacementConfig
+from cluster.config import AttentionConfig, Config, DenseConfig, PlacementConfig, TierConfig
 from cluster.hardware import built_in
 from cluster.policies.node_placement import (
     PROCESS_BYTES,
@@ -185,6 +185,14 @@ def test_demands_follow_from_the_configuration() -> None:
     assert claims.resources == {"CPU": 3, "GPU": 1, "memory": PROCESS_BYTES, "anabranch_dense": 1}
     assert claims.classes == ("h100",)
     assert role_demand(config, "gateway", "gateway-0").custom == (("anabranch_gateway", 1.0),)
+
+
+def test_a_worker_of_several_arenas_demands_them_all() -> None:
+    """One GPU where any arena lies on it, and host memory for those that do not."""
+    tiers = (TierConfig(arena=30 * GIB), TierConfig(arena=4 * GIB))
+    config = Config(attention=AttentionConfig(device="cuda", arena=10 * GIB, tiers=tiers))
+    claims = role_demand(config, "attention", "attention-0")
+    assert claims.resources == {"CPU": 1, "GPU": 1, "memory": PROCESS_BYTES + 34 * GIB}
 
 
 @given(

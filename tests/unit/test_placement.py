@@ -23,9 +23,10 @@ def space(
     load: float = 0.0,
     is_local: bool = False,
     is_home: bool = True,
+    tier: int = 0,
 ) -> WorkerSpace:
     """A worker that could hold 1,000 tokens and has some free."""
-    return WorkerSpace(WorkerId(name), Epoch(epoch), free_tokens, 1000, load, is_local, is_home)
+    return WorkerSpace(WorkerId(name), Epoch(epoch), free_tokens, 1000, load, is_local, is_home, tier)
 
 
 def shard(name: str, first: int, end: int, *, epoch: int = 1) -> ShardRef:
@@ -72,6 +73,17 @@ def test_other_instances_lend_only_what_is_lacking_at_home() -> None:
     assert [(item.worker, item.first, item.end) for item in borrowing if item.worker == "lender"] == [
         ("lender", 176, 200)
     ]
+
+
+def test_the_better_tiers_are_filled_first() -> None:
+    """A sequence spreads over the best tier while that has room, whoever has most; then over the next. A tier
+    at home comes before a better one that is borrowed.
+    """
+    workers = [space("slow", 960, tier=1), space("fast-a", 96), space("fast-b", 80)]
+    assert place(0, 176, (), workers, POLICY)[-1].worker != "slow"
+    assert place(0, 200, (), workers, POLICY)[-1] == allotted(("slow", 176, 200))[0]
+    borrowed = [space("slow", 960, tier=1), space("lender", 960, is_home=False)]
+    assert place(0, 64, (), borrowed, POLICY) == allotted(("slow", 0, 64))
 
 
 def test_a_full_worker_is_passed_over() -> None:
@@ -163,6 +175,7 @@ def situations(
             draw(st.integers(0, 300)),
             is_local=index == 0 and draw(st.booleans()),
             is_home=draw(st.booleans()),
+            tier=draw(st.integers(0, 2)),
         )
         for index in range(count)
     ]
