@@ -2,120 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from anabranch import Client
 from anabranch.v1 import inference_pb2
-from tests.attention_worker import wait_until
-from tests.models import Reference, random_prompt, reference_tokens, tiny_model
-from tests.processes import ProcessCluster, process_cluster
+from tests.models import Reference, random_prompt, reference_tokens
+from tests.tiers import (
+    BEST,
+    BEST_TOKENS,
+    SLOW,
+    SLOW_TOKENS,
+    WAIT_S,
+    Stream,
+    assert_moves_both_ways,
+    metrics,
+    model_of_long_sequences,
+    moves,
+    two_tiers,
+    used_tokens,
+)
 
-TOKEN_BYTES = 512
-BLOCK_TOKENS = 8
-BEST_TOKENS, SLOW_TOKENS = 400, 1920
 PROMPT = random_prompt(900, seed=43)
 COUNT = 700
-BEST, SLOW = "attention-0", "attention-0.1"
 OTHERS = ("attention-1", "attention-1.1")
-WAIT_S = 60.0
-Moves = set[tuple[str, str, str]]
-"""(request, from, to)"""
 
 
 @pytest.fixture(name="model", scope="module")
 def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=4096)
-
-
-def reference_of(model: Path, prompt: Sequence[int], count: int) -> Reference:
-    """What transformers says, whatever holds the cache."""
-    (reference,) = reference_tokens(model, [prompt], count)
-    assert reference.sharp_length() == count, "a near-tie would end the comparison: take another seed"
-    return reference
+    return model_of_long_sequences(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(name="expected", scope="module")
 def _expected(model: Path) -> Reference:
-    return reference_of(model, PROMPT, COUNT)
-
-
-@contextlib.contextmanager
-def two_tiers(model: Path, folder: Path, workers: int, **more: Any) -> Iterator[ProcessCluster]:
-    """A cluster of workers with a small arena and a larger one behind it."""
-    overrides = {
-        "attention.replicas": workers,
-        "attention.block_tokens": BLOCK_TOKENS,
-        "attention.arena": BEST_TOKENS * TOKEN_BYTES,
-        "attention.tiers": [{"device": "cpu", "arena": SLOW_TOKENS * TOKEN_BYTES}],
-        "attention.lease_ms": 3000,
-        "placement.shard_tokens": 128,
-        "placement.plan_interval_s": 0.0,
-        "controller.drain_grace_s": 60,
-        "telemetry.metrics_port": 0,
-    }
-    with process_cluster(model, folder, {**overrides, **more}) as cluster:
-        yield cluster
-
-
-class Stream:
-    """A greedy answer that is read when asked for."""
-
-    def __init__(self, client: Client, prompt: Sequence[int], tokens: int, name: str = "stream") -> None:
-        self.token_ids: list[int] = []
-        self._events = client.generate(
-            token_ids=prompt,
-            temperature=0.0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            deadline_s=120,
-            request_id=name,
-        )
-
-    def read(self, tokens: int) -> None:
-        """Go on until so many tokens are here."""
-        while len(self.token_ids) < tokens:
-            self.token_ids += getattr(next(self._events), "token_ids", ())
-
-    def cancel(self) -> None:
-        """Ask for no more."""
-        self._events.cancel()
-
-    def assert_ends_as(self, reference: Reference) -> None:
-        """Read the rest; token for token what the reference says."""
-        self.read(len(reference.tokens))
-        self.token_ids += [token for event in self._events for token in getattr(event, "token_ids", ())]
-        assert self.token_ids == list(reference.tokens)
-
-
-def used_tokens(cluster: ProcessCluster) -> Mapping[str, int]:
-    """How much of each arena sequences hold."""
-    accounts = {name: account.blocks for name, account in cluster.audits().items()}
-    return {
-        name: BLOCK_TOKENS * (blocks.capacity - blocks.free - blocks.sealed_cached)
-        for name, blocks in accounts.items()
-    }
-
-
-def moves(cluster: ProcessCluster) -> Moves:
-    """What moved so far; only a sequence that runs can."""
-    lines = (cluster.folder / "dense-0.log").read_text().splitlines()
-    events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-    return {(e["request_id"], e["peer"], e["target"]) for e in events if e["event"] == "moved"}
-
-
-def metrics(cluster: ProcessCluster, worker_id: str) -> str:
-    """What a process tells Prometheus."""
-    address = next(m.metrics_address for m in cluster.members() if m.worker_id == worker_id)
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        return str(answer.read().decode())
+    """What transformers says, whatever holds the cache."""
+    (reference,) = reference_tokens(model, [PROMPT], COUNT)
+    assert reference.sharp_length() == COUNT, "a near-tie would end the comparison: take another seed"
+    return reference
 
 
 def test_a_request_larger_than_the_best_tier_lies_in_both(
@@ -141,22 +65,10 @@ def test_a_request_larger_than_the_best_tier_lies_in_both(
 
 
 def test_blocks_move_between_tiers_while_decoding(model: Path, tmp_path: Path) -> None:
-    """Of a full first arena the planner lowers a part of the longest sequence, and when that has ended it
-    lifts what another one had to leave below; no token changes.
+    """A part of a full first arena goes below; when it has emptied, what had to lie there goes up; no token
+    changes. (Both arenas are in host memory; tests/gpu has one on a device.)
     """
-    prompt = random_prompt(200, seed=43)
-    reference = reference_of(model, prompt, 1400)
-    with two_tiers(model, tmp_path, 1, **{"placement.plan_interval_s": 0.1}) as cluster:
-        with cluster.client() as client:
-            long = Stream(client, random_prompt(500, seed=32), 1000, "long")
-            long.read(1)
-            stream = Stream(client, prompt, 1400)
-            stream.read(1)
-            wait_until(lambda: ("long", BEST, SLOW) in moves(cluster), WAIT_S)
-            long.cancel()
-            wait_until(lambda: ("stream", SLOW, BEST) in moves(cluster), WAIT_S)
-            stream.assert_ends_as(reference)
-        cluster.assert_nothing_leaks()
+    assert_moves_both_ways(model, tmp_path)
 
 
 def test_a_killed_process_takes_both_arenas_along(model: Path, expected: Reference, tmp_path: Path) -> None:
