@@ -28,7 +28,7 @@ Moves = set[tuple[str, str, str]]
 
 def model_of_long_sequences(folder: Path) -> Path:
     """A tiny model whose sequences may be longer than one arena."""
-    return tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=4096)
+    return tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=8192)
 
 
 @contextlib.contextmanager
@@ -108,14 +108,23 @@ def assert_moves_both_ways(model: Path, folder: Path, device: str = "cpu", **mor
     """One worker with an arena on a device and one in host memory. Of the full first one the planner lowers a
     part of the longest sequence; when that has ended it lifts what another one had to leave below. The
     other's tokens are the reference's.
+
+    The first arena is so large that the other one's growth alone never fills it: it can be lifted as long as
+    it runs.
     """
-    prompt, count = random_prompt(200, seed=43), 1400
+    prompt, count = random_prompt(1000, seed=48), 1000
     (reference,) = reference_tokens(model, [prompt], count, device)
     assert reference.sharp_length() >= count // 2, "take another seed: a near-tie ends the comparison"
-    overrides = {"attention.device": device, "dense.device": device, "placement.plan_interval_s": 0.1, **more}
-    with two_tiers(model, folder, 1, **overrides) as cluster:
+    overrides = {
+        "attention.device": device,
+        "attention.arena": 3000 * TOKEN_BYTES,
+        "attention.tiers": [{"device": "cpu", "arena": 4000 * TOKEN_BYTES}],
+        "dense.device": device,
+        "placement.plan_interval_s": 0.1,
+    }
+    with two_tiers(model, folder, 1, **overrides, **more) as cluster:
         with cluster.client() as client:
-            long = Stream(client, random_prompt(500, seed=32), 1000, "long")
+            long = Stream(client, random_prompt(3200, seed=32), 1000, "long")
             long.read(1)
             stream = Stream(client, prompt, count)
             stream.read(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cluster.perfmodel import Line
 from cluster.types import SequenceKey, WorkerId
@@ -19,7 +20,8 @@ from cluster.types import SequenceKey, WorkerId
 class ArenaView:
     """An attention worker's arena as last heard. `home`: the dense worker whose instance it belongs to; None
     where all dense workers share it. `read_tokens`: what its sequences have there, together; more than it
-    holds where they share blocks, which each of them reads. `tier`: of its process's arenas, 0 the best.
+    holds where they share blocks, which each of them reads. `tier`: of the arenas that the process in `slot`
+    has, 0 the best.
     """
 
     worker: WorkerId
@@ -28,6 +30,7 @@ class ArenaView:
     free_tokens: int
     read_tokens: int
     tier: int = 0
+    slot: str = ""
 
     @property
     def use(self) -> float:
@@ -74,7 +77,7 @@ class PlannerPolicy:
     """`full_use`: an arena fuller than this makes its instance a debtor before room runs out; none is filled
     beyond it by moves. `gain_least`: what a move must add to the tokens per second of those it concerns, as a
     share. `uneven_least`: difference in load between two arenas that is worth levelling. `moves_most`: of one
-    round.
+    round. `may_lend`: whether instances give to each other.
     """
 
     block_tokens: int
@@ -82,6 +85,7 @@ class PlannerPolicy:
     gain_least: float = 0.01
     uneven_least: float = 0.25
     moves_most: int = 8
+    may_lend: bool = True
 
 
 Held = Callable[[WorkerId], Mapping[SequenceKey, int]]
@@ -100,7 +104,7 @@ def plan(
     debtors.
     """
     round_ = _Round(instances, arenas, held, policy)
-    for worker in round_.debtors():
+    for worker in round_.debtors() if policy.may_lend else ():
         while len(round_.moves) < policy.moves_most and round_.relieve(worker):
             pass
     for improve in (round_.lower, round_.lift, round_.level):
@@ -144,7 +148,7 @@ class _Round:
         return True
 
     def lower(self) -> bool:
-        """Move what is too much for an arena to a slower tier of its home.
+        """Move what is too much for an arena to a slower tier of its home, of its own process if there is one.
 
         Placement fills the better tiers first. Context that only decoding reads is what a slower tier serves
         best; prompts to come, of which each row reads all that is before it, find room in the better one.
@@ -153,8 +157,7 @@ class _Round:
             for source in arenas.values():
                 below = [each for each in arenas.values() if each.tier > source.tier and self._lends(each)]
                 if below and source.use > self._policy.full_use:
-                    target = min(below, key=lambda arena: (arena.tier, -arena.free_tokens, arena.worker))
-                    if self._relax(source, target):
+                    if self._relax(source, min(below, key=partial(_preference, source))):
                         return True
         return False
 
@@ -164,7 +167,7 @@ class _Round:
             for target in arenas.values():
                 below = [each for each in arenas.values() if each.tier > target.tier and each.read_tokens]
                 if below and target.use <= self._policy.full_use - self._policy.uneven_least:
-                    source = max(below, key=lambda arena: (arena.tier, arena.read_tokens, arena.worker))
+                    source = max(below, key=lambda each: (each.tier, each.read_tokens, each.worker))
                     key, sizes = self._parts(source, target)
                     if key is not None and sizes:
                         self._note(Move(key, source.worker, target.worker, sizes[-1]), source, target)
@@ -266,6 +269,11 @@ class _Round:
             for home in busier
             if home in (None, instance.worker)
         )
+
+
+def _preference(source: ArenaView, target: ArenaView) -> tuple[object, ...]:
+    """Least is best: of slower tiers the next one, that of the same process, the roomiest."""
+    return target.tier, target.slot != source.slot, -target.free_tokens, target.worker
 
 
 def _instance_rate(instance: InstanceView, free_tokens: int, read_tokens: int) -> float:

@@ -27,14 +27,20 @@ def instance(index: int, running: int, waiting: int = 0, waiting_tokens: float =
 
 
 def arena(
-    index: int, home: int | None, free: int, capacity: int = 8192, read: int | None = None, tier: int = 0
+    index: int,
+    home: int | None,
+    free: int,
+    capacity: int = 8192,
+    read: int | None = None,
+    tier: int = 0,
+    slot: str = "",
 ) -> ArenaView:
     """An arena of one instance, or of all; unless told else, nothing in it is shared."""
     owner, read = (
         None if home is None else WorkerId(f"dense-{home}"),
         capacity - free if read is None else read,
     )
-    return ArenaView(WorkerId(f"attention-{index}"), owner, capacity, free, read, tier)
+    return ArenaView(WorkerId(f"attention-{index}"), owner, capacity, free, read, tier, slot)
 
 
 def held(**tokens: dict[str, int]) -> Cache:
@@ -160,6 +166,28 @@ def test_what_is_too_much_for_a_tier_goes_to_a_slower_one() -> None:
     assert 0.15 * 8192 <= move.tokens <= 1504
     left = [arena(0, None, free=move.tokens), arena(1, None, free=8192 - move.tokens, tier=1)]
     assert moves([SLOW], left, held(a0={"long": 4500, "short": 2192}, a1={"long": 1500})) == ()
+
+
+def test_a_process_keeps_what_it_lowers_while_it_has_room() -> None:
+    """Another process's arena of the same tier, however roomy, is taken only where the own one is full."""
+    arenas = [arena(0, None, free=0, slot="w0"), arena(2, None, 9000, 9000, tier=1, slot="w1")]
+    own = arena(1, None, free=4000, tier=1, slot="w0")
+    cache = held(a0={"a": 8192})
+    assert [move.target for move in moves([SLOW], [*arenas, own], cache)] == [own.worker]
+    full = arena(1, None, free=0, tier=1, slot="w0")
+    assert [move.target for move in moves([SLOW], [*arenas, full], cache)] == ["attention-2"]
+
+
+def test_instances_that_lend_nothing_keep_their_own_order() -> None:
+    """Nothing leaves a debtor for another instance; between its own tiers it moves."""
+    policy = PlannerPolicy(block_tokens=32, may_lend=False)
+    instances = [instance(0, running=2, waiting=11), instance(1, running=8)]
+    arenas = [arena(0, 0, free=0), arena(1, 0, free=4000, tier=1), arena(2, 1, free=8192)]
+    cache = held(a0={"long": 8192}, a1={"other": 4192})
+    found = plan(instances, arenas, lambda worker: cache.get(worker, {}), policy)
+    assert {(move.source, move.target) for move in found} == {("attention-0", "attention-1")}
+    lending = plan(instances, arenas, lambda worker: cache.get(worker, {}), POLICY)
+    assert "attention-2" in {move.target for move in lending}
 
 
 def test_a_better_tier_that_emptied_is_filled_again() -> None:
