@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from cluster.perfmodel import Line
 from cluster.types import SequenceKey, WorkerId
@@ -148,29 +147,31 @@ class _Round:
         return True
 
     def lower(self) -> bool:
-        """Move what is too much for an arena to a slower tier of its home, of its own process if there is one.
+        """Move what is too much for an arena to a slower tier of its home, in the same process if it can.
 
         Placement fills the better tiers first. Context that only decoding reads is what a slower tier serves
         best; prompts to come, of which each row reads all that is before it, find room in the better one.
         """
         for arenas in self._homes.values():
-            for source in arenas.values():
-                below = [each for each in arenas.values() if each.tier > source.tier and self._lends(each)]
-                if below and source.use > self._policy.full_use:
-                    if self._relax(source, min(below, key=partial(_preference, source))):
+            lending = [arena for arena in arenas.values() if arena.tier and self._lends(arena)]
+            lending.sort(key=lambda arena: (arena.tier, -arena.free_tokens, arena.worker))
+            for source in arenas.values() if lending else ():
+                if source.use > self._policy.full_use:
+                    target = _of_own_process(source, [each for each in lending if each.tier > source.tier])
+                    if target is not None and self._relax(source, target):
                         return True
         return False
 
     def lift(self) -> bool:
         """Move back to a better tier that has emptied. What has been lowered leaves it fuller than that."""
+        emptied = self._policy.full_use - self._policy.uneven_least
         for arenas in self._homes.values():
-            for target in arenas.values():
-                below = [each for each in arenas.values() if each.tier > target.tier and each.read_tokens]
-                if below and target.use <= self._policy.full_use - self._policy.uneven_least:
-                    source = max(below, key=lambda each: (each.tier, each.read_tokens, each.worker))
-                    key, sizes = self._parts(source, target)
-                    if key is not None and sizes:
-                        self._note(Move(key, source.worker, target.worker, sizes[-1]), source, target)
+            giving = [arena for arena in arenas.values() if arena.tier and arena.read_tokens]
+            giving.sort(key=lambda arena: (-arena.tier, -arena.read_tokens, arena.worker))
+            for target in arenas.values() if giving else ():
+                if target.use <= emptied:
+                    source = _of_own_process(target, [each for each in giving if each.tier > target.tier])
+                    if source is not None and self._fill(source, target):
                         return True
         return False
 
@@ -234,6 +235,14 @@ class _Round:
         self._note(Move(key, source.worker, target.worker, size), source, target)
         return True
 
+    def _fill(self, source: ArenaView, target: ArenaView) -> bool:
+        """As much of the longest sequence at `source` as the other arena's mark allows."""
+        key, sizes = self._parts(source, target)
+        if key is None or not sizes:
+            return False
+        self._note(Move(key, source.worker, target.worker, sizes[-1]), source, target)
+        return True
+
     def _parts(self, source: ArenaView, target: ArenaView) -> tuple[SequenceKey | None, list[int]]:
         """The longest sequence at `source` that did not move yet; how much of it might, smallest first."""
         held = {key: tokens for key, tokens in self._held(source.worker).items() if key not in self._moved}
@@ -271,9 +280,9 @@ class _Round:
         )
 
 
-def _preference(source: ArenaView, target: ArenaView) -> tuple[object, ...]:
-    """Least is best: of slower tiers the next one, that of the same process, the roomiest."""
-    return target.tier, target.slot != source.slot, -target.free_tokens, target.worker
+def _of_own_process(arena: ArenaView, others: Sequence[ArenaView]) -> ArenaView | None:
+    """The first of its own process, or else the first."""
+    return next((each for each in others if each.slot == arena.slot), next(iter(others), None))
 
 
 def _instance_rate(instance: InstanceView, free_tokens: int, read_tokens: int) -> float:

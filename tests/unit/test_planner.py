@@ -256,10 +256,22 @@ def test_a_plan_can_always_be_carried_out(cluster: tuple[list[InstanceView], lis
         assert used[target] <= POLICY.full_use * views[target].capacity_tokens + 1
 
 
-def test_a_round_over_a_thousand_workers_takes_a_moment() -> None:
-    """1,000 workers with 100 sequences each, many of them short of room: far below a heartbeat's interval."""
+@pytest.mark.parametrize("tiers", [1, 2])
+def test_a_round_over_a_thousand_workers_takes_a_moment(tiers: int) -> None:
+    """1,000 arenas with 100 sequences each, many of them short of room, or too full for their tier: far below
+    a heartbeat's interval.
+    """
     instances = [instance(index, 2, waiting=8) for index in range(500)]
-    arenas = [arena(index, index // 2, free=50 if index < 800 else 8000) for index in range(1000)]
+    arenas = [
+        arena(
+            index,
+            index // 2 if tiers == 1 else None,
+            free=50 if index < 800 else 8000,
+            tier=index % tiers,
+            slot=f"slot-{index // 2}",
+        )
+        for index in range(1000)
+    ]
     cache = {
         view.worker: {SequenceKey(f"{view.worker}-{number}"): 60 + number for number in range(100)}
         for view in arenas
