@@ -72,6 +72,22 @@ def ranges(placed: tuple[Placed, ...]) -> list[tuple[int, int]]:
     return [(item.shard.first, item.shard.end) for item in placed]
 
 
+def test_what_drains_goes_to_the_best_tier_that_has_room() -> None:
+    """Of the workers that have so much room: the best tier before the roomiest; none where nobody has it."""
+    table = MemberTable()
+    tiers = {"leaves": (0, 90), "fast": (0, 4), "roomier": (0, 6), "slow": (1, 50)}
+    members = [
+        AttentionMember(WorkerId(name), Epoch(1), "", 100, free, tier=tier)
+        for name, (tier, free) in tiers.items()
+    ]
+    table.update(members)
+    for member in members:
+        store = Store(member.worker, member.epoch, GEOMETRY, 100, 1000, ManualClock())
+        table.connected(member, LocalPeer(store, _no_session))
+    found = [table.roomiest(apart_from=WorkerId("leaves"), blocks=blocks) for blocks in (3, 5, 7, 51)]
+    assert found == ["roomier", "roomier", "slow", None]
+
+
 def test_a_range_spreads_over_workers_and_is_released_whole() -> None:
     """A long range becomes shards that touch, on several workers; a release frees them all."""
     workers = Workers(4, 4, 4)

@@ -11,7 +11,8 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import control_pb2, dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
 from anabranch.wire import sequence_key
 from cluster import rpc
-from cluster.config import Config, Serves
+from cluster.config import Config
+from cluster.config_values import Serves
 from cluster.perfmodel import Line
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.dense.admission import AdmissionLimits
