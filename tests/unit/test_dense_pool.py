@@ -18,8 +18,9 @@ from workers.dense.holders import Held, Holders
 from workers.dense.inbox import Inbox
 from workers.dense.members import AttentionMember, MemberTable
 from workers.dense.prefixes import BlockChain
-from workers.dense.rooms import Rooms, RoomWanted
+from workers.dense.rooms import PullWanted, Rooms, RoomWanted
 from workers.dense.sequences import Placed, wire_generation
+from workers.peer import ShardPrefix
 
 GEOMETRY = KvGeometry(
     layers=1, query_heads=1, kv_heads=1, head_size=8, dtype="float32", block_tokens=4, digest="tiny"
@@ -163,6 +164,21 @@ def test_renouncing_tells_whether_the_sequence_is_anothers() -> None:
     ours = workers.taken(WorkerId("w0"))
     with pytest.raises(Fenced):
         workers.rooms.renounce(KEY, ours)
+
+
+def test_what_a_new_life_will_hold_is_not_given_up_with_the_old() -> None:
+    """After a loss what the worker held under the generation that is void is taken; a copy that is expected
+    at its next life, under a higher one, stays: to release it would fence that generation.
+    """
+    workers = Workers(4)
+    (lost,) = workers.reserve(0, 4)
+    target = lost.shard.worker, Epoch(9)
+    wanted = PullWanted(KEY, Generation(2), 0, (1, 2), ShardPrefix(), lost, target, begins=True)
+    workers.rooms.expect_pull(wanted)
+    assert workers.holders.take_void(KEY, lost.shard.worker, lost.generation) is None
+    assert workers.taken(lost.shard.worker) == Held(*target, Generation(2))
+    workers.holders.put(KEY, Held(lost.shard.worker, lost.shard.epoch, lost.generation))
+    assert workers.holders.take_void(KEY, lost.shard.worker, lost.generation) is not None
 
 
 @pytest.mark.parametrize(

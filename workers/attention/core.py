@@ -119,13 +119,19 @@ class AttentionCore:
     def _look_after_store(self) -> None:
         given_s = monotonic()
         while not self._closing.wait(self._pause_s):
-            if 0 < self._give_back_s <= monotonic() - given_s:
-                given_s = monotonic()
-                self.give_back()
-            for key in self.store.expire():
-                _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
-            self.account = self.store.account()
-            self.journal.holds(self.store.blocks_held())
+            try:
+                if 0 < self._give_back_s <= monotonic() - given_s:
+                    given_s = monotonic()
+                    self.give_back()
+                self._expire()
+            except Exception as error:  # noqa: BLE001  a bug must be seen, and not keep every later lease
+                _log.error("store_care_failed", error=error)
+
+    def _expire(self) -> None:
+        for key in self.store.expire():
+            _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
+        self.account = self.store.account()
+        self.journal.holds(self.store.blocks_held())
 
 
 def _kernel(name: str, tier: TierConfig) -> Kernel:
