@@ -26,7 +26,9 @@ def chaos(
         float, typer.Option(help="Share of what the fleet can serve, measured first.", min=0.01, max=1.0)
     ] = 0.25,
     faults: Annotated[int | None, typer.Option(help="No more faults than this in each run.", min=0)] = None,
-    kinds: Annotated[str, typer.Option(help="Of kill, freeze, cut, separated by commas.")] = _KINDS,
+    kinds: Annotated[
+        str, typer.Option(help="Of kill, freeze, cut, separated by commas; lost capacity is always killed.")
+    ] = _KINDS,
     lost_capacity: Annotated[
         bool, typer.Option("--lost-capacity", help="Lose whole roles for some seconds, each in turn.")
     ] = False,
@@ -119,7 +121,7 @@ def _table(whole: dict[str, Any]) -> Table:
 
 def _losses_table(whole: dict[str, Any]) -> Table:
     """Per loss: what became of the requests that were open in it, and how soon those that waited went on."""
-    table = _headed(whole, "lost", "times", "requests", "failed", "waited", "next token p50, s", "p95, s")
+    table = _headed(whole, "lost", "times", "open", "failed", "waited", "next token p50, s", "p95, s")
     for name, loss in whole["losses"].items():
         failed = ", ".join(f"{count} {status}" for status, count in sorted(loss["failed"].items())) or "0"
         counts = str(loss["times"]), str(loss["requests"]), failed, str(loss["waited"])
@@ -131,7 +133,7 @@ def _headed(whole: dict[str, Any], first: str, *others: str) -> Table:
     table = Table(
         title=f"{whole['requests']} requests, load {whole['load_share_most']:.0%} of capacity at most"
     )
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right")
     return table

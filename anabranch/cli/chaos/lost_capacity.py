@@ -18,6 +18,9 @@ from anabranch.cli.chaos.strike import LOOK_S, open_streams
 EXCUSED = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 """What a request may fail with that was open while capacity was lost."""
 
+_ECHO_S = 5.0
+"""So long after the return a refusal may still reach a client, by the pauses on its way."""
+
 
 @dataclass(slots=True)
 class Lost:
@@ -39,6 +42,8 @@ class Lost:
 
     def excuses(self, answer: Answer) -> bool:
         """Whether it may have failed as it did. What it received before is judged all the same."""
+        if answer.status != "DEADLINE_EXCEEDED" and answer.ended_s > self.whole_s + _ECHO_S:
+            return False
         return self.touched(answer) and answer.status in EXCUSED
 
 

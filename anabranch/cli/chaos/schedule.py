@@ -22,7 +22,7 @@ _OUTPUT_TOKENS = (16, 160)
 _PREFIX_TOKENS = 48
 _SHARED_SHARE = 0.25
 _RUSH = 48
-_AWAY_S = (2.0, 6.0)
+_AWAY_S = (2.0, 9.0)
 
 
 @dataclass(frozen=True, slots=True)
