@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -45,3 +47,11 @@ def test_lost_capacity_costs_time_and_errors_but_no_token(tmp_path: Path) -> Non
     assert len(report["losses"]) == 4
     assert all(loss["requests"] > 0 for loss in report["losses"])
     assert sum(len(loss["next_token_s"]) for loss in report["losses"]) > 0
+
+
+def test_a_failure_is_the_status_of_the_command() -> None:
+    """A run that proves nothing, since nobody was struck, fails; and so does the command."""
+    command = [sys.executable, "-m", "anabranch.cli", "chaos", "--requests", "1", "--faults", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "no fault struck" in ended.stdout, ended.stderr
+    assert ended.returncode == 1

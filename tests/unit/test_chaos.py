@@ -129,6 +129,18 @@ def test_errors_and_missing_tokens_are_failures() -> None:
     assert all("chaos-0-0" in failure for failure in report["failures"])
 
 
+def test_what_was_given_up_says_why_and_nothing_else() -> None:
+    """A fleet that did not recover is the failure; requests that had not ended by then are none."""
+    requests = [_request(number) for number in range(2)]
+    calm = [_answer(request, [1, 2, 3, 4]) for request in requests]
+    struck = _struck("dense", "kill", 12.5)
+    course = Course(Settings(0), calm, [_answer(requests[1], [11, 12, 15, 16])], [struck])
+    course.problems.append("the machine is busy")
+    report = verdict(course, _never, TIE)
+    assert report["failures"] == ["the machine is busy"]
+    assert report["faults"][0]["extra_s"] == [pytest.approx(2.0)]
+
+
 def test_the_extra_silence_is_that_around_the_fault_beyond_the_own_calm_one() -> None:
     """A request's longest calm gap is subtracted from the gap in which the fault struck."""
     request = _request(0)

@@ -38,7 +38,7 @@ def chaos(
     keep: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep the processes' logs, in a folder per seed.")
     ] = None,
-) -> int:
+) -> None:
     """Kill, freeze and cut off processes of a small cluster under load, and compare every token.
 
     Two gateways, two dense and three attention workers on a tiny random model serve the same requests twice:
@@ -70,7 +70,7 @@ def chaos(
             json_file.write_text(json.dumps({"summary": summary(reports), "seeds": reports}, indent=1) + "\n")
     whole = summary(reports)
     console.print(_losses_table(whole) if lost_capacity else _table(whole))
-    return 1 if whole["failures"] else 0
+    raise typer.Exit(1 if whole["failures"] else 0)
 
 
 def _kinds(text: str) -> tuple[str, ...]:

@@ -163,6 +163,7 @@ class Fleet:
         """Until something holds of the fleet. Raises Unavailable when that takes too long."""
         end_s = monotonic() + _START_S
         while not holds():
+            self.look()
             if self._overloaded:
                 raise Unavailable(self._overloaded)
             if monotonic() > end_s:

@@ -49,7 +49,9 @@ class Settings:
 
 @dataclass(slots=True)
 class Course:
-    """How a run went; times are monotonic seconds."""
+    """How a run went; times are monotonic seconds. `disturbed` are the answers that ended: where the fleet
+    did not recover, the rest is nobody's failure.
+    """
 
     settings: Settings
     calm: list[Answer] = field(default_factory=list)
@@ -63,6 +65,10 @@ class Course:
     """The load's tokens per second, over what the fleet gave when it was asked for as much as it can."""
     clock_offset_s: float = 0.0
     """What to add to monotonic seconds for those of the logs."""
+
+    def calm_of(self) -> dict[str, Answer]:
+        """The undisturbed answers by the names of their requests."""
+        return {answer.request.name: answer for answer in self.calm}
 
 
 def configured(settings: Settings, folder: Path) -> Config:
@@ -111,6 +117,7 @@ async def run(settings: Settings, folder: Path, tell: Tell) -> Course:
             fleet.close()
         except Unavailable as error:
             course.problems.append(error.message)
+            course.disturbed = [answer for answer in course.disturbed if answer.ended_s]
         finally:
             fleet.kill_all()
             await orders.close()

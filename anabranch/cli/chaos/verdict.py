@@ -25,7 +25,7 @@ def verdict(course: Course, gap_at: Gap, near_tie: float) -> dict[str, Any]:
     """One seed's result. `failures` is empty where every promise held."""
     failures = list(course.problems)
     ties: list[dict[str, Any]] = []
-    calm_of = {answer.request.name: answer for answer in course.calm}
+    calm_of = course.calm_of()
     for disturbed in [*course.disturbed, *(answer for lost in course.lost for answer in lost.again)]:
         calm = calm_of[disturbed.request.name]
         is_excused = any(lost.excuses(disturbed) for lost in course.lost)
@@ -161,12 +161,13 @@ def _touched(course: Course, struck: Struck, events: Sequence[Mapping[str, Any]]
         },
     }[struck.fault.role]
     found: list[tuple[float, bool]] = []
-    for calm, disturbed in zip(course.calm, course.disturbed, strict=True):
+    calm_of = course.calm_of()
+    for disturbed in course.disturbed:
         silence = disturbed.silence_at(struck.at_s)
         if silence is not None:
             seconds, reopened = silence
             is_named = reopened if named is None else f"{disturbed.request.name}-chaos" in named
-            found.append((seconds - calm.longest_gap_s(), is_named))
+            found.append((seconds - calm_of[disturbed.request.name].longest_gap_s(), is_named))
     if any(is_named for _, is_named in found):
         return [extra_s for extra_s, is_named in found if is_named]
     return [extra_s for extra_s, _ in found]
