@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import yaml
 from pydantic.fields import FieldInfo
 
-from cluster.config import Config, parse_bytes
+from cluster.byte_sizes import parse_bytes
+from cluster.config import Config
 from cluster.config_section import Section
 
 _WIDTH = 100

@@ -77,7 +77,7 @@ class RoleContext:
         base = self.config.telemetry.metrics_port
         if base is None:
             return ""
-        wanted = base + _METRICS_OFFSET[self.role] + self.index if base else 0
+        wanted = self.config.port(base, _METRICS_OFFSET[self.role] + self.index)
         try:
             port = serve_metrics(registry, host, wanted)
         except (OSError, OverflowError):  # taken, or beyond the last port

@@ -9,6 +9,7 @@ from anabranch.v1 import attention_pb2, attention_pb2_grpc, inference_pb2, kv_pb
 from cluster import rpc
 from cluster.config import Config
 from cluster.telemetry import logger
+from cluster.policies.instances import slot_number
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.core import AttentionCore
 from workers.attention.kv_service import COPIES_MOST, KvService, account_message
@@ -46,7 +47,8 @@ class AttentionWorker:
         self._epoch = epoch
         # A gRPC lane occupies a thread of the server for as long as it is open.
         self._server = rpc.server(_UNARY_THREADS + config.attention.max_lanes)
-        self.port = rpc.bind(self._server, config.attention.host, 0, config.security)
+        wanted = config.port(config.attention.port, slot_number(worker))
+        self.port = rpc.bind(self._server, config.attention.host, wanted, config.security)
         self._health = health.HealthServicer()
         self._core: AttentionCore | None = None
         self.lanes = LaneServer(config.attention.max_lanes, _STALL_S, spin_s=spin_s)
