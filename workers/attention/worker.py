@@ -8,8 +8,8 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import attention_pb2, attention_pb2_grpc, inference_pb2, kv_pb2, kv_pb2_grpc
 from cluster import rpc
 from cluster.config import Config
-from cluster.telemetry import logger
 from cluster.policies.instances import slot_number
+from cluster.telemetry import logger
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.core import AttentionCore
 from workers.attention.kv_service import COPIES_MOST, KvService, account_message
