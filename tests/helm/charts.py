@@ -46,4 +46,5 @@ def config_text(objects: Sequence[Manifest]) -> str:
 
 def selects(selector: Mapping[str, str], pod: Manifest) -> bool:
     """Whether labels select a pod."""
-    return selector.items() <= pod["metadata"]["labels"].items()
+    labels: dict[str, str] = pod["metadata"]["labels"]
+    return selector.items() <= labels.items()

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
+from anabranch.gateways import HEALTH_CHECK
 from tests.helm.charts import ROOT, Manifest, config_text, selects
 from tests.system.hosts import Host
 
 _STARTED_S = 90.0
 _LOOK_S = 0.1
 
-# $1 is the new root, $2 the user, then SOURCE:PLACE:ro|rw up to --, then the command. What an image would hold
-# is bound from this machine: system, interpreter, checkout.
+# $1 is the new root, $2 the user, then SOURCE:PLACE:ro|rw up to --, then the command. What an image would
+# hold is bound from this machine: system, interpreter, checkout.
 _ENTER = r"""
 set -e
 root=$1; user=$2; shift 2
@@ -169,10 +170,10 @@ class Node:
         """Ask a probe once."""
         asked: Mapping[str, Any] = pod.container[kind]["grpc"]
         with grpc.insecure_channel(f"{pod.host.address}:{asked['port']}") as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+            check = channel.unary_unary(*HEALTH_CHECK)
             request = health_pb2.HealthCheckRequest(service=asked.get("service", ""))
             try:
-                answer = stub.Check(request, timeout=pod.container[kind]["timeoutSeconds"])
+                answer = check(request, timeout=pod.container[kind]["timeoutSeconds"])
             except grpc.RpcError:
                 return False
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

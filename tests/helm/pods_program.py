@@ -1,6 +1,6 @@
 """Run on a host of the pods' network: a rendered release, started, asked, disturbed and ended.
 
-`python -m tests.helm.pods_program RENDERED MODEL FOLDER NAMESPACE=ADDRESS...`; the last line is JSON (`main`).
+`python -m tests.helm.pods_program RENDERED MODEL FOLDER NAMESPACE=ADDRESS...`; the last line is JSON.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def test_examples_in_the_tree_are_what_is_rendered(version: int, shape: str) -> 
 
 @pytest.mark.parametrize("kubernetes", [OLDEST, NEWEST])
 def test_kubernetes_knows_every_field(kubernetes: str) -> None:
-    """Strict validation in the oldest and the newest version; there are no schemas of the monitoring objects."""
+    """Strict validation in the oldest and the newest version; of monitoring objects there are no schemas."""
     program = str(Path(sys.executable).with_name("kubernetes-validate"))
     files = [str(EXAMPLES / shape / "rendered.yaml") for shape in SHAPES]
     command = [program, "--strict", "-k", kubernetes, *files]
