@@ -50,6 +50,4 @@ def run_alone(config: Config, address: str, stop: threading.Event) -> None:
 
 
 def _refuse(_grace_ms: int) -> None:
-    raise InvalidRequest(
-        "this controller stops nobody: stop the processes where they were started"
-    )
+    raise InvalidRequest("this controller stops nobody: stop the processes where they were started")
