@@ -71,6 +71,7 @@ class DenseConfig(Section):
     replicas: int = Field(1, ge=1, le=1024, description="Dense workers.")
     device: Device = Field("cpu", description="cpu or cuda.")
     host: str = Field("127.0.0.1", description="Address the server for gateways binds.")
+    port: Port = Field(0, description="gRPC; 0 draws a free one; replica i adds i.")
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     micro_batches: Literal["auto", 1, 2] = Field(
@@ -126,6 +127,7 @@ class AttentionConfig(Section):
     )
     device: Device = Field("cpu", description="cpu or cuda.")
     host: str = Field("127.0.0.1", description="Address the servers for dense workers and lanes bind.")
+    port: Port = Field(0, description="gRPC; 0 draws a free one; replica i adds i.")
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
@@ -182,6 +184,10 @@ class PlacementConfig(Section):
     )
     attention_label: str | None = Field(
         None, description="key=value a node must carry to hold attention workers."
+    )
+    own_addresses: bool = Field(
+        False,
+        description="Every process has a network address to itself, as a pod has: nothing is added to ports.",
     )
     exclusive: bool = Field(False, description="Demand the custom resources anabranch_dense, ... of a node.")
     timeout_s: float = Field(
@@ -347,6 +353,10 @@ class Config(Section):
     def roles_share_machine(self) -> bool:
         """Whether dense and attention workers can only be reached from their own machine."""
         return all(is_loopback(host) for host in (self.attention.host, self.dense.host))
+
+    def port(self, first: int, further: int) -> int:
+        """The port of a process that is `further` behind the first of its kind, or 0 to draw one."""
+        return first + further if first and not self.placement.own_addresses else first
 
     @property
     def digest(self) -> str:

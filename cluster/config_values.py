@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+_TEXT = rf"^\d+(\.\d+)? *({'|'.join(filter(None, _UNITS))})?$"
 
 
 def parse_bytes(value: object) -> object:
@@ -23,7 +25,12 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    Field(ge=0),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": _TEXT}]}),
+]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Device = Literal["cpu", "cuda"]
 Cores = Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...]

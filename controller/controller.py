@@ -324,7 +324,7 @@ class Controller:
             return None
         index = next(slot.index for slot in self._slots if slot.worker_id == member.worker_id)
         scheme = "https" if self._config.security.tls.enabled else "http"
-        return f"{scheme}://{member.address.rpartition(':')[0]}:{port + index}"
+        return f"{scheme}://{member.address.rpartition(':')[0]}:{self._config.port(port, index)}"
 
 
 def _slot_message(slot: Slot) -> control_pb2.Slot:

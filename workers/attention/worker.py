@@ -8,6 +8,7 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import attention_pb2, attention_pb2_grpc, inference_pb2, kv_pb2, kv_pb2_grpc
 from cluster import rpc
 from cluster.config import Config
+from cluster.policies.instances import slot_number
 from cluster.telemetry import logger
 from cluster.types import Epoch, KvGeometry, WorkerId, member_name
 from workers.attention.core import AttentionCore
@@ -51,7 +52,9 @@ class AttentionWorker:
         self._epoch = epoch
         # A gRPC lane occupies a thread of the server for as long as it is open.
         self._server = rpc.server(_UNARY_THREADS + config.attention.max_lanes)
-        self.port = rpc.bind(self._server, config.attention.host, 0, config.security)
+        first = config.port(config.attention.port, slot_number(slot) * len(config.attention.every_tier))
+        wanted = first + tier if first else 0
+        self.port = rpc.bind(self._server, config.attention.host, wanted, config.security)
         self._health = health.HealthServicer()
         self._core: AttentionCore | None = None
         self.lanes = LaneServer(config.attention.max_lanes, _STALL_S, spin_s=spin_s)

@@ -14,6 +14,7 @@ from cluster import rpc
 from cluster.config import Config
 from cluster.config_values import Serves
 from cluster.perfmodel import Line
+from cluster.policies.instances import slot_number
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
@@ -88,7 +89,8 @@ class DenseWorker:
             ),
         )
         self._server = rpc.server(_THREADS)
-        self.port = rpc.bind(self._server, config.dense.host, 0, config.security)
+        wanted = config.port(config.dense.port, slot_number(worker))
+        self.port = rpc.bind(self._server, config.dense.host, wanted, config.security)
         self._health = health.HealthServicer()
 
     def start(self) -> None:
