@@ -19,6 +19,7 @@ from cluster.config_section import Section
 from cluster.config_values import Bytes, Cores, Device, Port, Serves
 from cluster.errors import ConfigError
 from cluster.registry.settings import RegistryConfig
+from cluster.telemetry_settings import TelemetryConfig
 
 _CORES = "Cores the role's processes are kept on; auto: own ones where roles share a machine; []: any."
 
@@ -271,22 +272,6 @@ class SecurityConfig(Section):
     insecure: bool = Field(False, description="Allow plain text beyond loopback.")
     api_keys_file: str | None = Field(
         None, description="YAML: key -> {tenant, salt, max_streams, max_tokens}."
-    )
-
-
-class TelemetryConfig(Section):
-    """Logs and metrics."""
-
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least level written."
-    )
-    log_format: Literal["json", "text"] = Field(
-        "json", description="One JSON object or one text line per event."
-    )
-    metrics_port: Port | None = Field(
-        None,
-        description="Prometheus: gateway i adds i, controller 99, dense i 100 + i, attention i 2000 + i. A "
-        "taken port is replaced by a free one; `anabranch status --json` names it. 0 draws one; null is off.",
     )
 
 

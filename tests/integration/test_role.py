@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from cluster.config import Config, TelemetryConfig
+from cluster.config import Config
 from cluster.errors import Unavailable
+from cluster.telemetry_settings import TelemetryConfig
 from cluster.types import WorkerId, draw_epoch
 from workers import role
 from workers.role import RoleContext
