@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.metadata
+import os
+import platform
 import secrets
 import time
 import uuid
@@ -41,7 +44,7 @@ class Measurement:
         self._scenario = scenario
         self._settings = settings
         self.endpoint = asyncio.run(_ask(target))
-        self._target = dataclasses.replace(target, model=self.endpoint.model)
+        self.target = dataclasses.replace(target, model=self.endpoint.model)
         # Contents are new in each run: what a server has cached of an earlier one would flatter this one.
         self._content_seed = secrets.randbits(32)
         vocabulary = self.endpoint.vocabulary or settings.vocabulary
@@ -55,7 +58,7 @@ class Measurement:
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         pool = SenderPool(
             self.plan,
-            self._target,
+            self.target,
             self._source,
             senders=self._settings.senders,
             run_id=f"load-{uuid.uuid4().hex[:8]}",
@@ -95,8 +98,10 @@ class Measurement:
             for name, value in dataclasses.asdict(self._scenario).items()
         }
         return {
-            "backend": "openai" if self._target.url else "anabranch",
-            "endpoint": self._target.place,
+            "version": importlib.metadata.version("anabranch"),
+            "client": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+            "backend": "openai" if self.target.url else "anabranch",
+            "endpoint": self.target.place,
             "model_id": self.endpoint.model,
             "senders": self._settings.senders,
             "objectives_ms": dict(self._settings.objectives.bounds_ms),

@@ -71,6 +71,22 @@ FIGURES = {
     "warnings": "what makes figures doubtful",
 }
 
+SETTING = {
+    "date": "when the run began",
+    "version": "of the load generator",
+    "client": "machine of the load generator",
+    "backend": "API that was spoken",
+    "endpoint": "where requests went",
+    "model_id": "model that answered",
+    "senders": "processes that sent",
+    "objectives_ms": "latencies a good request keeps",
+    "scenario": "options of the load",
+    "content_seed": "seed of the prompts' contents, new in each run",
+    "workload": "the plan in one glance",
+    "notes": "what was changed on the way from what was asked for",
+}
+"""What a run was, beside its figures."""
+
 _SLO_KEYS = ("ttft", "tpot", "e2el")
 _STAY_SHARE = 0.1
 _LAG_S, _LAG_SHARE = 0.005, 0.05
@@ -154,8 +170,8 @@ def summarize(records: Sequence[Record], facts: Facts) -> Summary:
 
 def definition(key: str) -> str:
     """What a key of a summary means."""
-    if key in FIGURES:
-        return FIGURES[key]
+    if meaning := FIGURES.get(key) or SETTING.get(key):
+        return meaning
     statistic, _, rest = key.partition("_")
     name = rest.removesuffix("_ms")
     if name in LATENCIES:

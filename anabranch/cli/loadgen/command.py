@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import options as o
+from anabranch.cli.loadgen.reporting import report, write_page
 from anabranch.cli.loadgen.table import print_summary
 from anabranch.cli.loadgen.watching import LiveLine
 from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile, reach
@@ -23,8 +25,9 @@ from cluster.signals import Interrupts
 from loadgen import fits, traces
 from loadgen.drivers.interface import Target
 from loadgen.measurement import Measurement, Settings
+from loadgen.members import MemberWatch
 from loadgen.metrics import Objectives, Summary
-from loadgen.pool import StopSwitch
+from loadgen.pool import StopSwitch, Watcher
 from loadgen.prompts import PromptKind
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
@@ -41,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(report)
 
 
 @app.command()
@@ -80,7 +84,7 @@ def run(
     """Send requests as planned by a seed, and print latencies, rates, and how straight the ruler was.
 
     Ctrl-C hangs up and reports what there is. Every request is a line of OUT/requests.jsonl, every stage one
-    of OUT/summary.jsonl, under the keys of `vllm bench serve`.
+    of OUT/summary.jsonl, under the keys of `vllm bench serve`; OUT/report.html shows it all.
 
     \b
     anabranch loadgen run --rate 2 --duration 60 --prompt 256 --output 64
@@ -132,12 +136,24 @@ def _measure(measurement: Measurement, out: Path | None) -> int:
         errors.status("starting the senders") as status,
         _stopping(stop),
     ):
-        summaries = measurement.run(LiveLine(errors, status), stop, results.add)
+        with _watching(LiveLine(errors, status), measurement.target, results) as watcher:
+            summaries = measurement.run(watcher, stop, results.add)
         results.sum_up(summaries)
     for summary in summaries:
         print_summary(console, summary)
-    console.print(f"\nwritten to {folder}", highlight=False, markup=False)
+    page = write_page(folder)
+    console.print(f"\nwritten to {folder}; look at {page}", highlight=False, markup=False)
     return INTERRUPTED_STATUS if measurement.was_stopped else _status(summaries)
+
+
+@contextlib.contextmanager
+def _watching(watcher: Watcher, target: Target, results: ResultsFolder) -> Iterator[Watcher]:
+    """The same watcher and, where there is a cluster to ask, samples of its members for the results."""
+    if target.url:
+        yield watcher
+        return
+    with contextlib.closing(MemberWatch.over(watcher, target, results.add_sample)) as both:
+        yield both
 
 
 def _stopping(stop: StopSwitch) -> Interrupts:
