@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 from loadgen import scenario as scenarios
+from loadgen.cost import Bill, priced
 from loadgen.drivers.interface import Endpoint, Target
 from loadgen.drivers.opening import open_driver
 from loadgen.metrics import Facts, Objectives, Summary, summarize
@@ -34,6 +35,8 @@ class Settings:
     objectives: Objectives = field(default_factory=Objectives)
     vocabulary: int | None = None
     """Token ids to draw from, where the endpoint does not tell."""
+    bill: Bill | None = None
+    """What is paid for, where costs are wanted."""
 
 
 class Measurement:
@@ -71,7 +74,9 @@ class Measurement:
             pool.close()
         self.was_stopped = stop.is_set
         head = {"date": began, **self._description()}
-        return [{**head, **summarize(records, self._facts(course))} for course in courses]
+        summaries = [{**head, **summarize(records, self._facts(course))} for course in courses]
+        bill = self._settings.bill
+        return priced(records, summaries, bill) if bill else summaries
 
     def _context(self) -> int:
         known = [value for value in (self._scenario.context, self.endpoint.context) if value is not None]

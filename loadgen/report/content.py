@@ -139,6 +139,10 @@ def headlines(title: str, summary: Summary) -> CardGroup:
         if key != "request_goodput" or summary[key] is not None:
             tail = f" · p99 {text(summary[_TAILS[key]])}" if key in _TAILS else ""
             cards.append(Card(name, key, text(summary[key]), unit + tail, definition(key)))
+    if summary.get("usd_per_mtok") is not None:
+        value, rate = text(summary["usd_per_mtok"]), text(summary["tokens_per_usd"])
+        meaning = definition("usd_per_mtok")
+        cards.append(Card("Cost", "usd_per_mtok", f"${value}", f"/Mtok · {rate} tokens/$", meaning))
     return CardGroup(title, tuple(cards))
 
 

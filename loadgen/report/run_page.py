@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loadgen.cost import PARTS
 from loadgen.members import Sample
-from loadgen.metrics import ROLES, Summary
+from loadgen.metrics import COSTS, ROLES, Summary
 from loadgen.records import Outcome, Record
 from loadgen.report.content import Bar, Content, Part, Section, Table, figures, headlines, text
+from loadgen.report.plot import Line, Plot, Style
 from loadgen.report.series import distributions, latencies, over_time
 from loadgen.results import Run
 
@@ -45,6 +47,7 @@ def run_page(run: Run) -> Content:
                     "Latencies", tables=_latency_tables(run.summaries), plots=tuple(distributions(samples))
                 ),
                 Section("Over time", plots=tuple(over_time(run))),
+                _cost(run.summaries),
                 _by_role(run.summaries),
                 _failures(run.records),
             )
@@ -92,6 +95,43 @@ def _latency_tables(summaries: Sequence[Summary]) -> tuple[Table, ...]:
         for summary in summaries
     ]
     return (Table(("milliseconds", *_STATISTICS), tuple(rows)),) if rows else ()
+
+
+def _cost(summaries: Sequence[Summary]) -> Section:
+    """Only where a shape was given; the frontier needs stages to compare."""
+    known = [summary for summary in summaries if summary.get("usd_per_mtok") is not None]
+    if not known:
+        return Section("Cost")
+    bars = tuple(_cost_bar(summary) for summary in known if summary["usd_per_mtok_idle"] is not None)
+    keys = [key for key in COSTS if key not in ("shape", "prices")]
+    rows = tuple((key.replace("_", " "), *(text(summary[key]) for summary in known)) for key in keys)
+    prices = "; ".join(f"{kind}: {told}" for kind, told in known[0]["prices"].items())
+    points = tuple(
+        Line(s["stage"], (s["mean_tpot_ms"],), (s["usd_per_mtok"],), Style.POINTS)
+        for s in known
+        if s["mean_tpot_ms"] is not None
+    )
+    frontier = Plot(
+        "Cost frontier",
+        "a stage each: what a million tokens cost, and what a user waits for each",
+        "mean TPOT, milliseconds",
+        "$ / million tokens",
+        points,
+    )
+    return Section(
+        "Cost",
+        f"{known[0]['shape']} · {prices}",
+        bars,
+        (Table(("US dollars", *(summary["stage"] for summary in known)), rows),),
+        (frontier,) if len(points) > 1 else (),
+    )
+
+
+def _cost_bar(summary: Summary) -> Bar:
+    whole = summary["usd_per_mtok"]
+    values = {part: summary[f"usd_per_mtok_{part}"] for part in PARTS}
+    parts = tuple(Part(name, value / whole, f"${text(value)}") for name, value in values.items())
+    return Bar(f"${text(whole)} a million tokens, {summary['stage']}", parts)
 
 
 def _by_role(summaries: Sequence[Summary]) -> Section:

@@ -77,6 +77,8 @@ def run(
     text: o.Text = False,
     vocabulary: o.Vocabulary = None,
     slo: o.Slo = "",
+    shape: o.Shape = "",
+    prices: o.PricesFile = None,
     senders: o.Senders = 2,
     seed: o.LoadSeed = 0,
     out: o.Out = None,
@@ -91,6 +93,7 @@ def run(
     anabranch loadgen run --workload azure-conv --rate 0.5 --context 2048 --warm-up 10
     anabranch loadgen run --concurrency 1,4,16 --requests 64 --prompt uniform:64:512
     anabranch loadgen run --trace-file conversation_trace.jsonl --length-scale 0.05 --duration 300
+    anabranch loadgen run --rate 2 --slo ttft:500,tpot:50 --shape dense=1xh100,attention=2xh20
     anabranch loadgen run --openai http://127.0.0.1:8000 --text --rate 2
     """
     is_text = text or (openai is not None and vocabulary is None)
@@ -105,7 +108,7 @@ def run(
     else:
         addresses, tls = (), TlsConfig(authority=str(authority) if authority else None)
     target = Target(addresses, openai or "", model, api_key, tls, timeout_s, ignore_eos=not honour_eos)
-    settings = Settings(senders, Objectives.parse(slo), vocabulary)
+    settings = Settings(senders, Objectives.parse(slo), vocabulary, o.bill(shape, prices))
     raise typer.Exit(_measure(Measurement(scenario, target, settings), out))
 
 
