@@ -12,7 +12,7 @@ of a role work, if they are spread evenly:
 
     s(t) = mean(share_i) x min(n, N) / N,  0 where n = 0        busy = integral of s / T
 
-Network is money for devices that stood while bytes moved: of the dense devices, what lanes caused of `waited`,
+Network is money for devices that stood while bytes moved: of dense devices, what lanes caused of `waited`,
 waited x lane / (lane + attention); of the attention devices, all of `lane` that fits beside their work.
 Idle is the rest, so that
 

@@ -72,8 +72,6 @@ FIGURES = {
 }
 
 COSTS = {
-    "shape": "devices that are paid for, by role",
-    "prices": "of one device of each kind, with date and source",
     "allocated_usd": "price of all devices for the duration, whether busy or not",
     "used_usd": "the part of it in which devices worked or bytes moved: all but idle",
     "usd_per_mtok": "allocated_usd / million tokens in and out of completed requests",
@@ -105,6 +103,8 @@ SETTING = {
     "scenario": "options of the load",
     "content_seed": "seed of the prompts' contents, new in each run",
     "workload": "the plan in one glance",
+    "shape": "devices that are paid for, by role",
+    "prices": "of one device of each kind, with date and source",
     "notes": "what was changed on the way from what was asked for",
 }
 """What a run was, beside its figures."""

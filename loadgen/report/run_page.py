@@ -103,8 +103,7 @@ def _cost(summaries: Sequence[Summary]) -> Section:
     if not known:
         return Section("Cost")
     bars = tuple(_cost_bar(summary) for summary in known if summary["usd_per_mtok_idle"] is not None)
-    keys = [key for key in COSTS if key not in ("shape", "prices")]
-    rows = tuple((key.replace("_", " "), *(text(summary[key]) for summary in known)) for key in keys)
+    rows = tuple((key.replace("_", " "), *(text(summary[key]) for summary in known)) for key in COSTS)
     prices = "; ".join(f"{kind}: {told}" for kind, told in known[0]["prices"].items())
     points = tuple(
         Line(s["stage"], (s["mean_tpot_ms"],), (s["usd_per_mtok"],), Style.POINTS)

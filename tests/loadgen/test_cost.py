@@ -66,8 +66,8 @@ def test_cost_by_hand(tmp_path: Path) -> None:
     """A dense device at 1 cent a second and two of attention at half a cent in all, for ten seconds: 15 cents
     for 4,400 tokens.
 
-    Busy shares of the six seconds with requests: dense 1/2 of all six; attention 1/4, of one device in two for
-    the four seconds with one request and of both for the two with two: 1/4 x (4/2 + 2) = 1 s; network: dense
+    Busy in the six seconds with requests: dense 1/2 of all six; attention 1/4, of one device in two for the
+    four seconds with one request and of both for the two with two: 1/4 x (4/2 + 2) = 1 s; network: dense
     waits 0.75 x 0.5 / 1.5 / 4 = 1/16 of six seconds, attention 1/8 x 4 s.
     """
     found = _costs("dense=1xbig,attention=2xsmall", tmp_path)
@@ -111,7 +111,7 @@ def test_a_warm_up_keeps_devices_busy_and_its_tokens_do_not_count(tmp_path: Path
 
 
 def test_what_was_not_measured_is_not_made_up(tmp_path: Path) -> None:
-    """An endpoint without an account of its time has costs by allocation only, split by what the client saw."""
+    """An endpoint that tells no times has costs by allocation only, split by what the client saw."""
     blind = [dataclasses.replace(record, timings=None) for record in RECORDS]
     found = _costs("dense=1xbig", tmp_path, records=blind)
     assert found["usd_per_mtok_input"] == pytest.approx(0.1 / 4 / 4000e-6)

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import options as o
-from anabranch.cli.loadgen.reporting import report, write_page
-from anabranch.cli.loadgen.table import print_summary
+from anabranch.cli.loadgen.reporting import compare, report, write_page
+from anabranch.cli.loadgen.table import WIDTH, print_summary
 from anabranch.cli.loadgen.watching import LiveLine
 from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile, reach
 from cluster.clock import monotonic
@@ -32,9 +32,6 @@ from loadgen.prompts import PromptKind
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
 
-_WIDTH = 100
-"""A table narrower than this would cut its figures; a narrow terminal wraps it."""
-
 _ECHO_S = 1.0
 
 app = typer.Typer(
@@ -45,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(report)
+app.command()(compare)
 
 
 @app.command()
@@ -127,7 +125,7 @@ def fit(
 
 def _measure(measurement: Measurement, out: Path | None) -> int:
     console, errors = Console(), Console(stderr=True)
-    console.width = max(console.width, _WIDTH)
+    console.width = max(console.width, WIDTH)
     folder = out or Path(time.strftime("loadgen-%Y%m%d-%H%M%S"))
     plan = measurement.plan
     planned = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in plan.workload.items())

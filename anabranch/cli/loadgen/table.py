@@ -6,8 +6,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from loadgen.comparison import StagePair
 from loadgen.cost import PARTS
 from loadgen.metrics import PERCENTILES, ROLES, Summary
+from loadgen.report.comparison_page import interval
+
+WIDTH = 100
+"""A table narrower than this would cut its figures; a narrow terminal wraps it."""
 
 _LATENCIES = (
     ("TTFT", "ttft"),
@@ -33,6 +38,21 @@ def print_summary(console: Console, summary: Summary) -> None:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     for warning in summary["warnings"]:
         console.print(f"  warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_pair(console: Console, pair: StagePair) -> None:
+    """Figures of two stages, with what their difference is worth."""
+    console.print()
+    console.print(f"{pair.base}  against  {pair.other}", style="bold", highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=True)
+    table.add_column("figure")
+    for title in ("first", "other", "difference (95 %)"):
+        table.add_column(title, justify="right")
+    table.add_column("verdict")
+    for each in pair.differences:
+        figures = ("-" if value is None else f"{value:,.2f}" for value in (each.base, each.other))
+        table.add_row(each.key, *figures, interval(each), each.verdict)
+    console.print(table)
 
 
 def _lines(summary: Summary) -> list[str]:
