@@ -55,15 +55,12 @@ def _open(page: str, folder: Path) -> _Seen:
 
 
 def _asked(log: dict[str, Any]) -> list[str]:
-    """Addresses of all requests that the page began, whatever became of them: what the browser asks for itself
-    has no initiator.
+    """Addresses of all requests that the page began, whatever became of them: what the browser asks for
+    itself has no initiator.
     """
-    return [
-        event["params"]["url"]
-        for event in log["events"]
-        if "url" in event.get("params", {})
-        and event["params"].get("initiator", "not an origin") != "not an origin"
-    ]
+    told = [event["params"] for event in log["events"] if "url" in event.get("params", {})]
+    nobody = "not an origin"
+    return [params["url"] for params in told if params.get("initiator", nobody) != nobody]
 
 
 class _Figures(HTMLParser):
