@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.clock import Clock, monotonic
-from cluster.config import Config, Serves
+from cluster.config import Config
+from cluster.config_values import Serves
 from cluster.errors import Fenced, Internal, NeedFull
 from cluster.fault_points import reach
 from cluster.perfmodel import Line
