@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.metadata
+import os
+import platform
 import secrets
 import time
 import uuid
@@ -13,6 +16,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 from loadgen import scenario as scenarios
+from loadgen.cost import Bill, priced
 from loadgen.drivers.interface import Endpoint, Target
 from loadgen.drivers.opening import open_driver
 from loadgen.metrics import Facts, Objectives, Summary, summarize
@@ -31,6 +35,8 @@ class Settings:
     objectives: Objectives = field(default_factory=Objectives)
     vocabulary: int | None = None
     """Token ids to draw from, where the endpoint does not tell."""
+    bill: Bill | None = None
+    """What is paid for, where costs are wanted."""
 
 
 class Measurement:
@@ -41,7 +47,7 @@ class Measurement:
         self._scenario = scenario
         self._settings = settings
         self.endpoint = asyncio.run(_ask(target))
-        self._target = dataclasses.replace(target, model=self.endpoint.model)
+        self.target = dataclasses.replace(target, model=self.endpoint.model)
         # Contents are new in each run: what a server has cached of an earlier one would flatter this one.
         self._content_seed = secrets.randbits(32)
         vocabulary = self.endpoint.vocabulary or settings.vocabulary
@@ -55,7 +61,7 @@ class Measurement:
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         pool = SenderPool(
             self.plan,
-            self._target,
+            self.target,
             self._source,
             senders=self._settings.senders,
             run_id=f"load-{uuid.uuid4().hex[:8]}",
@@ -68,7 +74,9 @@ class Measurement:
             pool.close()
         self.was_stopped = stop.is_set
         head = {"date": began, **self._description()}
-        return [{**head, **summarize(records, self._facts(course))} for course in courses]
+        summaries = [{**head, **summarize(records, self._facts(course))} for course in courses]
+        bill = self._settings.bill
+        return priced(records, summaries, bill) if bill else summaries
 
     def _context(self) -> int:
         known = [value for value in (self._scenario.context, self.endpoint.context) if value is not None]
@@ -95,8 +103,10 @@ class Measurement:
             for name, value in dataclasses.asdict(self._scenario).items()
         }
         return {
-            "backend": "openai" if self._target.url else "anabranch",
-            "endpoint": self._target.place,
+            "version": importlib.metadata.version("anabranch"),
+            "client": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+            "backend": "openai" if self.target.url else "anabranch",
+            "endpoint": self.target.place,
             "model_id": self.endpoint.model,
             "senders": self._settings.senders,
             "objectives_ms": dict(self._settings.objectives.bounds_ms),

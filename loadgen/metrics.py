@@ -71,6 +71,44 @@ FIGURES = {
     "warnings": "what makes figures doubtful",
 }
 
+COSTS = {
+    "allocated_usd": "price of all devices for the duration, whether busy or not",
+    "used_usd": "the part of it in which devices worked or bytes moved: all but idle",
+    "usd_per_mtok": "allocated_usd / million tokens in and out of completed requests",
+    "usd_per_mtok_input": "the share of prefill in the seconds that requests were in the batch, of "
+    "allocated_usd / million prompt tokens, cached ones too",
+    "usd_per_mtok_output": "the share of decode in those seconds, of allocated_usd / million output tokens",
+    "used_usd_per_mtok": "used_usd / million tokens in and out",
+    "used_usd_per_mtok_input": "the share of prefill, of used_usd / million prompt tokens",
+    "used_usd_per_mtok_output": "the share of decode, of used_usd / million output tokens",
+    "usd_per_mtok_dense": "part of usd_per_mtok in which dense devices computed, as far as requests saw",
+    "usd_per_mtok_attention": "part in which attention was computed",
+    "usd_per_mtok_network": "part in which devices stood while lanes moved bytes",
+    "usd_per_mtok_idle": "part in which devices did neither: the rest",
+    "tokens_per_usd": "tokens in and out / allocated_usd",
+    "good_tokens_per_usd": "the same of requests that kept every objective given",
+    "usd_per_mtok_at_slo": "allocated_usd / million tokens of requests that kept every objective given",
+}
+"""Of `loadgen.cost`, where a shape is given."""
+
+SETTING = {
+    "date": "when the run began",
+    "version": "of the load generator",
+    "client": "machine of the load generator",
+    "backend": "API that was spoken",
+    "endpoint": "where requests went",
+    "model_id": "model that answered",
+    "senders": "processes that sent",
+    "objectives_ms": "latencies a good request keeps",
+    "scenario": "options of the load",
+    "content_seed": "seed of the prompts' contents, new in each run",
+    "workload": "the plan in one glance",
+    "shape": "devices that are paid for, by role",
+    "prices": "of one device of each kind, with date and source",
+    "notes": "what was changed on the way from what was asked for",
+}
+"""What a run was, beside its figures."""
+
 _SLO_KEYS = ("ttft", "tpot", "e2el")
 _STAY_SHARE = 0.1
 _LAG_S, _LAG_SHARE = 0.005, 0.05
@@ -154,8 +192,8 @@ def summarize(records: Sequence[Record], facts: Facts) -> Summary:
 
 def definition(key: str) -> str:
     """What a key of a summary means."""
-    if key in FIGURES:
-        return FIGURES[key]
+    if meaning := FIGURES.get(key) or COSTS.get(key) or SETTING.get(key):
+        return meaning
     statistic, _, rest = key.partition("_")
     name = rest.removesuffix("_ms")
     if name in LATENCIES:

@@ -15,7 +15,7 @@ from anabranch.v1 import inference_pb2
 from cluster.errors import InvalidRequest
 from loadgen.measurement import Measurement, Settings
 from loadgen.records import Outcome
-from loadgen.results import ResultsFolder, read_records, read_summaries
+from loadgen.results import PAGE, ResultsFolder, read_records, read_run, read_summaries
 from loadgen.scenario import Scenario
 from tests.loadgen.paced import MODEL, GrpcServer, OpenAiServer, Script
 from tests.loadgen.watching import Run
@@ -154,12 +154,27 @@ def test_a_real_cluster(tmp_path: Path) -> None:
     with process_cluster(model, tmp_path / "run", overrides) as cluster:
         done = _run(
             *("--address", _gateway(cluster), "--rate", "10", "--requests", "12", "--turns", "2"),
-            *("--prompt", "uniform:20:40", "--output", "6", "--out", "results"),
+            *(
+                "--prompt",
+                "uniform:20:40",
+                "--output",
+                "6",
+                "--out",
+                "results",
+                "--shape",
+                "dense=1xh100,attention=1xh20",
+            ),
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
         cluster.assert_nothing_leaks()
-    records = read_records(tmp_path / "results")
+    run = read_run(tmp_path / "results")
+    assert {sample.role for sample in run.samples} == {"gateway", "dense", "attention"}
+    assert all(sample.blocks > 0 for sample in run.samples if sample.role == "attention")
+    page = (tmp_path / "results" / PAGE).read_text()
+    assert "1 attention, 1 dense, 1 gateway" in page
+    assert run.summaries[0]["usd_per_mtok_idle"] > 0
+    records = run.records
     assert [record.outcome for record in records] == [Outcome.COMPLETED] * 12
     for record in records:
         assert (record.prompt_tokens, record.output_tokens) == (record.asked_prompt_tokens, 6)

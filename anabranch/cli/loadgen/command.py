@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from rich.console import Console
 
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import options as o
-from anabranch.cli.loadgen.table import print_summary
+from anabranch.cli.loadgen.reporting import compare, report, write_page
+from anabranch.cli.loadgen.table import WIDTH, print_summary
 from anabranch.cli.loadgen.watching import LiveLine
 from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile, reach
 from cluster.clock import monotonic
@@ -23,14 +25,12 @@ from cluster.signals import Interrupts
 from loadgen import fits, traces
 from loadgen.drivers.interface import Target
 from loadgen.measurement import Measurement, Settings
+from loadgen.members import MemberWatch
 from loadgen.metrics import Objectives, Summary
-from loadgen.pool import StopSwitch
+from loadgen.pool import StopSwitch, Watcher
 from loadgen.prompts import PromptKind
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
-
-_WIDTH = 100
-"""A table narrower than this would cut its figures; a narrow terminal wraps it."""
 
 _ECHO_S = 1.0
 
@@ -41,6 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(report)
+app.command()(compare)
 
 
 @app.command()
@@ -73,6 +75,8 @@ def run(
     text: o.Text = False,
     vocabulary: o.Vocabulary = None,
     slo: o.Slo = "",
+    shape: o.Shape = "",
+    prices: o.PricesFile = None,
     senders: o.Senders = 2,
     seed: o.LoadSeed = 0,
     out: o.Out = None,
@@ -80,13 +84,14 @@ def run(
     """Send requests as planned by a seed, and print latencies, rates, and how straight the ruler was.
 
     Ctrl-C hangs up and reports what there is. Every request is a line of OUT/requests.jsonl, every stage one
-    of OUT/summary.jsonl, under the keys of `vllm bench serve`.
+    of OUT/summary.jsonl, under the keys of `vllm bench serve`; OUT/report.html shows it all.
 
     \b
     anabranch loadgen run --rate 2 --duration 60 --prompt 256 --output 64
     anabranch loadgen run --workload azure-conv --rate 0.5 --context 2048 --warm-up 10
     anabranch loadgen run --concurrency 1,4,16 --requests 64 --prompt uniform:64:512
     anabranch loadgen run --trace-file conversation_trace.jsonl --length-scale 0.05 --duration 300
+    anabranch loadgen run --rate 2 --slo ttft:500,tpot:50 --shape dense=1xh100,attention=2xh20
     anabranch loadgen run --openai http://127.0.0.1:8000 --text --rate 2
     """
     is_text = text or (openai is not None and vocabulary is None)
@@ -101,7 +106,7 @@ def run(
     else:
         addresses, tls = (), TlsConfig(authority=str(authority) if authority else None)
     target = Target(addresses, openai or "", model, api_key, tls, timeout_s, ignore_eos=not honour_eos)
-    settings = Settings(senders, Objectives.parse(slo), vocabulary)
+    settings = Settings(senders, Objectives.parse(slo), vocabulary, o.bill(shape, prices))
     raise typer.Exit(_measure(Measurement(scenario, target, settings), out))
 
 
@@ -120,7 +125,7 @@ def fit(
 
 def _measure(measurement: Measurement, out: Path | None) -> int:
     console, errors = Console(), Console(stderr=True)
-    console.width = max(console.width, _WIDTH)
+    console.width = max(console.width, WIDTH)
     folder = out or Path(time.strftime("loadgen-%Y%m%d-%H%M%S"))
     plan = measurement.plan
     planned = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in plan.workload.items())
@@ -132,12 +137,24 @@ def _measure(measurement: Measurement, out: Path | None) -> int:
         errors.status("starting the senders") as status,
         _stopping(stop),
     ):
-        summaries = measurement.run(LiveLine(errors, status), stop, results.add)
+        with _watching(LiveLine(errors, status), measurement.target, results) as watcher:
+            summaries = measurement.run(watcher, stop, results.add)
         results.sum_up(summaries)
     for summary in summaries:
         print_summary(console, summary)
-    console.print(f"\nwritten to {folder}", highlight=False, markup=False)
+    page = write_page(folder)
+    console.print(f"\nwritten to {folder}; look at {page}", highlight=False, markup=False)
     return INTERRUPTED_STATUS if measurement.was_stopped else _status(summaries)
+
+
+@contextlib.contextmanager
+def _watching(watcher: Watcher, target: Target, results: ResultsFolder) -> Iterator[Watcher]:
+    """The same watcher and, where there is a cluster to ask, samples of its members for the results."""
+    if target.url:
+        yield watcher
+        return
+    with contextlib.closing(MemberWatch.over(watcher, target, results.add_sample)) as both:
+        yield both
 
 
 def _stopping(stop: StopSwitch) -> Interrupts:

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from cluster.errors import InvalidRequest
+from loadgen import prices
+from loadgen.cost import Bill
 from loadgen.scenario import DURATION_S, REQUESTS, ArrivalKind
 
-_TARGET, _LOAD, _WORKLOAD, _MEASURE = "Target", "Load", "Workload", "Measurement"
+_TARGET, _LOAD, _WORKLOAD, _MEASURE, _COST = "Target", "Load", "Workload", "Measurement", "Cost"
 
 OpenAi = Annotated[
     str | None,
@@ -158,6 +161,26 @@ Slo = Annotated[
         rich_help_panel=_MEASURE,
     ),
 ]
+Shape = Annotated[
+    str,
+    typer.Option(
+        metavar="ROLE=NxKIND[,...]",
+        help="What is paid for, for example dense=1xh100,attention=2xh20: shows what tokens cost.",
+        rich_help_panel=_COST,
+    ),
+]
+PricesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prices",
+        metavar="FILE",
+        help="TOML: a table for each kind with price_per_hour_usd, price_date and source; default: those of "
+        "the hardware catalogue, some of which are examples only.",
+        exists=True,
+        dir_okay=False,
+        rich_help_panel=_COST,
+    ),
+]
 Senders = Annotated[int, typer.Option(help="Processes that send.", min=1, max=64, rich_help_panel=_MEASURE)]
 LoadSeed = Annotated[
     int,
@@ -174,7 +197,16 @@ Out = Annotated[
     typer.Option(
         "--out",
         metavar="FOLDER",
-        help="New folder for requests.jsonl and summary.jsonl; default: loadgen-DATE-TIME.",
+        help="New folder for requests.jsonl, summary.jsonl and report.html; default: loadgen-DATE-TIME.",
         rich_help_panel=_MEASURE,
     ),
 ]
+
+
+def bill(shape: str, prices_file: Path | None) -> Bill | None:
+    """What --shape and --prices say; None without a shape. Raises InvalidRequest."""
+    if shape:
+        return Bill.parse(shape, prices.read(prices_file) if prices_file else prices.built_in())
+    if prices_file:
+        raise InvalidRequest("--prices needs a --shape: how many devices of which kind are paid for")
+    return None

@@ -6,7 +6,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from loadgen.comparison import StagePair
+from loadgen.cost import PARTS
 from loadgen.metrics import PERCENTILES, ROLES, Summary
+from loadgen.report.comparison_page import interval
+
+WIDTH = 100
+"""A table narrower than this would cut its figures; a narrow terminal wraps it."""
 
 _LATENCIES = (
     ("TTFT", "ttft"),
@@ -28,8 +34,25 @@ def print_summary(console: Console, summary: Summary) -> None:
     if summary["mean_decode_ms"] is not None:
         parts = ", ".join(f"{name} {summary[f'mean_{name}_ms']:,.1f}" for name in ROLES)
         console.print(f"  server, mean ms a request: {parts}", highlight=False, soft_wrap=True)
+    for line in _costs(summary):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     for warning in summary["warnings"]:
         console.print(f"  warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_pair(console: Console, pair: StagePair) -> None:
+    """Figures of two stages, with what their difference is worth."""
+    console.print()
+    console.print(f"{pair.base}  against  {pair.other}", style="bold", highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=True)
+    table.add_column("figure")
+    for title in ("first", "other", "difference (95 %)"):
+        table.add_column(title, justify="right")
+    table.add_column("verdict")
+    for each in pair.differences:
+        figures = ("-" if value is None else f"{value:,.2f}" for value in (each.base, each.other))
+        table.add_row(each.key, *figures, interval(each), each.verdict)
+    console.print(table)
 
 
 def _lines(summary: Summary) -> list[str]:
@@ -57,6 +80,30 @@ def _lines(summary: Summary) -> list[str]:
             f"{summary['littles_law_residual']:+.1%}"
         )
     return [*lines, f"busiest sender used {summary['client_cpu_share']:.0%} of a core"]
+
+
+def _costs(summary: Summary) -> list[str]:
+    """Nothing where no shape was given."""
+    if summary.get("usd_per_mtok") is None:
+        return []
+    lines = [
+        f"cost of {summary['shape']}: ${summary['usd_per_mtok']:,.4g} a million tokens, "
+        f"{summary['tokens_per_usd']:,.0f} tokens a dollar; "
+        f"input ${_money(summary['usd_per_mtok_input'])}, output ${_money(summary['usd_per_mtok_output'])}"
+    ]
+    if summary["used_usd_per_mtok"] is not None:
+        parts = ", ".join(f"{part} ${_money(summary[f'usd_per_mtok_{part}'])}" for part in PARTS)
+        lines.append(f"  of which {parts}; without idle ${_money(summary['used_usd_per_mtok'])}")
+    if summary["good_tokens_per_usd"] is not None:
+        lines.append(
+            f"  at the objectives ${_money(summary['usd_per_mtok_at_slo'])}, "
+            f"{summary['good_tokens_per_usd']:,.0f} tokens a dollar"
+        )
+    return lines
+
+
+def _money(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}"
 
 
 def _latencies(summary: Summary) -> Table:
