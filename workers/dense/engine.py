@@ -27,7 +27,7 @@ from workers.dense.prefixes import Find, PrefixIndex
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable, TableLimits
 from workers.dense.sequences import LiveSequence, Submission
-from workers.dense.settings import placement_policy, scheduler_limits
+from cluster.policies.settings import placement_policy, scheduler_limits
 from workers.dense.shard_keeper import ShardKeeper
 from workers.dense.step_layout import Chunk
 from workers.dense.step_runner import StepOutcome, StepRunner
