@@ -1,4 +1,4 @@
-"""The load of one stage on a virtual clock: sessions begin as `loadgen.sender` begins them, one record each turn."""
+"""The load of one stage on a virtual clock: sessions go as `loadgen.sender` lets them, with its records."""
 
 from __future__ import annotations
 
@@ -42,11 +42,14 @@ class StageClients:
     timeout_s: float
     keep: Callable[[Record], None]
     sent: int = 0
+    sessions_left: int = 0
+    """Those that are not over yet."""
     under_way: dict[SequenceKey, _Asked] = field(default_factory=dict)
     waiting: deque[Session] = field(default_factory=deque)
 
     def begin(self) -> None:
         """Schedule every session; of a closed loop, one for each user."""
+        self.sessions_left = len(self.stage.sessions)
         if self.stage.concurrency is None:
             for session in self.stage.sessions:
                 assert session.at_s is not None, "an open loop's sessions have moments"
@@ -62,7 +65,10 @@ class StageClients:
             self._keep(asked, Outcome.INTERRUPTED, "", self.timeline.now_s)
 
     def _next_session(self, due_s: float) -> None:
-        if self.waiting and not self._is_over(due_s):
+        if self._is_over(due_s):
+            self.sessions_left -= len(self.waiting)
+            self.waiting.clear()
+        elif self.waiting:
             self._begin_turn(self.waiting.popleft(), 0, due_s, 0)
 
     def _begin_turn(self, session: Session, turn: int, due_s: float, tokens_before: int) -> None:
@@ -91,12 +97,10 @@ class StageClients:
         outcome = Outcome.COMPLETED if error is None else Outcome.FAILED
         self._keep(asked, outcome, f"{error.reason}: {error.message}" if error else "", ended_s)
         turn = asked.turn + 1
-        if error is None and turn < len(asked.session.turns):
-            if not self._is_over(ended_s):
-                self._begin_turn(
-                    asked.session, turn, ended_s, asked.prompt_tokens + sequence.output_tokens
-                )
-                return
+        if error is None and turn < len(asked.session.turns) and not self._is_over(ended_s):
+            self._begin_turn(asked.session, turn, ended_s, asked.prompt_tokens + sequence.output_tokens)
+            return
+        self.sessions_left -= 1
         if self.stage.concurrency is not None:
             self._next_session(ended_s)
 

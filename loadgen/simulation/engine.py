@@ -166,7 +166,9 @@ class SimulatedEngine:
         for key in plan.expired:
             self._end(self._live[key], DeadlineExceeded("the request's deadline passed before it was done"))
         for key in plan.exhausted:
-            self._end(self._live[key], ResourceExhausted("no attention worker has room, and nobody gives way"))
+            self._end(
+                self._live[key], ResourceExhausted("no attention worker has room, and nobody gives way")
+            )
         for request in plan.room:
             moment_s = self._site.timeline.now_s + self._site.call_s
             self._site.timeline.at(moment_s, partial(self._hear, partial(self._answer, request)))

@@ -36,7 +36,9 @@ class Efficiencies:
     def __post_init__(self) -> None:
         shares = (self.flops, self.bandwidth, self.network, self.memory)
         if not all(0 < share <= 1 for share in shares):
-            raise InvalidRequest("efficiencies of flops, bandwidth, network and memory are above 0, at most 1")
+            raise InvalidRequest(
+                "efficiencies of flops, bandwidth, network and memory are above 0, at most 1"
+            )
         if min(self.round_trip_s, self.step_s) < 0 or not self.call_s > 0:
             raise InvalidRequest("round_trip_s and step_s are at least 0, call_s is above 0")
 
@@ -114,7 +116,7 @@ class Shape:
         if not self.holds_weights(model, efficiencies):
             raise InvalidRequest(
                 f"{self.dense} holds {self._dense_bytes(efficiencies) / 1e9:,.0f} GB for weights and cache; "
-                f"the model's weights are {model.weight_bytes / 1e9:,.1f} GB: give a dense worker more devices"
+                f"the weights are {model.weight_bytes / 1e9:,.1f} GB: give a dense worker more devices"
             )
         if self.attention is None:
             return self._dense_bytes(efficiencies) - model.weight_bytes

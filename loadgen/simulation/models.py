@@ -37,9 +37,7 @@ def resolve(name: str) -> SimulatedModel:
     folder = path.parent if path.name == "config.json" else path
     if (folder / "config.json").is_file():
         return of_spec(folder.resolve().name, ModelSpec.from_folder(folder))
-    raise InvalidRequest(
-        f"no model {name!r}: give a folder with a config.json, or one of {', '.join(known)}"
-    )
+    raise InvalidRequest(f"no model {name!r}: give a folder with a config.json, or one of {', '.join(known)}")
 
 
 def bundled() -> Mapping[str, SimulatedModel]:

@@ -22,7 +22,7 @@ from loadgen.simulation.tally import Tally
 from loadgen.simulation.timeline import Timeline
 
 LARGE: dict[str, Any] = {"dense.step_tokens": 2048, "dense.max_batch": 1024, "dense.max_waiting": 65536}
-"""Settings that suit accelerators, where nobody gives a configuration: its defaults are for small machines."""
+"""Settings that suit accelerators, for who gives no configuration: its defaults are for small machines."""
 
 STEP_TOKENS_ELSEWHERE = 65536
 """Where prompts cost nothing, a step's budget must not hold them up."""
@@ -136,7 +136,8 @@ class Simulation:
         )
         clients.begin()
         self.was_stopped = not self._timeline.run(
-            lambda: goes_on(Course(stage, self._timeline.now_s, clients.sent, len(clients.under_way)))
+            lambda: clients.sessions_left == 0,
+            lambda: goes_on(Course(stage, self._timeline.now_s, clients.sent, len(clients.under_way))),
         )
         clients.interrupt()
 

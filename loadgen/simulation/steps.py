@@ -1,9 +1,9 @@
 """How long a step takes on modelled hardware: the performance model's floors over efficiencies. Pure.
 
-Sources: Lamina, arXiv 2405.01814 (MTIME, ATIME, exchange, overlap, staggering). What the paper leaves to another
-cluster is counted here, since ours does it: prompts are computed in chunks beside decoding rows (Sarathi-Serve),
-whose tokens cost dense work, attend to their sequence's cache where it lies, and to each other in the dense
-worker. Exchange within a dense worker of several devices is not counted.
+Sources: Lamina, arXiv 2405.01814 (MTIME, ATIME, exchange, overlap, staggering). What the paper leaves to
+another cluster is counted here, since ours does it: prompts are computed in chunks beside decoding rows
+(Sarathi-Serve), whose tokens cost dense work, attend to their sequence's cache where it lies, and to each
+other in the dense worker. Exchange within a dense worker of several devices is not counted.
 """
 
 from __future__ import annotations
@@ -163,9 +163,11 @@ class StepModel:
         """Of a dense worker's devices together, and of an attention worker."""
         assert self.shape.attention is not None
         dense, attention = self.shape.dense.kind, self.shape.attention.kind
-        assert dense.network_bytes_per_s and attention.network_bytes_per_s, "see Shape"
+        assert dense.network_bytes_per_s is not None, "see Shape"
+        assert attention.network_bytes_per_s is not None, "see Shape"
         share = self.efficiencies.network
-        return share * dense.network_bytes_per_s * self.shape.dense.devices, share * attention.network_bytes_per_s
+        dense_rate = share * dense.network_bytes_per_s * self.shape.dense.devices
+        return dense_rate, share * attention.network_bytes_per_s
 
     def _reached(self, speed: DeviceSpeed) -> DeviceSpeed:
         return DeviceSpeed(

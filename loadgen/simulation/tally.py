@@ -39,7 +39,10 @@ class Tally:
         self.dense_s += times.dense_s
         self.lane_s += times.lane_s
         self.attention_s = [
-            a + b for a, b in zip(self.attention_s or [0.0] * len(times.attention_s), times.attention_s, strict=True)
+            a + b
+            for a, b in zip(
+                self.attention_s or [0.0] * len(times.attention_s), times.attention_s, strict=True
+            )
         ]
         self.used += used_share * wall_s
         self.used_most = max(self.used_most, used_share)

@@ -21,13 +21,15 @@ class Timeline:
         self._asked += 1
         heapq.heappush(self._events, (max(moment_s, self.now_s), self._asked, call))
 
-    def run(self, goes_on: Callable[[], bool]) -> bool:
-        """Until nothing is due any more; False where `goes_on`, asked now and then, ended it before."""
-        done = 0
-        while self._events:
+    def run(self, is_over: Callable[[], bool], goes_on: Callable[[], bool]) -> bool:
+        """Until it is over, which is asked before each event; False where `goes_on`, asked now and then,
+        ended it before. What was still to come is forgotten.
+        """
+        done, is_wanted = 0, True
+        while self._events and is_wanted and not is_over():
             self.now_s, _, call = heapq.heappop(self._events)
             call()
             done += 1
-            if done % _LOOKS_EVERY == 0 and not goes_on():
-                return False
-        return True
+            is_wanted = done % _LOOKS_EVERY != 0 or goes_on()
+        self._events.clear()
+        return is_wanted
