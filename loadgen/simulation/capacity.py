@@ -1,8 +1,8 @@
 """What a shape can do in steady state, in closed form: throughput, step time and what limits it. Pure.
 
 A batch of B rows decodes B tokens a step, and as many requests end as begin; where prompts are computed
-here, a step takes B / output x prompt of their tokens along. The cache holds as many sequences as fit at their
-mean length; B is a mean, and need not be whole. No queueing, no variance: the simulator has both.
+here, a step takes B / output x prompt of their tokens along. The cache holds as many sequences as fit at
+their mean length; B is a mean, and need not be whole. No queueing, no variance: the simulator has both.
 """
 
 from __future__ import annotations

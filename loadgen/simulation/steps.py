@@ -85,7 +85,9 @@ class StepModel:
         return self.shape.attention.devices if self.shape.attention else 1
 
     def times(self, work: Work) -> StepTimes:
-        """A step of this work."""
+        """A step of this work; nothing but the overhead where there is none."""
+        if not work.tokens:
+            return StepTimes(self.efficiencies.step_s, 0.0, (0.0,) * self.workers, 0.0, 1)
         attention_s = tuple(self._attention_s(work, worker) for worker in range(self.workers))
         slowest_s = max(attention_s)
         own_s = self._own_attention_s(work)

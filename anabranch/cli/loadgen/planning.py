@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,7 +28,7 @@ _DRAWN_REQUESTS = 5000
 
 Kinds = Annotated[
     str,
-    typer.Option(metavar="KIND[,...]", help="Only these kinds of hardware; default: all of the catalogue."),
+    typer.Option(metavar="KIND[,...]", help="Only this hardware; default: all of the catalogue."),
 ]
 Shown = Annotated[int, typer.Option(help="Shapes shown of each way.", min=1)]
 
@@ -54,8 +53,8 @@ def plan(
 ) -> None:
     """Search devices for dense work and for attention over the catalogue, and say whether to disaggregate.
 
-    In closed form, from rooflines and the means of the workload: at saturation, and at the largest batch whose
-    mean latencies keep --slo. Queues and tails are left out; `simulate` has them, for the shape of your choice.
+    In closed form, from rooflines and the means of the workload: at saturation, and at the largest batch
+    whose mean latencies keep --slo. Queues and tails are left out; `simulate` has them, for one shape.
 
     \b
     anabranch loadgen plan --model llama3-70b --trace azure-conv --slo tpot:60
@@ -105,11 +104,12 @@ def _print(console: Console, advice: Advice, setting: Setting, *, is_asked: bool
         highlight=False,
     )
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("shape", "$/h", "at saturation", "within the objectives", "limited by", "clusters", ""):
+    for column in ("shape", "$/h", "at saturation", "within the objectives", "limited by", "clusters"):
         table.add_column(column)
     for candidate in (*advice.homogeneous, *advice.disaggregated):
         table.add_row(*_row(candidate, traffic, is_asked=is_asked))
     console.print(table)
+    console.print("* cannot be deployed yet: a dense worker is one device today", highlight=False)
     if is_asked and traffic.rate is not None:
         console.print(
             f"clusters: how many the workload's own {traffic.rate:.2f} requests/s need", highlight=False
@@ -119,16 +119,16 @@ def _print(console: Console, advice: Advice, setting: Setting, *, is_asked: bool
 
 def _row(candidate: Candidate, traffic: Traffic, *, is_asked: bool) -> tuple[str, ...]:
     shape, clusters = candidate.shape, "-"
+    mark = "" if shape.is_deployable else " *"
     if is_asked and traffic.rate is not None:
         clusters = f"{traffic.rate * traffic.output_tokens / candidate.chosen.tokens_per_s:.2f}"
     return (
-        str(shape),
+        f"{shape}{mark}",
         f"{shape.price_per_hour_usd:.2f}",
         _point(candidate.saturated, traffic),
         "-" if candidate.within is None else _point(candidate.within, traffic),
         candidate.bottleneck,
         clusters,
-        "" if shape.is_deployable else "not deployable yet: a dense worker is one device",
     )
 
 
