@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
 from cluster.policies.settings import placement_policy, scheduler_limits
+from loadgen import scenario as scenarios
 from loadgen.metrics import Facts, Objectives, Summary, summarize
 from loadgen.plan import Plan, Stage
 from loadgen.records import Record
+from loadgen.scenario import Scenario
 from loadgen.simulation.clients import StageClients
 from loadgen.simulation.engine import AttentionQueues, SimulatedEngine, Site
 from loadgen.simulation.machines import Efficiencies, Shape
@@ -26,6 +31,9 @@ LARGE: dict[str, Any] = {"dense.step_tokens": 2048, "dense.max_batch": 1024, "de
 
 STEP_TOKENS_ELSEWHERE = 65536
 """Where prompts cost nothing, a step's budget must not hold them up."""
+
+
+_NO_OBJECTIVES = Objectives()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +62,6 @@ class SimulatedCluster:
     def description(self) -> dict[str, Any]:
         """What was simulated, for the summary."""
         return {
-            "backend": "simulation",
-            "endpoint": str(self.shape),
-            "model_id": self.model.name,
             "price_per_hour_usd": self.shape.price_per_hour_usd,
             "is_deployable": self.shape.is_deployable,
             "arena_tokens": self.arena_tokens,
@@ -79,11 +84,14 @@ class Course:
 
 
 class Simulation:
-    """Runs a plan once. The same plan and cluster give the same records."""
+    """Runs a scenario once, as `Measurement` does. The same scenario and cluster give the same records."""
 
-    def __init__(self, cluster: SimulatedCluster, plan: Plan, timeout_s: float) -> None:
+    def __init__(self, cluster: SimulatedCluster, scenario: Scenario, timeout_s: float) -> None:
+        """`timeout_s` after which a request failed. Raises InvalidRequest for a wrong wish."""
         self._cluster = cluster
-        self._plan = plan
+        self._scenario = scenario
+        context = cluster.model.context_tokens
+        self.plan: Plan = scenarios.plan(scenario, min(context, scenario.context or context))
         self._timeout_s = timeout_s
         self._timeline = Timeline()
         self.was_stopped = False
@@ -92,7 +100,7 @@ class Simulation:
         self,
         keep: Callable[[Record], None],
         goes_on: Callable[[Course], bool],
-        objectives: Objectives | None = None,
+        objectives: Objectives = _NO_OBJECTIVES,
     ) -> list[Summary]:
         """The figures of every stage that was begun. `keep` is given each request as it ends; `goes_on` is
         asked now and then, and may end the run.
@@ -104,7 +112,7 @@ class Simulation:
             keep(record)
 
         summaries = []
-        for stage in self._plan.stages:
+        for stage in self.plan.stages:
             begins_s, tally = self._timeline.now_s, Tally()
             self._do(stage, kept, goes_on, tally)
             facts = Facts(
@@ -114,11 +122,10 @@ class Simulation:
                 client_cpu_share=0.0,
                 request_rate=stage.request_rate,
                 concurrency=stage.concurrency,
-                objectives=objectives or Objectives(),
+                objectives=objectives,
             )
-            summaries.append(
-                {**self._head(), **summarize(records, facts), **self._cluster_figures(tally, begins_s)}
-            )
+            figures = {"simulation": self._figures(tally, begins_s)}
+            summaries.append({**self._head(objectives), **summarize(records, facts), **figures})
             if self.was_stopped:
                 break
         return summaries
@@ -158,14 +165,29 @@ class Simulation:
         steps = StepModel(cluster.model.shape, shape, cluster.efficiencies, cluster.switches)
         return Site(self._timeline, pool, steps, AttentionQueues(workers), tally, cluster.prompts_elsewhere)
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self, objectives: Objectives) -> dict[str, Any]:
+        """What was run, under the keys of a measurement."""
+        scenario = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self._scenario).items()
+        }
         return {
-            **self._cluster.description(),
-            "workload": dict(self._plan.workload),
-            "notes": list(self._plan.notes),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "version": importlib.metadata.version("anabranch"),
+            "client": "a simulation",
+            "backend": "simulation",
+            "endpoint": str(self._cluster.shape),
+            "model_id": self._cluster.model.name,
+            "senders": 0,
+            "objectives_ms": dict(objectives.bounds_ms),
+            "scenario": scenario,
+            "content_seed": 0,
+            "workload": dict(self.plan.workload),
+            "notes": list(self.plan.notes),
         }
 
-    def _cluster_figures(self, tally: Tally, begins_s: float) -> dict[str, float]:
+    def _figures(self, tally: Tally, begins_s: float) -> dict[str, Any]:
         shape = self._cluster.shape
         span_s = self._timeline.now_s - begins_s
-        return tally.figures(span_s, shape.dense_workers, is_local=shape.attention is None)
+        figures = tally.figures(span_s, shape.dense_workers, is_local=shape.attention is None)
+        return self._cluster.description() | figures

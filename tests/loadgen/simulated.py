@@ -6,7 +6,6 @@ from typing import Any
 
 from cluster import config as configuration
 from cluster import hardware
-from loadgen import scenario as scenarios
 from loadgen.records import Record
 from loadgen.scenario import Scenario
 from loadgen.simulation import models
@@ -43,7 +42,6 @@ def simulate(
     simulated: SimulatedCluster, scenario: Scenario, timeout_s: float = 600.0
 ) -> tuple[list[Record], list[dict[str, Any]]]:
     """(records, summaries) of a whole simulation."""
-    plan = scenarios.plan(scenario, min(scenario.context or 10**9, simulated.model.context_tokens))
     records: list[Record] = []
-    summaries = Simulation(simulated, plan, timeout_s).run(records.append, lambda _: True)
+    summaries = Simulation(simulated, scenario, timeout_s).run(records.append, lambda _: True)
     return records, summaries

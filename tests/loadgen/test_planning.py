@@ -57,7 +57,7 @@ def test_batches_of_the_papers_configurations() -> None:
 def test_the_scheduler_reaches_the_papers_batch() -> None:
     """By the project's own scheduler and placement, sequence by sequence, not by a division."""
     summary = simulated("llama3-70b", is_split=True)
-    assert summary["max_batch_rows"] >= 800
+    assert summary["simulation"]["max_batch_rows"] >= 800
     assert summary["failed"] == 0
 
 
@@ -97,7 +97,7 @@ def test_the_page_holds_what_the_command_writes() -> None:
 
 
 def test_azure_conv_says_do_not_disaggregate() -> None:
-    """With all hardware of the catalogue, prompts on the same cluster; nor does the paper's shape pay then."""
+    """With all hardware of the catalogue, prompts on the same cluster; nor does the paper's shape pay."""
     advice = advise(hardware.built_in(), _setting(), NO_BOUNDS, 1)
     assert not advice.should_disaggregate
     assert advice.verdict.startswith("do not disaggregate")

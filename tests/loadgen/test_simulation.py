@@ -14,7 +14,7 @@ from anabranch.cli.loadgen.command import app
 from cluster.errors import InvalidRequest, UnsupportedModel
 from cluster.policies.placement import PlacementPolicy
 from cluster.types import WorkerId
-from loadgen import scenario as scenarios
+from loadgen.metrics import definition
 from loadgen.records import Outcome, Record
 from loadgen.results import read_records, read_summaries
 from loadgen.scenario import Scenario
@@ -25,6 +25,12 @@ from loadgen.simulation.simulation import Simulation
 from loadgen.simulation.steps import StepModel, Switches, Work
 from tests.loadgen.simulated import cluster, shape, simulate
 from tests.models import tiny_model
+
+SETTING = {
+    "date", "version", "client", "backend", "endpoint", "model_id", "senders", "objectives_ms", "scenario",
+    "content_seed", "workload", "notes",
+}  # fmt: skip
+"""What a summary says of a run beside its figures."""
 
 LOAD = Scenario(workload="azure-conv", requests=60)
 
@@ -80,7 +86,7 @@ def test_every_request_is_answered_in_full() -> None:
 def test_no_side_is_busy_for_more_than_all_of_the_time(where: Shape) -> None:
     """Under more load than a cluster can do: no device works more than the time, one side nearly all."""
     _, (summary,) = simulate(cluster(where), Scenario(concurrency=(64,), requests=200, prompt="2000"))
-    busy = (summary["dense_busy_share"], summary["attention_busy_share"])
+    busy = [summary["simulation"][f"{side}_busy_share"] for side in ("dense", "attention")]
     assert summary["completed"] == 200
     assert all(0 < share <= 1 for share in busy)
     assert max(busy) > 0.7
@@ -95,7 +101,7 @@ def test_a_full_pool_preempts_and_still_answers_everybody() -> None:
     assert small.arena_tokens < 8 * 1100
     assert summary["preemptions"] > 0
     assert all(record.outcome is Outcome.COMPLETED for record in records)
-    assert summary["max_pool_used_share"] > 0.9
+    assert summary["simulation"]["max_pool_used_share"] > 0.9
 
 
 def test_who_cannot_be_served_is_told_why() -> None:
@@ -126,8 +132,8 @@ def test_a_closed_loop_keeps_its_number_and_sessions_go_on() -> None:
 
 def test_a_stopped_simulation_reports_what_there_is() -> None:
     """Under way: interrupted; not yet due: unsent."""
-    plan = scenarios.plan(Scenario(workload="azure-conv", requests=200), 131072)
-    simulation, records = Simulation(cluster(), plan, 600.0), list[Record]()
+    scenario = Scenario(workload="azure-conv", requests=200)
+    simulation, records = Simulation(cluster(), scenario, 600.0), list[Record]()
     answers: Iterator[bool] = iter([True, True, False])
     (summary,) = simulation.run(records.append, lambda _: next(answers))
     assert simulation.was_stopped
@@ -236,3 +242,4 @@ def test_the_command_writes_what_a_real_run_writes(tmp_path: Path) -> None:
     assert summary["completed"] == len(records) > 0
     assert summary["backend"] == "simulation"
     assert summary["request_goodput"] > 0
+    assert all(definition(key) for key in set(summary) - SETTING)

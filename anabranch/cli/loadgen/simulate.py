@@ -21,7 +21,6 @@ from cluster import hardware
 from cluster.clock import monotonic
 from cluster.config import Config
 from cluster.signals import Interrupts
-from loadgen import scenario as scenarios
 from loadgen.metrics import Objectives, Summary
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
@@ -118,8 +117,8 @@ def _run(
 ) -> int:
     console, errors = Console(), Console(stderr=True)
     console.width = max(console.width, _WIDTH)
-    context = min(filter(None, (scenario.context, cluster.model.context_tokens)))
-    plan = scenarios.plan(scenario, context)
+    simulation = Simulation(cluster, scenario, timeout_s)
+    plan = simulation.plan
     planned = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in plan.workload.items())
     head = f"{cluster.model.name} on {cluster.shape}, {cluster.arena_tokens:,} tokens of cache in each arena"
     for line in (
@@ -130,7 +129,6 @@ def _run(
         errors.print(line, highlight=False, markup=False, soft_wrap=True)
     folder = out or Path(time.strftime("simulated-%Y%m%d-%H%M%S"))
     began_s = time.process_time()
-    simulation = Simulation(cluster, plan, timeout_s)
     with ResultsFolder(folder) as results, errors.status("simulating") as status:
         progress = _Progress(errors, status)
         with Interrupts(progress.stop, lambda _: None):
@@ -188,14 +186,14 @@ def _notes(cluster: SimulatedCluster, workload: object) -> list[str]:
 
 
 def _cluster_line(summary: Summary) -> str:
-    tokens_per_s = summary["output_throughput"] or 0.0
+    tokens_per_s, figures = summary["output_throughput"] or 0.0, summary["simulation"]
     cost = ""
     if tokens_per_s:
-        usd = summary["price_per_hour_usd"] / 3600 / tokens_per_s * 1e6
-        cost = f"; ${summary['price_per_hour_usd']:.2f}/h, ${usd:.2f} per million output tokens"
+        usd = figures["price_per_hour_usd"] / 3600 / tokens_per_s * 1e6
+        cost = f"; ${figures['price_per_hour_usd']:.2f}/h, ${usd:.2f} per million output tokens"
     return (
-        f"{summary['steps']:,} steps of {summary['mean_step_ms']:.1f} ms, batch "
-        f"{summary['mean_batch_rows']:.0f} (most {summary['max_batch_rows']}); dense busy "
-        f"{summary['dense_busy_share']:.0%}, busiest attention worker "
-        f"{summary['attention_busy_share']:.0%}, pool {summary['mean_pool_used_share']:.0%} full{cost}"
+        f"{figures['steps']:,} steps of {figures['mean_step_ms']:.1f} ms, batch "
+        f"{figures['mean_batch_rows']:.0f} (most {figures['max_batch_rows']}); dense busy "
+        f"{figures['dense_busy_share']:.0%}, busiest attention worker "
+        f"{figures['attention_busy_share']:.0%}, pool {figures['mean_pool_used_share']:.0%} full{cost}"
     )
