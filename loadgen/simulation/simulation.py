@@ -162,7 +162,9 @@ class Simulation:
                 shape.dense_workers,
                 cluster.config.placement.instances,
             )
-        steps = StepModel(cluster.model.shape, shape, cluster.efficiencies, cluster.switches)
+        staggers = cluster.switches.staggers and cluster.config.dense.micro_batches != 1
+        switches = dataclasses.replace(cluster.switches, staggers=staggers)
+        steps = StepModel(cluster.model.shape, shape, cluster.efficiencies, switches)
         return Site(self._timeline, pool, steps, AttentionQueues(workers), tally, cluster.prompts_elsewhere)
 
     def _head(self, objectives: Objectives) -> dict[str, Any]:

@@ -243,3 +243,13 @@ def test_the_command_writes_what_a_real_run_writes(tmp_path: Path) -> None:
     assert summary["backend"] == "simulation"
     assert summary["request_goodput"] > 0
     assert all(definition(key) for key in set(summary) - SETTING)
+
+
+def test_one_micro_batch_in_the_configuration_is_one_in_the_simulation() -> None:
+    """Staggered where it pays and may be; `dense.micro_batches: 1` leaves it out."""
+    load = Scenario(concurrency=(400,), requests=500, prompt="500", output="20")
+    shares = [
+        simulate(cluster(settings=settings), load)[1][0]["simulation"]["staggered_share"]
+        for settings in ({}, {"dense.micro_batches": 1})
+    ]
+    assert shares[0] > 0 == shares[1]
