@@ -68,6 +68,7 @@ FIGURES = {
     "under way, arrivals per second, mean stay of arrivals; 0 in a steady state, below it while they pile up",
     "client_cpu_share": "CPU seconds / seconds of the busiest sender, which uses hardly more than one core",
     "preemptions": "times a request lost its place and was computed again",
+    "simulation": "of a simulated run: hardware, efficiencies, steps, batches, how busy each side was",
     "warnings": "what makes figures doubtful",
 }
 

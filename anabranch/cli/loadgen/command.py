@@ -14,13 +14,15 @@ from rich.console import Console
 
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import options as o
+from anabranch.cli.loadgen.concurrency import numbers
+from anabranch.cli.loadgen.planning import plan
 from anabranch.cli.loadgen.reporting import compare, report, write_page
+from anabranch.cli.loadgen.simulate import simulate
 from anabranch.cli.loadgen.table import WIDTH, print_summary
 from anabranch.cli.loadgen.watching import LiveLine
 from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile, reach
 from cluster.clock import monotonic
 from cluster.config import TlsConfig
-from cluster.errors import InvalidRequest
 from cluster.signals import Interrupts
 from loadgen import fits, traces
 from loadgen.drivers.interface import Target
@@ -96,7 +98,7 @@ def run(
     """
     is_text = text or (openai is not None and vocabulary is None)
     scenario = Scenario(
-        seed=seed, arrivals=arrivals, rate=rate, rate_end=rate_end, cv=cv, concurrency=_numbers(concurrency),
+        seed=seed, arrivals=arrivals, rate=rate, rate_end=rate_end, cv=cv, concurrency=numbers(concurrency),
         requests=requests, duration_s=duration, warm_up_s=warm_up, workload=workload, trace_file=trace_file,
         trace_from_s=trace_from, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think, prompts=PromptKind.TEXT if is_text else PromptKind.TOKENS,
@@ -108,6 +110,10 @@ def run(
     target = Target(addresses, openai or "", model, api_key, tls, timeout_s, ignore_eos=not honour_eos)
     settings = Settings(senders, Objectives.parse(slo), vocabulary, o.bill(shape, prices))
     raise typer.Exit(_measure(Measurement(scenario, target, settings), out))
+
+
+app.command()(simulate)
+app.command()(plan)
 
 
 @app.command()
@@ -177,10 +183,3 @@ def _stopping(stop: StopSwitch) -> Interrupts:
 def _status(summaries: list[Summary]) -> int:
     """1 where a stage has no answer to show."""
     return 0 if all(summary["completed"] for summary in summaries) else 1
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part)
-    except ValueError as error:
-        raise InvalidRequest(f"--concurrency {text!r} is no list of numbers, like 1,4,16") from error
