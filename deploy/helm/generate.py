@@ -24,7 +24,7 @@ OWNED: Mapping[str, frozenset[str]] = {
     "model": frozenset({"path", "name", "dtype"}),
     "gateway": frozenset({"replicas", "host", "port", "http_port"}),
     "dense": frozenset({"replicas", "device", "host", "port"}),
-    "attention": frozenset({"replicas", "device", "host", "port", "arena"}),
+    "attention": frozenset({"replicas", "device", "host", "port", "arena", "tiers"}),
     "placement": frozenset({"own_addresses"}),
     "lanes": frozenset({"transports", "fenced_network"}),
     "controller": frozenset({"host", "port", "drain_grace_s"}),
