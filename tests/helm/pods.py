@@ -137,14 +137,14 @@ class Node:
         return process
 
     def _mounts(self, pod: Pod) -> list[str]:
-        image = {Path(sys.base_prefix), ROOT, Path(sys.prefix)} - {Path("/usr")}
-        found = [f"{path}:{path}:ro" for path in sorted(image)]
-        found.append(f"{self._folder / 'hosts'}:/etc/hosts:ro")
         sources = {"config": self._config_volume(), "model": self._model, "scratch": self._scratch(pod)}
+        found = [f"{self._folder / 'hosts'}:/etc/hosts:ro"]
         for mount in pod.container["volumeMounts"]:
             mode = "ro" if mount.get("readOnly") else "rw"
             found.append(f"{sources[mount['name']]}:{mount['mountPath']}:{mode}")
-        return found
+        # Last, for a checkout may lie below a place that a volume covers, /tmp say.
+        image = {Path(sys.base_prefix), ROOT, Path(sys.prefix)} - {Path("/usr")}
+        return found + [f"{path}:{path}:ro" for path in sorted(image)]
 
     def _config_volume(self) -> Path:
         volume = self._folder / "config"
