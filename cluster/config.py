@@ -128,7 +128,7 @@ class AttentionConfig(Section):
     )
     device: Device = Field("cpu", description="cpu or cuda.")
     host: str = Field("127.0.0.1", description="Address the servers for dense workers and lanes bind.")
-    port: Port = Field(0, description="gRPC; 0 draws a free one; replica i adds i.")
+    port: Port = Field(0, description="gRPC; 0 draws a free one; each arena of each replica adds one.")
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")

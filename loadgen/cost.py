@@ -124,12 +124,12 @@ def costs(records: Sequence[Record], summary: Summary, bill: Bill, objectives: O
         **_per_token("", whole, measured),
         **_per_token("used_", used, measured),
         **{
-            f"usd_per_mtok_{part}": _per_mtok(None if shares is None else shares[part], tokens)
+            f"usd_per_mtok_{part}": per_mtok(None if shares is None else shares[part], tokens)
             for part in PARTS
         },
         "tokens_per_usd": tokens / whole if whole else None,
         "good_tokens_per_usd": None if good is None or not whole else _tokens(good) / whole,
-        "usd_per_mtok_at_slo": None if good is None else _per_mtok(whole, _tokens(good)),
+        "usd_per_mtok_at_slo": None if good is None else per_mtok(whole, _tokens(good)),
     }
 
 
@@ -210,9 +210,9 @@ def _per_token(prefix: str, usd: float | None, measured: Sequence[Record]) -> Su
     share = _input_share(measured)
     inputs, rest = (None, None) if usd is None or share is None else (usd * share, usd * (1.0 - share))
     return {
-        f"{prefix}usd_per_mtok": _per_mtok(usd, prompts + outputs),
-        f"{prefix}usd_per_mtok_input": _per_mtok(inputs, prompts),
-        f"{prefix}usd_per_mtok_output": _per_mtok(rest, outputs),
+        f"{prefix}usd_per_mtok": per_mtok(usd, prompts + outputs),
+        f"{prefix}usd_per_mtok_input": per_mtok(inputs, prompts),
+        f"{prefix}usd_per_mtok_output": per_mtok(rest, outputs),
     }
 
 
@@ -234,7 +234,8 @@ def _tokens(records: Sequence[Record]) -> int:
     return sum(record.prompt_tokens + record.output_tokens for record in records)
 
 
-def _per_mtok(usd: float | None, tokens: int) -> float | None:
+def per_mtok(usd: float | None, tokens: float) -> float | None:
+    """Dollars per million tokens; None where either is not known."""
     return None if usd is None or not tokens else usd / tokens * _MILLION
 
 

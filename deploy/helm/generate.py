@@ -6,6 +6,7 @@ below `config` from the configuration file's own. With --check nothing is writte
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import textwrap
@@ -121,16 +122,19 @@ def _flow(value: Any) -> str:
     return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("\n...\n").strip()
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Write, or with --check compare; 1 where something differs."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.helm.generate", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
+    only_checks = parser.parse_args().check
     stale = [path for path, text in files().items() if not path.exists() or path.read_text() != text]
     for path in stale:
-        if "--check" in arguments:
+        if only_checks:
             sys.stderr.write(f"{path} is not what deploy/helm/values.py says: run make chart\n")
         else:
             path.write_text(files()[path])
-    return 1 if stale and "--check" in arguments else 0
+    return 1 if stale and only_checks else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from cluster.errors import InvalidRequest
 from cluster.hardware import HardwareClass
+from loadgen.cost import per_mtok
 from loadgen.metrics import Objectives
 from loadgen.plan import Plan
 from loadgen.simulation.machines import Efficiencies, Shape, Side
@@ -104,7 +105,8 @@ def at_batch(shape: Shape, setting: Setting, batch: float) -> Point:
     tokens_per_s = shape.dense_workers * batch / step_s
     chunks = 0 if setting.prompts_elsewhere else -(-setting.traffic.prompt_tokens // setting.step_tokens)
     ttft_s = (1 + chunks) * step_s + 3 * setting.efficiencies.call_s
-    usd_per_mtok = shape.price_per_hour_usd / 3600 / tokens_per_s * 1e6
+    usd_per_mtok = per_mtok(shape.price_per_hour_usd / 3600, tokens_per_s)
+    assert usd_per_mtok is not None, "a step brings tokens"
     return Point(batch, step_s, tokens_per_s, ttft_s, usd_per_mtok)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def test_generated_files_are_those_of_the_values() -> None:
     assert [str(path) for path, text in files().items() if path.read_text() != text] == []
 
 
+def test_the_schema_carries_what_it_refers_to() -> None:
+    """Helm reads one file: a reference to a definition elsewhere makes every install fail."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    referred = set(re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(schema)))
+    assert referred <= schema["$defs"].keys()
+
+
 def test_every_value_is_described_and_the_defaults_are_valid() -> None:
     """Each key has words in values.yaml, and the file passes its own schema."""
     text = (CHART / "values.yaml").read_text().splitlines()
@@ -56,6 +64,7 @@ def test_every_value_is_described_and_the_defaults_are_valid() -> None:
         {"gateway": {"device": "cuda"}},
         {"registry": {"url": "redis://:secret@redis:6379"}},
         {"config": {"dense": {"thread": 2}}},
+        {"config": {"attention": {"tiers": [{"arena": "1GiB"}]}}},
         {"config": {"dense": {"threads": "two"}}},
         {"config": {"dense": {"local_arena": "1Gi"}}},
         {"config": {"dense": {"port": 1}}},

@@ -21,6 +21,7 @@ from cluster import hardware
 from cluster.clock import monotonic
 from cluster.config import Config
 from cluster.signals import Interrupts
+from loadgen.cost import per_mtok
 from loadgen.metrics import Objectives, Summary
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
@@ -186,14 +187,13 @@ def _notes(cluster: SimulatedCluster, workload: object) -> list[str]:
 
 
 def _cluster_line(summary: Summary) -> str:
-    tokens_per_s, figures = summary["output_throughput"] or 0.0, summary["simulation"]
-    cost = ""
-    if tokens_per_s:
-        usd = figures["price_per_hour_usd"] / 3600 / tokens_per_s * 1e6
-        cost = f"; ${figures['price_per_hour_usd']:.2f}/h, ${usd:.2f} per million output tokens"
+    figures = summary["simulation"]
+    usd = per_mtok(figures["price_per_hour_usd"] / 3600, summary["output_throughput"] or 0.0)
+    cost = "" if usd is None else f", ${usd:.2f} per million output tokens"
     return (
         f"{figures['steps']:,} steps of {figures['mean_step_ms']:.1f} ms, batch "
         f"{figures['mean_batch_rows']:.0f} (most {figures['max_batch_rows']}); dense busy "
         f"{figures['dense_busy_share']:.0%}, busiest attention worker "
-        f"{figures['attention_busy_share']:.0%}, pool {figures['mean_pool_used_share']:.0%} full{cost}"
+        f"{figures['attention_busy_share']:.0%}, pool {figures['mean_pool_used_share']:.0%} full; "
+        f"${figures['price_per_hour_usd']:.2f}/h{cost}"
     )
