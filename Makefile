@@ -10,7 +10,7 @@ RESULTS := bench/results.json
 # The demo does without what tests and checks need; where that is installed, it has all.
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),.venv/.installed-demo)
 
-.PHONY: demo demo-long test test-system check proto oracle-full bench bench-peers gpu-bundle clean help
+.PHONY: demo demo-long test test-system check proto chart oracle-full validation bench bench-peers gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -44,8 +44,17 @@ check: $(STAMP)  ## style, types, import contracts, proto lint and stub drift
 proto: $(STAMP)  ## regenerate the stubs in anabranch/v1 from proto/
 	.ci/generate-stubs
 
+chart: $(STAMP)  ## regenerate the Helm chart's values, schema and table, and its rendered examples
+	$(BIN)/python -m deploy.helm.generate
+	.ci/install-helm
+	.ci/render-examples
+
 oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
 	$(BIN)/python -m tests.oracle.full
+
+validation: $(STAMP)  ## what was published beside what the simulator gives; writes docs/validation.md
+	$(BIN)/python -m loadgen.simulation.validation_page > docs/validation.md.new
+	mv docs/validation.md.new docs/validation.md
 
 bench: $(STAMP)  ## measure the hot path; writes bench/results.json
 	$(BIN)/anabranch bench kernel --json $(RESULTS)

@@ -8,39 +8,19 @@ digest exchanged at registration covers it.
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.config_errors import explain
 from cluster.config_section import Section
+from cluster.config_values import Bytes, Cores, Device, Port, Serves
 from cluster.errors import ConfigError
 from cluster.registry.settings import RegistryConfig
+from cluster.telemetry_settings import TelemetryConfig
 
-_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_bytes(value: object) -> object:
-    """`"512MiB"`, `"2GB"` to an integer of bytes; integers pass; anything else is left for the validator."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(
-            f"a size such as 512MiB or 2GB is expected; units: {', '.join(filter(None, _UNITS))}"
-        )
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Device = Literal["cpu", "cuda"]
-Cores = Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...]
-Serves = Literal["both", "prefill", "decode"]
 _CORES = "Cores the role's processes are kept on; auto: own ones where roles share a machine; []: any."
 
 
@@ -92,6 +72,7 @@ class DenseConfig(Section):
     replicas: int = Field(1, ge=1, le=1024, description="Dense workers.")
     device: Device = Field("cpu", description="cpu or cuda.")
     host: str = Field("127.0.0.1", description="Address the server for gateways binds.")
+    port: Port = Field(0, description="gRPC; 0 draws a free one; replica i adds i.")
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     micro_batches: Literal["auto", 1, 2] = Field(
@@ -129,6 +110,13 @@ class DenseConfig(Section):
         return self
 
 
+class TierConfig(Section):
+    """One arena of an attention worker."""
+
+    device: Device = Field("cpu", description="cpu (host memory) or cuda.")
+    arena: Bytes = Field(description="KV cache that it holds.")
+
+
 class AttentionConfig(Section):
     """The KV cache and attention over it."""
 
@@ -140,9 +128,15 @@ class AttentionConfig(Section):
     )
     device: Device = Field("cpu", description="cpu or cuda.")
     host: str = Field("127.0.0.1", description="Address the servers for dense workers and lanes bind.")
+    port: Port = Field(0, description="gRPC; 0 draws a free one; each arena of each replica adds one.")
     threads: int = Field(1, ge=1, le=256, description="Compute threads; one where roles share cores.")
     cores: Cores = Field("auto", description=_CORES)
     arena: Bytes = Field(2**30, description="KV cache per worker; pages are touched only when used.")
+    tiers: tuple[TierConfig, ...] = Field(
+        (),
+        description="More arenas of each worker, used where that is full, best first: such as "
+        "[{device: cpu, arena: 64GiB}] behind one on a GPU.",
+    )
     give_back_s: float = Field(
         10.0, ge=0, description="Memory of blocks free for so long goes back to the system; 0 keeps it."
     )
@@ -156,6 +150,11 @@ class AttentionConfig(Section):
     lease_ms: int = Field(30_000, ge=100, description="A sequence nobody renews is freed after this time.")
     max_lanes: int = Field(64, ge=1, description="Lanes open at once; one per dense worker is usual.")
     slice_rows: int = Field(128, ge=1, description="Query rows served before another lane gets its turn.")
+
+    @property
+    def every_tier(self) -> tuple[TierConfig, ...]:
+        """All arenas of a worker, the best first."""
+        return (TierConfig(device=self.device, arena=self.arena), *self.tiers)
 
 
 class PlacementConfig(Section):
@@ -186,6 +185,10 @@ class PlacementConfig(Section):
     )
     attention_label: str | None = Field(
         None, description="key=value a node must carry to hold attention workers."
+    )
+    own_addresses: bool = Field(
+        False,
+        description="Every process has a network address to itself, as a pod has: nothing is added to ports.",
     )
     exclusive: bool = Field(False, description="Demand the custom resources anabranch_dense, ... of a node.")
     timeout_s: float = Field(
@@ -272,22 +275,6 @@ class SecurityConfig(Section):
     )
 
 
-class TelemetryConfig(Section):
-    """Logs and metrics."""
-
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least level written."
-    )
-    log_format: Literal["json", "text"] = Field(
-        "json", description="One JSON object or one text line per event."
-    )
-    metrics_port: Port | None = Field(
-        None,
-        description="Prometheus: gateway i adds i, controller 99, dense i 100 + i, attention i 2000 + i. A "
-        "taken port is replaced by a free one; `anabranch status --json` names it. 0 draws one; null is off.",
-    )
-
-
 class Config(Section):
     """The whole file."""
 
@@ -351,6 +338,10 @@ class Config(Section):
     def roles_share_machine(self) -> bool:
         """Whether dense and attention workers can only be reached from their own machine."""
         return all(is_loopback(host) for host in (self.attention.host, self.dense.host))
+
+    def port(self, first: int, further: int) -> int:
+        """The port of a process that is `further` behind the first of its kind, or 0 to draw one."""
+        return first + further if first and not self.placement.own_addresses else first
 
     @property
     def digest(self) -> str:

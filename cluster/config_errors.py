@@ -48,6 +48,8 @@ def _in_our_words(item: Any) -> tuple[str, bool]:
     """What is wrong with a value, and whether it should be shown."""
     if item["type"] in _SECTION_EXPECTED:
         return "must be a section with keys below it", True
+    if item["type"] == "missing":
+        return "is missing", False
     if item["type"] == "value_error":
         return str(item["msg"]).removeprefix("Value error, "), False
     words = str(item["msg"]).replace("Input should be", "must be")
@@ -61,17 +63,22 @@ def _key(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
     key: list[str] = []
     section: type[BaseModel] | None = root
     for part in location:
-        if section is None:
-            key += [str(part)] if isinstance(part, int) else []
+        if isinstance(part, int):
+            key.append(str(part))  # of a list
             continue
-        key.append(str(part))
-        field = section.model_fields.get(str(part))
+        if section is None:
+            continue
+        key.append(part)
+        field = section.model_fields.get(part)
         section = _section_of(field.annotation) if field is not None else None
     return key
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:
+    """The section that a key is, or a list of which it is."""
     if isinstance(annotation, types.UnionType):
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is tuple:
         annotation = typing.get_args(annotation)[0]
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return typing.cast("type[BaseModel]", annotation) if is_section else None
@@ -80,6 +87,8 @@ def _section_of(annotation: object) -> type[BaseModel] | None:
 def _keys_at(location: Sequence[str], root: type[BaseModel]) -> list[str]:
     section = root
     for key in location:
+        if key.isdecimal():
+            continue  # of a list
         inner = _section_of(section.model_fields[key].annotation)
         assert inner is not None
         section = inner

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import yaml
 from pydantic.fields import FieldInfo
 
-from cluster.config import Config, parse_bytes
+from cluster.config import Config
 from cluster.config_section import Section
+from cluster.config_values import parse_bytes
 
 _WIDTH = 100
 _INDENT = "  "
@@ -54,8 +55,12 @@ def _value(field: FieldInfo, value: object) -> str:
     """A value on one line, in YAML; sizes in the largest unit that divides them."""
     if isinstance(value, int) and any(getattr(item, "func", None) is parse_bytes for item in field.metadata):
         return _size(value)
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = [_plain(item) for item in value] if isinstance(value, tuple) else value
     return str(yaml.safe_dump(plain, default_flow_style=True, width=10**6)).removesuffix("\n...\n").strip()
+
+
+def _plain(item: object) -> object:
+    return item.model_dump(mode="json") if isinstance(item, Section) else item
 
 
 def _size(count: int) -> str:

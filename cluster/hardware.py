@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,8 @@ class HardwareClass(BaseModel):
     network_bytes_per_s: float | None = Field(None, gt=0)
     power_watts: float | None = Field(None, gt=0)
     price_per_hour_usd: float = Field(gt=0)
+    price_date: datetime.date
+    """When the price was that."""
     sources: dict[str, str]
 
     @model_validator(mode="after")

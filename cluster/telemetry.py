@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from cluster.config import TelemetryConfig
+from cluster.telemetry_settings import TelemetryConfig
 
 _ROOT = "anabranch"
 

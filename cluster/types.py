@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NewType
 
 WorkerId = NewType("WorkerId", str)
-"""Stable name of a worker slot, such as `attention-1`; survives restarts."""
+"""Stable name of a worker slot, such as `attention-1`, or of a further arena in it; survives restarts."""
 
 Epoch = NewType("Epoch", int)
 """One incarnation of a process: 64 random bits, compared for equality only."""
@@ -33,6 +33,13 @@ LAYOUT_VERSION = 1
 def draw_epoch() -> Epoch:
     """A fresh epoch; never zero, so that zero can mean "not said" on the wire."""
     return Epoch(secrets.randbits(64) | 1)
+
+
+def member_name(slot: WorkerId, tier: int) -> WorkerId:
+    """The member that an arena of a slot's process is: the best, tier 0, has the slot's name, the others are
+    numbered, such as `attention-1.1`.
+    """
+    return WorkerId(f"{slot}.{tier}") if tier else slot
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -32,25 +32,27 @@ they did is reported with another. Planned from the report before, too much woul
 
 @dataclass(frozen=True, slots=True)
 class BalancerSettings:
-    """`homes`: dense workers among which attention workers are dealt out; 0 where all share them. An interval
-    of 0 plans nothing.
+    """`homes`: dense workers among which attention workers are dealt out; 0 where all share them. `may_lend`:
+    whether they give to each other. An interval of 0 plans nothing.
     """
 
     block_tokens: int = 1
     homes: int = 0
     interval_s: float = 0.0
     move_gain: float = 0.0
+    may_lend: bool = True
 
     @classmethod
     def of(cls, config: Config) -> BalancerSettings:
-        """As configured. Instances that keep to their own have nothing to move to others."""
+        """As configured. Instances that keep to their own move between their own arenas only."""
         placement = config.placement
         is_shared = placement.instances == "shared"
         return cls(
             config.attention.block_tokens,
             0 if is_shared else config.dense.replicas,
-            0.0 if placement.instances == "separate" else placement.plan_interval_s,
+            placement.plan_interval_s,
             placement.move_gain,
+            may_lend=placement.instances != "separate",
         )
 
 
@@ -72,7 +74,9 @@ class Balancer:
         clock: Clock = monotonic,
     ) -> None:
         self._settings = settings
-        self._policy = PlannerPolicy(settings.block_tokens, gain_least=settings.move_gain)
+        self._policy = PlannerPolicy(
+            settings.block_tokens, gain_least=settings.move_gain, may_lend=settings.may_lend
+        )
         self._table = table
         self._directory = directory
         self._clock = clock
@@ -138,10 +142,12 @@ class Balancer:
         worker, blocks, settings = WorkerId(member.worker_id), member.load.blocks, self._settings
         return ArenaView(
             worker,
-            home_of(worker, settings.homes) if settings.homes else None,
+            home_of(WorkerId(member.slot), settings.homes) if settings.homes else None,
             blocks.capacity * settings.block_tokens,
             (blocks.free + blocks.sealed_cached) * settings.block_tokens,
             self._directory.blocks_at(Life(worker, Epoch(member.epoch))) * settings.block_tokens,
+            member.tier,
+            member.slot,
         )
 
 

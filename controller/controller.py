@@ -16,7 +16,7 @@ from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_message
 from cluster import rpc
 from cluster.config import Config, is_loopback
-from cluster.errors import AnabranchError, ConfigError, Unavailable
+from cluster.errors import AnabranchError, ConfigError, InvalidRequest, Unavailable
 from cluster.model_spec import ModelSpec
 from cluster.telemetry import logger
 from cluster.types import KvGeometry, draw_epoch
@@ -162,9 +162,10 @@ class Controller:
 
     def _require_arenas(self, geometry: KvGeometry) -> None:
         attention, dense = self._config.attention, self._config.dense
-        arenas = {"attention.arena": attention.arena} if attention.replicas else {}
-        if dense.local_arena:
-            arenas["dense.local_arena"] = dense.local_arena
+        arenas = {"dense.local_arena": dense.local_arena} if dense.local_arena else {}
+        if attention.replicas:
+            arenas["attention.arena"] = attention.arena
+            arenas |= {f"attention.tiers.{i}.arena": tier.arena for i, tier in enumerate(attention.tiers)}
         for key, arena_bytes in arenas.items():
             if arena_bytes < geometry.block_bytes:
                 raise ConfigError(
@@ -196,7 +197,7 @@ class Controller:
             if time.monotonic() >= sweep_next_s:
                 sweep_next_s = time.monotonic() + self._table.terms.heartbeat_ms / 1000
                 for member in self._table.sweep(frozen=writer.is_away):
-                    supervisor.silent(member.worker_id)
+                    supervisor.silent(member.slot)
                 service.sweep()
             supervisor.tick()
             if self._draining:
@@ -258,9 +259,13 @@ class Controller:
         self._observe(SlotChanged(slot))
 
     def _on_drain(self, worker_id: str, grace_ms: int) -> None:
-        """Let one worker leave; on the server's threads. Raises what `Supervisor.retire` raises, Unavailable
-        while the controller is busy or the cluster still starts.
+        """Let one worker leave; on the server's threads. Raises what `Supervisor.retire` raises,
+        InvalidRequest for one arena of several, Unavailable while the controller is busy or the cluster
+        still starts.
         """
+        for member in self._table.membership().members:
+            if member.worker_id == worker_id != member.slot:
+                raise InvalidRequest(f"{worker_id} is an arena of {member.slot}, which drains as a whole")
         answer: Future[None] = Future()
 
         def drain() -> None:
@@ -320,7 +325,7 @@ class Controller:
             return None
         index = next(slot.index for slot in self._slots if slot.worker_id == member.worker_id)
         scheme = "https" if self._config.security.tls.enabled else "http"
-        return f"{scheme}://{member.address.rpartition(':')[0]}:{port + index}"
+        return f"{scheme}://{member.address.rpartition(':')[0]}:{self._config.port(port, index)}"
 
 
 def _slot_message(slot: Slot) -> control_pb2.Slot:

@@ -175,13 +175,13 @@ class MembershipTable:
             membership = self._snapshot()
         return membership.version, [self._registration(member) for member in membership.members]
 
-    def remove(self, worker_id: str) -> None:
-        """Forget a member whose process is known to have ended; nothing if there is none."""
+    def remove(self, slot: str) -> None:
+        """Forget the members of a slot whose process is known to have ended; nothing if there is none."""
         with self._lock:
-            slot = self._slots.get(worker_id)
-            if slot is not None and slot.entry is not None:
-                slot.retire()
-                self._version += 1
+            for name in self._slots.values():
+                if name.entry is not None and name.entry.member.slot == slot:
+                    name.retire()
+                    self._version += 1
 
     def holds(self, worker_id: str, epoch: int) -> bool:
         """Whether this incarnation lives."""
@@ -267,7 +267,9 @@ def _checked(given: inference_pb2.Member) -> inference_pb2.Member:
     for name in ("worker_id", "role", "epoch", "address"):
         if not getattr(given, name):
             raise InvalidRequest(f"member.{name} is missing")
-    return _copy(given)
+    member = _copy(given)
+    member.slot = given.slot or given.worker_id
+    return member
 
 
 def _copy(given: inference_pb2.Member) -> inference_pb2.Member:

@@ -19,7 +19,7 @@ def serve_metrics(config: Config, registry: CollectorRegistry) -> None:
         return
     host = config.controller.host
     try:
-        port = telemetry.serve_metrics(registry, host, base + _OFFSET if base else 0)
+        port = telemetry.serve_metrics(registry, host, config.port(base, _OFFSET))
     except (OSError, OverflowError):  # taken, or beyond the last port
         port = telemetry.serve_metrics(registry, host, 0)
     _log.info("metrics", host=host, port=port)

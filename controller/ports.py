@@ -32,11 +32,16 @@ def _fixed(config: Config) -> Iterator[tuple[str, str, int]]:
     """(key, host, port) of every server whose port is not drawn."""
     if config.controller.port:
         yield "controller.port", config.controller.host, config.controller.port
-    gateway = config.gateway
-    for key, port in (("gateway.port", gateway.port), ("gateway.http_port", gateway.http_port)):
+    gateway, dense, attention = config.gateway, config.dense, config.attention
+    for key, host, port, replicas in (
+        ("gateway.port", gateway.host, gateway.port, gateway.replicas),
+        ("gateway.http_port", gateway.host, gateway.http_port, gateway.replicas),
+        ("dense.port", dense.host, dense.port, dense.replicas),
+        ("attention.port", attention.host, attention.port, attention.replicas * len(attention.every_tier)),
+    ):
         if port:
-            for i in range(gateway.replicas):
-                yield key, gateway.host, port + i
+            for i in range(replicas):
+                yield key, host, config.port(port, i)
 
 
 def _try_bind(host: str, port: int) -> None:

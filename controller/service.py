@@ -32,8 +32,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     """Answers roles and the command line. Owns the directory of what they report, and the plans of moves;
     table, slots and shutdown are given.
 
-    `slots` lists what should run; `shut_down` is told the grace in milliseconds and must not block; `drain`
-    is told a worker and its grace, and raises what `Supervisor.retire` raises.
+    `slots` lists what should run; `shut_down` is told the grace in milliseconds, must not block, and may
+    refuse with an error; `drain` is told a worker and its grace, and raises what `Supervisor.retire` raises.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.ShutdownRequest, _context: grpc.ServicerContext
     ) -> control_pb2.ShutdownResponse:
         """See control.proto."""
-        self.announce_stop()
         self._shut_down(request.grace_ms)
+        self.announce_stop()
         return control_pb2.ShutdownResponse(responder=self._responder)
 
     def welcome(self) -> control_pb2.RegisterResponse:

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from cluster.config import Config, Serves, TlsConfig
+from cluster.config import Config, TierConfig, TlsConfig
+from cluster.config_values import Serves
 from cluster.errors import AnabranchError
 from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, KvGeometry, SequenceKey, ShardRef, WorkerId, draw_epoch
@@ -236,10 +237,8 @@ class DenseCluster:
         self.local: AttentionCore | None = None
         if shape.local_blocks:
             worker = WorkerId("dense-0-local")
-            arena_bytes = self.config.dense.local_arena
-            self.local = AttentionCore(
-                self.config.attention, arena_bytes, self.geometry, worker, draw_epoch()
-            )
+            tier = TierConfig(arena=self.config.dense.local_arena)
+            self.local = AttentionCore(self.config.attention, tier, self.geometry, worker, draw_epoch())
         for index in range(shape.attention_workers):
             self.start_worker(WorkerId(f"attention-{index}"))
         self.engine = self.new_engine()

@@ -63,7 +63,8 @@ class ControlledCluster:
         file = self._folder / f"controller-{self.port}.yaml"
         settings = self._settings | {"controller.port": self.port}
         file.write_text(configuration.load(None, settings).to_yaml())
-        self._spawn("controller", ["tests.control_program", str(file)])
+        words = ["controller", "--config", str(file), "--alone", f"127.0.0.1:{self.port}"]
+        self._spawn("controller", words)
         await_(self.controller_answers, lambda: self.log("controller"))
 
     def launch(self, worker_id: str, module: str = "") -> None:

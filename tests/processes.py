@@ -85,7 +85,8 @@ class ProcessCluster:
         for role, count in replicas.items():
             for index in range(count):
                 self.launch(role, index)
-        self.wait(lambda members: len(members) == len(self.processes) and _all_ready(members))
+        arenas = config.attention.replicas * len(config.attention.tiers)  # beside the first of each worker
+        self.wait(lambda members: len(members) == len(self.processes) + arenas and _all_ready(members))
         self.wait(lambda _members: self._are_linked())
 
     def launch(self, role: str, index: int) -> None:
@@ -113,7 +114,8 @@ class ProcessCluster:
         """
         links = {"gateway": ("link_ready", self.config.dense.replicas)}
         if self.config.placement.instances != "separate":
-            links["dense"] = ("peer_ready", self.config.attention.replicas)
+            attention = self.config.attention
+            links["dense"] = ("peer_ready", attention.replicas * len(attention.every_tier))
         return all(
             (self.folder / f"{worker_id}.log").read_text().count(event) >= count
             for worker_id in self.processes
@@ -146,12 +148,11 @@ class ProcessCluster:
         return process
 
     def audits(self) -> Mapping[str, kv_pb2.AuditResponse]:
-        """The account of every attention worker that runs, from the workers themselves."""
+        """The account of every arena of the attention workers that run, from the workers themselves."""
         accounts = {}
-        running = {worker_id: process.pid for worker_id, process in self.processes.items()}
+        running = {process.pid for process in self.processes.values()}
         for member in self.members():
-            is_running = running.get(member.worker_id) == member.process_id
-            if member.role == inference_pb2.ROLE_ATTENTION and is_running:
+            if member.role == inference_pb2.ROLE_ATTENTION and member.process_id in running:
                 with rpc.channel(member.address, self.config.security.tls) as channel:
                     stub = kv_pb2_grpc.KvServiceStub(channel)
                     accounts[member.worker_id] = stub.Audit(kv_pb2.AuditRequest(), timeout=10)

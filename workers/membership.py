@@ -19,7 +19,7 @@ from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2, types_pb2
 from cluster import rpc
 from cluster.errors import AnabranchError, Cancelled, Fenced, NotFound, VersionMismatch
 from cluster.telemetry import logger
-from cluster.types import LAYOUT_VERSION, WIRE_VERSION
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION, member_name
 from workers.known_members import KnownMembers
 from workers.registry_reader import RegistryReader
 from workers.role import RoleContext, read_memory
@@ -44,7 +44,7 @@ class PoolReporter(Protocol):
 
 
 class MembershipClient:
-    """Keeps one process a member of the cluster.
+    """Keeps one process, or an arena of one (`tier`), a member of the cluster.
 
         joining --registered--> member --FENCED--> fenced (on_fenced, once; the thread ends)
            ^                      |
@@ -72,12 +72,15 @@ class MembershipClient:
         on_fenced: Callable[[], None],
         metrics_address: str = "",
         serving: inference_pb2.Serving.ValueType = inference_pb2.SERVING_UNSPECIFIED,
+        tier: int = 0,
     ) -> None:
         self._context = context
         self._role = role
         self._address = address
         self._metrics_address = metrics_address
         self._serving = serving
+        self._tier = tier
+        self._worker_id = member_name(context.worker_id, tier)
         self._load = load
         self._on_change = on_change
         self._on_fenced = on_fenced
@@ -218,7 +221,7 @@ class MembershipClient:
     def _register(self) -> None:
         context = self._context
         member = inference_pb2.Member(
-            worker_id=context.worker_id,
+            worker_id=self._worker_id,
             role=self._role,
             epoch=context.epoch,
             address=self._address,
@@ -228,6 +231,8 @@ class MembershipClient:
             load=self._loaded(),
             metrics_address=self._metrics_address,
             serving=self._serving,
+            slot=context.worker_id,
+            tier=self._tier,
         )
         request = control_pb2.RegisterRequest(
             member=member,
@@ -251,7 +256,7 @@ class MembershipClient:
         report = pool.report() if pool is not None else None
         request = control_pb2.HeartbeatRequest(
             believed=types_pb2.Believed(epoch=welcome.responder.epoch),
-            worker_id=self._context.worker_id,
+            worker_id=self._worker_id,
             epoch=self._context.epoch,
             state=self._state,
             load=self._loaded(),

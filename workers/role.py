@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from cluster import config as configuration
 from cluster import fault_points
 from cluster.config import Config
-from cluster.errors import AnabranchError, ConfigError, ModelError, VersionMismatch
+from cluster.errors import AnabranchError, ConfigError, ModelError, Unavailable, VersionMismatch
 from cluster.signals import Interrupts
 from cluster.telemetry import EventLogger, configure_logging, logger, serve_metrics
 from cluster.types import Epoch, WorkerId, draw_epoch
@@ -63,7 +63,7 @@ class RoleContext:
 
     def reachable(self, host: str, port: int) -> str:
         """host:port at which others reach a server bound to `host`; a wildcard becomes the own
-        address on the way to the controller.
+        address on the way to the controller. Raises Unavailable where there is no way.
         """
         if host in _WILDCARDS:
             host = _address_towards(self.controller)
@@ -77,7 +77,7 @@ class RoleContext:
         base = self.config.telemetry.metrics_port
         if base is None:
             return ""
-        wanted = base + _METRICS_OFFSET[self.role] + self.index if base else 0
+        wanted = self.config.port(base, _METRICS_OFFSET[self.role] + self.index)
         try:
             port = serve_metrics(registry, host, wanted)
         except (OSError, OverflowError):  # taken, or beyond the last port
@@ -87,12 +87,20 @@ class RoleContext:
 
 
 def _address_towards(peer: str) -> str:
-    """The local address from which `peer` (host:port) is reached; sends nothing."""
+    """The local address from which `peer` (host:port) is reached; sends nothing.
+
+    Raises Unavailable where its name is unknown, or nothing leads there.
+    """
     host, _, port = peer.rpartition(":")
-    family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)
-        return str(probe.getsockname()[0])
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[
+            0
+        ]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise Unavailable(f"--controller {peer}: no way there: {error.strerror}") from error
 
 
 def parse(role: str, argv: Sequence[str] | None = None) -> RoleContext:

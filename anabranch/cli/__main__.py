@@ -17,6 +17,7 @@ from anabranch.cli.doctor import doctor
 from anabranch.cli.down import down
 from anabranch.cli.drain import drain
 from anabranch.cli.generate import generate_command
+from anabranch.cli.loadgen import command as loadgen
 from anabranch.cli.status import status
 from anabranch.cli.up import up
 from cluster.ending import leave
@@ -52,14 +53,18 @@ app.command("chat")(chat_command)
 app.command()(chaos)
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
+app.add_typer(loadgen.app, name="loadgen")
+
+PROGRAMS = {"anabranch": app, "loadgen": loadgen.app}
+"""What the console scripts run."""
 
 _USER_ERRORS = (ConfigError, InvalidRequest, ModelError)
 
 
-def main() -> None:
-    """Run one command and leave with its exit status."""
+def main(program: typer.Typer = app) -> None:
+    """Run one command of a program and leave with its exit status."""
     try:
-        status = reporting(app)
+        status = reporting(program)
     except SystemExit as end:  # how typer ends a command
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     leave(status)

@@ -32,14 +32,18 @@ _COLUMNS = ("slot", "state", "node", "pid", "epoch", "memory", "cache", "work")
 
 
 def fleet_table(fleet: control_pb2.GetFleetResponse) -> Group:
-    """One row per slot, live member or not; below, why a slot has no process. Lines stay short."""
+    """One row per slot, live member or not, below it one per further arena of its process; at the end, why a
+    slot has no process. Lines stay short.
+    """
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for column in _COLUMNS:
         table.add_column(column, no_wrap=True)
     members = {member.worker_id: member for member in fleet.membership.members}
     slots = {slot.worker_id: slot for slot in fleet.slots}
     for name in sorted(slots.keys() | members.keys()):
-        table.add_row(*_row(name, slots.get(name), members.get(name)))
+        member = members.get(name)
+        slot = name if member is None else member.slot or name
+        table.add_row(*_row(name, slots.get(slot), member))
     problems = [
         Text(f"{slot.worker_id}, start {slot.starts}: {problem}", style="yellow")
         for slot in fleet.slots
@@ -64,12 +68,12 @@ def _row(
     # The slot knows better, but for what a process that comes up says of itself.
     state = phase if phase not in ("", Phase.STARTING.value) else _STATES.get(member.state, "")
     return (
-        name,
+        f"  tier {member.tier}" if member.tier else name,
         _state(state),
         node or member.host,
         str(member.process_id),
         f"{member.epoch:016x}"[:_SHOWN_LETTERS],
-        size(member.load.resident_bytes),
+        size(member.load.resident_bytes) if not member.tier else "",  # of the whole process
         _blocks(member.load.blocks),
         _work(member),
     )

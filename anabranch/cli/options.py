@@ -39,7 +39,15 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same out
 def connect(
     address: str | None, api_key: str | None, authority: Path | None, config_file: Path | None
 ) -> Client:
-    """A client of the given gateways, or of the cluster whose state folder the configuration names.
+    """A client of what `reach` finds."""
+    addresses, tls = reach(address, authority, config_file)
+    return Client(addresses, api_key=api_key, tls=tls, outage_s=_OUTAGE_S)
+
+
+def reach(
+    address: str | None, authority: Path | None, config_file: Path | None
+) -> tuple[tuple[str, ...], TlsConfig]:
+    """The given gateways, or those of the cluster whose state folder the configuration names.
 
     Raises NotFound when no cluster is recorded there, or one that has no gateway yet.
     """
@@ -47,5 +55,4 @@ def connect(
     addresses = tuple(address.split(",")) if address else StateFolder.of(config).read().gateways
     if not addresses:
         raise NotFound("the cluster is starting; wait until `anabranch status` shows its gateway as ready")
-    tls = TlsConfig(authority=str(authority)) if authority else config.security.tls
-    return Client(addresses, api_key=api_key, tls=tls, outage_s=_OUTAGE_S)
+    return addresses, TlsConfig(authority=str(authority)) if authority else config.security.tls

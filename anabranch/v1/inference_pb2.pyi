@@ -739,6 +739,8 @@ class Member(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     SERVING_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Name of the worker slot."""
     role: Global___Role.ValueType
@@ -757,6 +759,10 @@ class Member(_message.Message):
     """host:port where Prometheus reads it; empty where telemetry.metrics_port is off."""
     serving: Global___Serving.ValueType
     """What of requests a dense worker serves."""
+    slot: _builtins.str
+    """Slot of its process; an attention worker of several arenas is a member for each. Empty: worker_id."""
+    tier: _builtins.int
+    """Which of its process's arenas it is: 0 the best, which has the slot's name."""
     @_builtins.property
     def load(self) -> Global___Load:
         """Load as last reported."""
@@ -774,10 +780,12 @@ class Member(_message.Message):
         load: Global___Load | None = ...,
         metrics_address: _builtins.str = ...,
         serving: Global___Serving.ValueType = ...,
+        slot: _builtins.str = ...,
+        tier: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "metrics_address", b"metrics_address", "process_id", b"process_id", "role", b"role", "serving", b"serving", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "metrics_address", b"metrics_address", "process_id", b"process_id", "role", b"role", "serving", b"serving", "slot", b"slot", "state", b"state", "tier", b"tier", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,7 +6,7 @@ from cluster.types import WorkerId
 
 
 def home_of(attention: WorkerId, dense_workers: int) -> WorkerId:
-    """The dense worker at which an attention worker is at home: they are dealt out by their numbers."""
+    """The dense worker at which the attention worker of a slot is at home: they are dealt out by number."""
     return WorkerId(f"dense-{slot_number(attention) % dense_workers}")
 
 

@@ -61,7 +61,6 @@ class RoleDemand:
 
     worker_id: str
     role: Role
-    device: Literal["cpu", "cuda"] = "cpu"
     cpus: float = 1
     gpus: float = 0
     memory_bytes: int = 0
@@ -96,7 +95,7 @@ class Unplaced:
 def role_demand(config: Config, role: Role, worker_id: str, weights_bytes: int = 0) -> RoleDemand:
     """What the configuration asks of a node for one process of a role.
 
-    Host memory is PROCESS_BYTES and, unless they lie on a GPU, the arena and (dense) the weights.
+    Host memory is PROCESS_BYTES and, unless they lie on a GPU, arenas and (dense) the weights.
     """
     place = config.placement
     demand = RoleDemand(
@@ -108,16 +107,15 @@ def role_demand(config: Config, role: Role, worker_id: str, weights_bytes: int =
     if role == "gateway":
         return demand
     if role == "dense":
-        held_bytes = config.dense.local_arena + weights_bytes
-        demand = replace(demand, device=config.dense.device, cpus=config.dense.threads)
-        demand = replace(demand, classes=place.dense_classes)
+        held = [(config.dense.device, config.dense.local_arena + weights_bytes)]
+        demand = replace(demand, cpus=config.dense.threads, classes=place.dense_classes)
     else:
-        held_bytes = config.attention.arena
-        demand = replace(demand, device=config.attention.device, cpus=config.attention.threads)
-        demand = replace(demand, classes=place.attention_classes, labels=_label(place.attention_label))
-    if demand.device == "cuda":
-        return replace(demand, gpus=1)
-    return replace(demand, memory_bytes=PROCESS_BYTES + held_bytes)
+        held = [(tier.device, tier.arena) for tier in config.attention.every_tier]
+        demand = replace(demand, cpus=config.attention.threads, classes=place.attention_classes)
+        demand = replace(demand, labels=_label(place.attention_label))
+    host_bytes = sum(size_bytes for device, size_bytes in held if device == "cpu")
+    is_on_gpu = any(device == "cuda" for device, _ in held)
+    return replace(demand, gpus=int(is_on_gpu), memory_bytes=PROCESS_BYTES + host_bytes)
 
 
 def _label(text: str | None) -> tuple[tuple[str, str], ...]:

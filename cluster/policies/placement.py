@@ -15,8 +15,8 @@ from cluster.types import Epoch, ShardRef, WorkerId
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpace:
-    """What one attention worker last said of itself. `load` breaks ties: 0 idle, 1 busy. One that is not at
-    `is_home` belongs to another instance, and lends.
+    """What one arena's worker last said of itself. `load` breaks ties: 0 idle, 1 busy. One that is not at
+    `is_home` belongs to another instance, and lends. `tier`: of its process's arenas, 0 the best.
     """
 
     worker: WorkerId
@@ -26,6 +26,7 @@ class WorkerSpace:
     load: float = 0.0
     is_local: bool = False
     is_home: bool = True
+    tier: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,11 @@ def place(
     """Room for positions first..end of a sequence that has `shards`; empty when nothing fits.
 
     The allotments are in order, touch, and cover exactly first..end, each as much as its worker reports
-    free. A local worker is filled first, then those at home; the rest overflows. Otherwise the shard before
-    `first` grows to `shard_tokens`, and then the worker follows that holds fewest shards of this sequence
-    and, among those, has most space. Of the shards left one is kept for each worker with space (half of all
-    shards at most), so that a sequence may grow until every worker is full. When that is too many, the
-    largest spaces are filled whole.
+    free. A local worker is filled first, then those at home, and of each the better tiers; the rest
+    overflows. Otherwise the shard before `first` grows to `shard_tokens`, and then the worker follows that
+    holds fewest shards of this sequence and, among those, has most space. Of the shards left one is kept for
+    each worker with space (half of all shards at most), so that a sequence may grow until every worker is
+    full. When that is too many, the largest spaces are filled whole.
     """
     assert 0 <= first < end
     shards_left = policy.max_shards - len(shards)
@@ -88,7 +89,7 @@ def inadmissible(tokens: int, workers: Sequence[WorkerSpace], policy: PlacementP
     largest = sorted((w.capacity_tokens for w in workers), reverse=True)[: policy.max_shards]
     if policy.whole_blocks(tokens) <= sum(largest):
         return None
-    holders = "1 attention worker holds" if len(largest) == 1 else f"{len(largest)} attention workers hold"
+    holders = "1 arena holds" if len(largest) == 1 else f"{len(largest)} arenas hold"
     return (
         f"the sequence may take {tokens} tokens of KV cache, prompt and max_tokens together; {holders} "
         f"{sum(largest)} in all: shorten the prompt, lower max_tokens, or give the cluster more attention "
@@ -115,7 +116,8 @@ _Preference = Callable[[_Space], tuple[object, ...]]
 
 def _spreading(item: _Space) -> tuple[object, ...]:
     space = item.space
-    return not space.is_local, not space.is_home, item.shards, -item.free_tokens, space.load, space.worker
+    kind = (not space.is_local, not space.is_home, space.tier)
+    return *kind, item.shards, -item.free_tokens, space.load, space.worker
 
 
 def _compacting(item: _Space) -> tuple[object, ...]:

@@ -17,9 +17,10 @@ from cluster.types import SequenceKey, WorkerId
 
 @dataclass(frozen=True, slots=True)
 class ArenaView:
-    """An attention worker as last heard. `home`: the dense worker whose instance it belongs to; None where
-    all dense workers share it. `read_tokens`: what its sequences have there, together; more than it holds
-    where they share blocks, which each of them reads.
+    """An attention worker's arena as last heard. `home`: the dense worker whose instance it belongs to; None
+    where all dense workers share it. `read_tokens`: what its sequences have there, together; more than it
+    holds where they share blocks, which each of them reads. `tier`: of the arenas that the process in `slot`
+    has, 0 the best.
     """
 
     worker: WorkerId
@@ -27,6 +28,8 @@ class ArenaView:
     capacity_tokens: int
     free_tokens: int
     read_tokens: int
+    tier: int = 0
+    slot: str = ""
 
     @property
     def use(self) -> float:
@@ -73,7 +76,7 @@ class PlannerPolicy:
     """`full_use`: an arena fuller than this makes its instance a debtor before room runs out; none is filled
     beyond it by moves. `gain_least`: what a move must add to the tokens per second of those it concerns, as a
     share. `uneven_least`: difference in load between two arenas that is worth levelling. `moves_most`: of one
-    round.
+    round. `may_lend`: whether instances give to each other.
     """
 
     block_tokens: int
@@ -81,6 +84,7 @@ class PlannerPolicy:
     gain_least: float = 0.01
     uneven_least: float = 0.25
     moves_most: int = 8
+    may_lend: bool = True
 
 
 Held = Callable[[WorkerId], Mapping[SequenceKey, int]]
@@ -99,11 +103,12 @@ def plan(
     debtors.
     """
     round_ = _Round(instances, arenas, held, policy)
-    for worker in round_.debtors():
+    for worker in round_.debtors() if policy.may_lend else ():
         while len(round_.moves) < policy.moves_most and round_.relieve(worker):
             pass
-    while len(round_.moves) < policy.moves_most and round_.level():
-        pass
+    for improve in (round_.lower, round_.lift, round_.level):
+        while len(round_.moves) < policy.moves_most and improve():
+            pass
     return tuple(round_.moves)
 
 
@@ -141,15 +146,45 @@ class _Round:
         self._creditors = self._find_creditors()
         return True
 
+    def lower(self) -> bool:
+        """Move what is too much for an arena to a slower tier of its home, in the same process if it can.
+
+        Placement fills the better tiers first. Context that only decoding reads is what a slower tier serves
+        best; prompts to come, of which each row reads all that is before it, find room in the better one.
+        """
+        for arenas in self._homes.values():
+            lending = [arena for arena in arenas.values() if arena.tier and self._lends(arena)]
+            lending.sort(key=lambda arena: (arena.tier, -arena.free_tokens, arena.worker))
+            for source in arenas.values() if lending else ():
+                if source.use > self._policy.full_use:
+                    target = _of_own_process(source, [each for each in lending if each.tier > source.tier])
+                    if target is not None and self._relax(source, target):
+                        return True
+        return False
+
+    def lift(self) -> bool:
+        """Move back to a better tier that has emptied. What has been lowered leaves it fuller than that."""
+        emptied = self._policy.full_use - self._policy.uneven_least
+        for arenas in self._homes.values():
+            giving = [arena for arena in arenas.values() if arena.tier and arena.read_tokens]
+            giving.sort(key=lambda arena: (-arena.tier, -arena.read_tokens, arena.worker))
+            for target in arenas.values() if giving else ():
+                if target.use <= emptied:
+                    source = _of_own_process(target, [each for each in giving if each.tier > target.tier])
+                    if source is not None and self._fill(source, target):
+                        return True
+        return False
+
     def level(self) -> bool:
-        """Move from the busiest arena of a home to the one of which least is read, where they differ most.
+        """Move from the busiest arena of a home's tier to the one of which least is read, where they differ
+        most.
 
         Blocks that many sequences share are read by each of them: moving one of these copies the blocks, and
         those that follow find them there. So hot blocks are replicated.
         """
         pairs = []
-        for arenas in self._homes.values():
-            by_load = sorted(arenas.values(), key=lambda arena: (arena.load, arena.worker))
+        for arenas in self._tiers():
+            by_load = sorted(arenas, key=lambda arena: (arena.load, arena.worker))
             if by_load[-1].load - by_load[0].load >= self._policy.uneven_least:
                 pairs.append((by_load[-1], by_load[0]))
         pairs.sort(key=lambda pair: (pair[1].load - pair[0].load, pair[0].worker))
@@ -158,8 +193,18 @@ class _Round:
     def _find_creditors(self) -> list[ArenaView]:
         """Arenas with room to lend, the roomiest first."""
         arenas = (arena for home in self._homes.values() for arena in home.values())
-        lending = [arena for arena in arenas if arena.use < self._policy.full_use]
-        return sorted(lending, key=lambda arena: (-arena.free_tokens, arena.worker))
+        return sorted(filter(self._lends, arenas), key=lambda arena: (-arena.free_tokens, arena.worker))
+
+    def _lends(self, arena: ArenaView) -> bool:
+        return arena.use < self._policy.full_use
+
+    def _tiers(self) -> list[list[ArenaView]]:
+        """Arenas of the same home that are as fast as each other."""
+        found: dict[tuple[WorkerId | None, int], list[ArenaView]] = {}
+        for home, arenas in self._homes.items():
+            for arena in arenas.values():
+                found.setdefault((home, arena.tier), []).append(arena)
+        return list(found.values())
 
     def _is_short(self, instance: InstanceView) -> bool:
         own = self._homes.get(instance.worker, {}).values()
@@ -169,22 +214,50 @@ class _Round:
 
     def _move(self, source: ArenaView, target: ArenaView) -> bool:
         """The part of the longest sequence at `source` that gains most; False where none does."""
+        key, sizes = self._parts(source, target)
+        before = self._rate(source, target, 0)
+        rates = {size: self._rate(source, target, size) for size in sizes}
+        best = max(rates, key=lambda size: rates[size], default=0)
+        if key is None or best == 0 or rates[best] - before < self._policy.gain_least * before:
+            return False
+        self._note(Move(key, source.worker, target.worker, best), source, target)
+        return True
+
+    def _relax(self, source: ArenaView, target: ArenaView) -> bool:
+        """The smallest part of the longest sequence at `source` without which that is no longer too full, or
+        else the largest; False where it would free nothing.
+        """
+        key, sizes = self._parts(source, target)
+        excess = (source.use - self._policy.full_use) * source.capacity_tokens
+        size = next((size for size in sizes if source.freed_by(size) >= excess), max(sizes, default=0))
+        if key is None or source.freed_by(size) < self._policy.block_tokens:
+            return False
+        self._note(Move(key, source.worker, target.worker, size), source, target)
+        return True
+
+    def _fill(self, source: ArenaView, target: ArenaView) -> bool:
+        """As much of the longest sequence at `source` as the other arena's mark allows."""
+        key, sizes = self._parts(source, target)
+        if key is None or not sizes:
+            return False
+        self._note(Move(key, source.worker, target.worker, sizes[-1]), source, target)
+        return True
+
+    def _parts(self, source: ArenaView, target: ArenaView) -> tuple[SequenceKey | None, list[int]]:
+        """The longest sequence at `source` that did not move yet; how much of it might, smallest first."""
         held = {key: tokens for key, tokens in self._held(source.worker).items() if key not in self._moved}
         if not held:
-            return False
+            return None, []
         key = max(held, key=lambda item: (held[item], item))
         room = target.free_tokens - (1 - self._policy.full_use) * target.capacity_tokens
-        sizes = sorted({self._whole(min(held[key] * share, room)) for share in _SHARES})
-        before = self._rate(source, target, 0)
-        rates = {size: self._rate(source, target, size) for size in sizes if size > 0}
-        best = max(rates, key=lambda size: rates[size], default=0)
-        if best == 0 or rates[best] - before < self._policy.gain_least * before:
-            return False
-        for arena in _after(source, target, best):
+        sizes = {self._whole(min(held[key] * share, room)) for share in _SHARES}
+        return key, sorted(size for size in sizes if size > 0)
+
+    def _note(self, move: Move, source: ArenaView, target: ArenaView) -> None:
+        for arena in _after(source, target, move.tokens):
             self._homes[arena.home][arena.worker] = arena
-        self._moved.add(key)
-        self.moves.append(Move(key, source.worker, target.worker, best))
-        return True
+        self._moved.add(move.sequence)
+        self.moves.append(move)
 
     def _whole(self, tokens: float) -> int:
         """Whole blocks."""
@@ -205,6 +278,11 @@ class _Round:
             for home in busier
             if home in (None, instance.worker)
         )
+
+
+def _of_own_process(arena: ArenaView, others: Sequence[ArenaView]) -> ArenaView | None:
+    """The first of its own process, or else the first."""
+    return next((each for each in others if each.slot == arena.slot), next(iter(others), None))
 
 
 def _instance_rate(instance: InstanceView, free_tokens: int, read_tokens: int) -> float:

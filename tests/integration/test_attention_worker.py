@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_message
 from cluster import rpc
-from cluster.config import Config
+from cluster.config import Config, TierConfig
 from cluster.errors import ConfigError, Unavailable
 from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, WorkerId, draw_epoch
 from controller.membership import MembershipTable, Terms
@@ -188,28 +188,33 @@ def test_health_and_reflection() -> None:
         assert _services(host.channel) >= {*SERVICES, "grpc.health.v1.Health"}
 
 
+def value(metrics: CollectorRegistry, name: str, **labels: str) -> float | None:
+    """What the worker says of its arena."""
+    return metrics.get_sample_value(f"anabranch_attention_{name}", {"arena": "attention-0", **labels})
+
+
 def sent_bytes(metrics: CollectorRegistry) -> float | None:
     """What the worker says its lanes sent."""
-    return metrics.get_sample_value("anabranch_attention_lane_bytes_total", {"direction": "sent"})
+    return value(metrics, "lane_bytes_total", direction="sent")
 
 
 def test_metrics_add_up() -> None:
     """Blocks by state sum to the arena; lanes, their bytes and the busy time are what happened."""
     with serving() as worker, host_of(worker) as host:
         metrics = CollectorRegistry()
-        metrics.register(AttentionMetrics(worker.core, worker.lanes))
+        metrics.register(AttentionMetrics([worker]))
         sequence = SmallSequence(1)
         lane = host.open_lane()
         shard = Pool(host.channel).reserve(sequence, 0, 40)
         DenseSide(lane).step([(sequence, sequence.row(shard, 0, 9))])
         states = ("free", "reserved", "open", "sealed_referenced", "sealed_cached")
-        blocks = [metrics.get_sample_value("anabranch_attention_blocks", {"state": name}) for name in states]
+        blocks = [value(metrics, "blocks", state=name) for name in states]
         assert sum(count or 0 for count in blocks) == BLOCKS
-        assert metrics.get_sample_value("anabranch_attention_lanes") == 1
-        assert metrics.get_sample_value("anabranch_attention_leases_expired_total") == 0
+        assert value(metrics, "lanes") == 1
+        assert value(metrics, "leases_expired_total") == 0
         # A reply may be here before its sender has counted it.
         wait_until(lambda: sent_bytes(metrics) == lane.bytes_received)
-        busy = metrics.get_sample_value("anabranch_attention_busy_seconds_total")
+        busy = value(metrics, "busy_seconds_total")
         assert busy is not None
         assert busy > 0
 
@@ -257,9 +262,9 @@ def test_heartbeats_do_not_wait_for_attention() -> None:
 
 def test_an_arena_too_small_is_refused_by_name() -> None:
     """An arena that cannot hold one block says how large a block is."""
-    small = config().attention
+    small = TierConfig(arena=GEOMETRY.block_bytes - 1)
     with pytest.raises(ConfigError, match=str(GEOMETRY.block_bytes)):
-        AttentionCore(small, GEOMETRY.block_bytes - 1, GEOMETRY, WorkerId("attention-0"), EPOCH)
+        AttentionCore(config().attention, small, GEOMETRY, WorkerId("attention-0"), EPOCH)
 
 
 def test_untouched_blocks_cost_no_memory() -> None:
@@ -269,8 +274,8 @@ def test_untouched_blocks_cost_no_memory() -> None:
     def resident_kib() -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmRSS" in line)
 
-    before = resident_kib()
-    with AttentionCore(config().attention, 2**31, GEOMETRY, WorkerId("attention-0"), EPOCH) as core:
+    before, large = resident_kib(), TierConfig(arena=2**31)
+    with AttentionCore(config().attention, large, GEOMETRY, WorkerId("attention-0"), EPOCH) as core:
         assert core.store.audit().capacity * GEOMETRY.block_bytes > 2**30
         assert resident_kib() - before < 2**18
 
@@ -284,4 +289,4 @@ def test_the_worker_serves_its_metrics_over_http(tmp_path: Path) -> None:
     with running(tmp_path, settings) as worker:
         address = worker.wait_for(inference_pb2.MEMBER_STATE_READY).metrics_address
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-            assert b'anabranch_attention_blocks{state="free"} 32.0' in answer.read()
+            assert b'anabranch_attention_blocks{arena="attention-0",state="free"} 32.0' in answer.read()

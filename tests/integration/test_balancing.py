@@ -172,17 +172,17 @@ def test_no_interval_plans_nothing(folder: Path, expected: Reference) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "homes", "interval_s"),
+    ("overrides", "homes", "interval_s", "may_lend"),
     [
-        ({}, 0, 2.0),
-        ({"placement.instances": "borrowing", "dense.replicas": 3}, 3, 2.0),
-        ({"placement.instances": "separate", "dense.replicas": 3}, 3, 0.0),
-        ({"placement.plan_interval_s": 0}, 0, 0.0),
+        ({}, 0, 2.0, True),
+        ({"placement.instances": "borrowing", "dense.replicas": 3}, 3, 2.0, True),
+        ({"placement.instances": "separate", "dense.replicas": 3}, 3, 2.0, False),
+        ({"placement.plan_interval_s": 0}, 0, 0.0, True),
     ],
 )
 def test_the_configuration_says_who_may_give_to_whom(
-    overrides: dict[str, object], homes: int, interval_s: float
+    overrides: dict[str, object], homes: int, interval_s: float, may_lend: bool
 ) -> None:
-    """Shared arenas have no home; separate instances move nothing, since nobody else attends there."""
+    """Shared arenas have no home; separate instances give nothing to others: nobody else attends there."""
     settings = BalancerSettings.of(configuration.load(None, {"model.path": "any", **overrides}))
-    assert (settings.homes, settings.interval_s) == (homes, interval_s)
+    assert (settings.homes, settings.interval_s, settings.may_lend) == (homes, interval_s, may_lend)

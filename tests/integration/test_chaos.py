@@ -1,9 +1,11 @@
-"""A short seed of `anabranch chaos`: real processes of every role are lost, and no token changes."""
+"""Short seeds of `anabranch chaos`: real processes of every role are lost, and no token changes."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,9 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]  # many processes, w
 SHORT = Settings(seed=25, requests=24, load=0.4, faults_most=4, expiry_ms=5000)
 """Lanes over gRPC, so that everything can be cut off; a long expiry, for machines that are busy."""
 
+LOST = Settings(seed=133, requests=32, load=0.7, expiry_ms=5000, lost_capacity=True)
+"""A seed whose losses are short."""
+
 
 def test_no_token_changes_while_processes_of_every_role_are_lost(tmp_path: Path) -> None:
     """Processes are killed, frozen and cut off, some at named points, while requests run through the public
@@ -29,3 +34,24 @@ def test_no_token_changes_while_processes_of_every_role_are_lost(tmp_path: Path)
     assert report["failures"] == [], json.dumps(report, indent=1)
     assert report["faults"], "the load was over before anybody was struck"
     assert all(fault["streams"] > 0 for fault in report["faults"])
+
+
+def test_lost_capacity_costs_time_and_errors_but_no_token(tmp_path: Path) -> None:
+    """Each role is left without any process for some seconds, and attention with one that cannot hold what
+    runs: requests wait or fail with an error that says so, and nothing they received is wrong; when the fleet
+    is whole everything is served, what had failed included.
+    """
+    course: Course = asyncio.run(run(LOST, tmp_path, lambda _doing: None))
+    report = verdict(course, partial(gap_at, tmp_path / "model"), NEAR_TIE)
+    assert report["failures"] == [], json.dumps(report, indent=1)
+    assert len(report["losses"]) == 4
+    assert all(loss["requests"] > 0 for loss in report["losses"])
+    assert sum(len(loss["next_token_s"]) for loss in report["losses"]) > 0
+
+
+def test_a_failure_is_the_status_of_the_command() -> None:
+    """A run that proves nothing, since nobody was struck, fails; and so does the command."""
+    command = [sys.executable, "-m", "anabranch.cli", "chaos", "--requests", "1", "--faults", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "no fault struck" in ended.stdout, ended.stderr
+    assert ended.returncode == 1

@@ -346,6 +346,7 @@ def test_the_printed_configuration_is_the_one_given(tmp_path: Path) -> None:
     ("setting", "said"),
     [
         ("attention.arena=0", r"attention\.arena: 0 bytes do not hold one block"),
+        ("attention.tiers=[{arena: 9}]", r"attention\.tiers\.0\.arena: 9 bytes do not hold one block"),
         ("gateway.host=0.0.0.0", "--insecure"),
         ("attention.host=0.0.0.0", "--insecure"),
     ],

@@ -7,9 +7,13 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
-from cluster.errors import AlreadyExists
+from anabranch.v1 import control_pb2, control_pb2_grpc
+from cluster import rpc
+from cluster.config import TlsConfig
+from cluster.errors import AlreadyExists, InvalidRequest
 from controller.events import ClusterReady, SlotChanged
 from controller.slots import Phase
 from controller.state import StateFolder
@@ -31,8 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[RunningCluster]:
-    """A running cluster: one gateway, one dense worker, one attention worker."""
-    with running(configured(folder, attention__replicas=1), joining()) as cluster:
+    """A running cluster: one gateway, one dense worker, one attention worker of two arenas."""
+    config = configured(folder, attention__replicas=1, attention__tiers=[{"arena": "1MiB"}])
+    with running(config, joining()) as cluster:
         cluster.await_ready()
         yield cluster
 
@@ -72,6 +77,26 @@ def test_a_frozen_process_is_replaced(cluster: RunningCluster) -> None:
     cluster.await_phase("attention-0", Phase.READY)
     assert cluster.member("attention-0").epoch != before.epoch
     assert not Path(f"/proc/{before.process_id}").exists()
+
+
+def test_the_arenas_of_a_process_end_with_it(cluster: RunningCluster) -> None:
+    """When a slot's process was killed nobody of its epoch is a member any more; its successor has both."""
+    epoch = cluster.member("attention-0.1").epoch
+    os.kill(cluster.member("attention-0").process_id, signal.SIGKILL)
+    cluster.await_phase("attention-0", Phase.PAUSED)
+    assert epoch not in {member.epoch for member in cluster.controller.fleet().membership.members}
+    cluster.await_phase("attention-0", Phase.READY)
+    assert cluster.member("attention-0.1").epoch == cluster.member("attention-0").epoch
+
+
+def test_an_arena_does_not_drain_alone(cluster: RunningCluster) -> None:
+    """A Drain call that names an arena is refused, and says which worker to name."""
+    with rpc.channel(cluster.controller.address, TlsConfig()) as channel:
+        control = control_pb2_grpc.ControlServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            control.Drain(control_pb2.DrainRequest(worker_id="attention-0.1"), timeout=DEADLINE_S)
+    assert isinstance(rpc.from_rpc(caught.value), InvalidRequest)
+    assert "attention-0.1 is an arena of attention-0" in str(caught.value)
 
 
 def test_a_second_cluster_is_refused(cluster: RunningCluster, folder: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_frozen_worker_is_given_up_at_the_lane_deadline(folder: Path, expected
     """A worker that stops answering without dying costs one lane deadline; then its part is computed again
     onto the other one.
     """
-    overrides = {"lanes": {"deadline_floor_ms": 200}, "attention": {"lease_ms": 2000}}
+    overrides = {"lanes": {"deadline_floor_ms": 200}, "attention": {"lease_ms": 1000}}
     with DenseCluster(folder, Shape(attention_workers=2, overrides=overrides)) as cluster:
         submission = started(cluster)
         frozen = cluster.listener.output(submission).maps[-1][0].worker
@@ -126,7 +126,7 @@ def test_a_frozen_worker_is_given_up_when_membership_says_so(
     """A worker hangs, and the lane's deadline is far: the step that waits for it ends as soon as membership
     names it no more.
     """
-    overrides = {"lanes": {"deadline_floor_ms": 300_000}, "attention": {"lease_ms": 2000}}
+    overrides = {"lanes": {"deadline_floor_ms": 300_000}, "attention": {"lease_ms": 1000}}
     shape = Shape(attention_workers=2, transports=(transport,), overrides=overrides)
     with DenseCluster(folder, shape) as cluster:
         submission = started(cluster)
@@ -304,7 +304,7 @@ def test_the_end_of_an_earlier_submission_is_not_that_of_the_next(folder: Path, 
     """What an attention worker fenced was given to a submission that this one replaced: the sequence goes on.
     A generation of its own lives that was fenced ends it.
     """
-    shape = Shape(attention_workers=2, overrides={"attention": {"lease_ms": 2000}})
+    shape = Shape(attention_workers=2, overrides={"attention": {"lease_ms": 1000}})
     with DenseCluster(folder, shape) as cluster:
         for fenced, ends in ((wire_generation(1, 7), False), (wire_generation(2, 0), True)):
             submission = cluster.submit(request(PROMPT, COUNT, generation=2))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain as joined
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ from cluster.policies.directory import HeldBlock, Life, Run
 from cluster.registry.interface import Registry
 from cluster.types import Epoch, WorkerId
 from tests.controlled import await_
-from tests.redis_server import BINARY, MISSING, LocalRedis, local_redis
+from tests.redis_server import BINARY, MISSING, LocalRedis
 from tests.registry_controller import Controller, chain, noted_events
 from workers.dense.finder import CopyFinder, PrefixFinder
 
@@ -24,22 +23,6 @@ pytestmark = [pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSI
 A, B = Life(WorkerId("attention-0"), Epoch(10)), Life(WorkerId("attention-1"), Epoch(11))
 LONG = 2000
 """Blocks for which one call is not enough."""
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[LocalRedis]:
-    """A Redis of the test's own."""
-    with local_redis(tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
-def controllers(server: LocalRedis) -> Iterator[list[Controller]]:
-    """Controllers, whose connections are closed at the end."""
-    made: list[Controller] = []
-    yield made
-    for controller in made:
-        controller.writer.close()
 
 
 @pytest.fixture

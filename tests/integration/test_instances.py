@@ -75,6 +75,6 @@ def test_separate_instances_share_nothing(model: Path, tmp_path: Path) -> None:
     with (
         process_cluster(model, tmp_path, settings("separate", "80KiB")) as cluster,
         cluster.client() as client,
-        pytest.raises(ResourceExhausted, match="1 attention worker"),
+        pytest.raises(ResourceExhausted, match="1 arena holds"),
     ):
         generate(cluster, client)

@@ -3,7 +3,7 @@
 import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from cluster.types import Epoch, WorkerId
 from tests.controlled import JOINING, ControlledCluster, await_, controlled
 from tests.integration.clusters import configured, joining, running
 from tests.models import Reference, random_prompt, reference_tokens, tiny_model
-from tests.redis_server import BINARY, MISSING, LocalRedis, free_port, local_redis
+from tests.redis_server import BINARY, MISSING, LocalRedis, free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSING)]
 
@@ -35,15 +35,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(model: Path) -> Reference:
     """What transformers says after the prompt."""
     return reference_tokens(model, [PROMPT], TOKENS)[0]
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[LocalRedis]:
-    """A Redis of the test's own."""
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    with local_redis(folder) as server:
-        yield server
 
 
 def _assert_same(tokens: Sequence[int], reference: Reference) -> None:

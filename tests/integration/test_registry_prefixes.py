@@ -21,7 +21,7 @@ from cluster.registry.opening import open_registry
 from cluster.types import Epoch, WorkerId
 from tests.controlled import ControlledCluster, await_, controlled
 from tests.models import Reference, random_prompt, reference_tokens, tiny_model
-from tests.redis_server import BINARY, MISSING, LocalRedis, local_redis
+from tests.redis_server import BINARY, MISSING, LocalRedis
 
 pytestmark = [pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSING)]
 
@@ -43,15 +43,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def references(model: Path) -> list[Reference]:
     """What transformers says after each prompt."""
     return reference_tokens(model, PROMPTS, TOKENS)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[LocalRedis]:
-    """A Redis of the test's own."""
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    with local_redis(folder) as server:
-        yield server
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The controller's copy in a real Redis: away and back, full, taken over, and what a successor gets."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,22 +15,6 @@ from tests.redis_server import BINARY, MISSING, LocalRedis, local_redis
 from tests.registry_controller import EXPIRY_S, HEARTBEAT_S, Controller, noted_events
 
 pytestmark = [pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSING)]
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[LocalRedis]:
-    """A Redis of the test's own."""
-    with local_redis(tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
-def controllers(server: LocalRedis) -> Iterator[list[Controller]]:
-    """Controllers, whose connections are closed at the end."""
-    made: list[Controller] = []
-    yield made
-    for controller in made:
-        controller.writer.close()
 
 
 @pytest.fixture

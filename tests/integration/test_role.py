@@ -11,12 +11,15 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from cluster.config import Config, TelemetryConfig
+from cluster.config import Config
+from cluster.errors import Unavailable
+from cluster.telemetry_settings import TelemetryConfig
 from cluster.types import WorkerId, draw_epoch
 from workers import role
 from workers.role import RoleContext
@@ -168,6 +171,13 @@ def test_a_wildcard_is_replaced_by_an_address_others_reach() -> None:
     assert context.reachable("0.0.0.0", 7) == "127.0.0.1:7"
     assert context.reachable("10.1.2.3", 7) == "10.1.2.3:7"
     assert context.reachable("::1", 7) == "[::1]:7"
+
+
+def test_a_controller_that_has_no_address_yet_is_told_in_words() -> None:
+    """Where names come with the network, as in a new pod, the role fails and can be started again."""
+    context = replace(context_of(Config()), controller="nowhere.invalid:8600")
+    with pytest.raises(Unavailable, match=r"nowhere\.invalid:8600"):
+        context.reachable("0.0.0.0", 7)
 
 
 def test_metrics_are_served_even_if_the_port_is_taken() -> None:

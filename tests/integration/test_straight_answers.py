@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from cluster.config import TierConfig
 from cluster.errors import Fenced, LaneBroken
 from cluster.types import ShardId
 from tests.attention_worker import (
@@ -110,7 +111,7 @@ def watched(kind: type[SocketLink] = SocketLink, slice_rows: int = 64) -> Iterat
     """A core with one lane, whose dense side writes as `kind` does."""
     left, right = socket.socketpair()
     settings = config().attention.model_copy(update={"slice_rows": slice_rows})
-    with AttentionCore(settings, 2**20, GEOMETRY, WORKER, EPOCH) as core:
+    with AttentionCore(settings, TierConfig(arena=2**20), GEOMETRY, WORKER, EPOCH) as core:
         link = kind(left)
         lane = FramedLane(link, FrameCodec(GEOMETRY, INCARNATION, 64))
         lane_of = Watched(core, DenseSide(lane), link, core.session())

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cluster.config import Serves
+from cluster.config_values import Serves
 from tests.cluster_harness import DenseCluster, Output, Shape, request, wait_until
 from tests.models import NEAR_TIE
 from tests.oracle.matrix import LOGPROB_TOLERANCE, Tally, compare

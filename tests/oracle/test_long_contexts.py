@@ -53,5 +53,5 @@ def test_one_worker_of_that_size_refuses_at_admission(long_folder: Path) -> None
         (output,) = cluster.generate([request(prompt, OUTPUT_TOKENS)])
     assert isinstance(output.failure, ResourceExhausted)
     assert output.token_ids == []
-    for words in (f"{LENGTH} tokens", "1 attention worker holds 124", "more attention workers"):
+    for words in (f"{LENGTH} tokens", "1 arena holds 124", "more attention workers"):
         assert words in output.failure.message

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from cluster.config import AttentionConfig, LaneConfig
+from cluster.config import AttentionConfig, LaneConfig, TierConfig
 from cluster.errors import AnabranchError, Fenced, Internal, LaneBroken, NeedFull
 from cluster.types import Epoch, WorkerId
 from tests.cluster_harness import DenseCluster, Listener, Shape, counted, decoder_of, request
@@ -58,8 +58,8 @@ def run_steps(folder: Path, micro_batches: Literal[1, 2], steps: int) -> list[Sa
     """Four sequences by the runner alone, prompts whole, then decoding: what each step samples."""
     decoder = decoder_of(folder)
     geometry = decoder.spec.geometry("float32", 16)
-    config = AttentionConfig()
-    with AttentionCore(config, 64 * geometry.block_bytes, geometry, WorkerId("a"), Epoch(1)) as core:
+    tier = TierConfig(arena=64 * geometry.block_bytes)
+    with AttentionCore(AttentionConfig(), tier, geometry, WorkerId("a"), Epoch(1)) as core:
         peer, lanes = core.peer(), LaneSet(LaneConfig())
         lanes.add(peer.worker, peer.epoch, peer.open_lane())  # as a remote one: it is worth staggering
         runner = StepRunner(decoder, select("auto", "cpu"), lanes, MicroBatches(micro_batches))
@@ -176,7 +176,7 @@ def test_a_fault_in_one_micro_batch_repeats_the_whole_step(
     and no token of either micro-batch is wrong, missing or doubled.
     """
     # What was lost with a lane is freed by its lease: wait for that, not for long.
-    overrides = {**TWO, "attention": {"lease_ms": 2000}}
+    overrides = {**TWO, "attention": {"lease_ms": 1000}}
     shape = Shape(attention_workers=2, overrides=overrides)
     _assert_survived(FaultyCluster(folder, shape, micro_batch, layer, fault), references)
 
@@ -198,5 +198,5 @@ def test_a_reply_of_too_few_rows_is_not_spread_over_all(
     """A worker that answers one row for many, in a frame that checks, costs its lane, and neither a token nor
     the engine.
     """
-    shape = Shape(attention_workers=workers, overrides={**TWO, "attention": {"lease_ms": 2000}})
+    shape = Shape(attention_workers=workers, overrides={**TWO, "attention": {"lease_ms": 1000}})
     _assert_survived(FaultyCluster(folder, shape, 0, 1, Internal("lies"), LyingLane), references)

@@ -28,6 +28,7 @@ class Shape:
     micro_batches: int
     step_tokens: int
     instances: str
+    tiers: int
 
     @classmethod
     def drawn(cls, world: World) -> Shape:
@@ -44,6 +45,7 @@ class Shape:
             micro_batches=rng.choice((1, 2)),
             step_tokens=rng.choice((16, 40)),
             instances=rng.choice(("shared", "shared", "borrowing")),
+            tiers=rng.choice((1, 2)),
         )
 
     def config(self) -> Config:

@@ -9,6 +9,7 @@ from functools import partial
 
 from anabranch.v1 import inference_pb2
 from cluster.errors import Fenced
+from cluster.policies.instances import slot_number
 from cluster.types import Epoch, SequenceKey, WorkerId
 from tests.sim.dense import SimulatedDense
 from tests.sim.faults import CONTROLLER, Faults
@@ -61,6 +62,7 @@ class Simulation:
         self.network.attention[worker.address] = worker
         self.world.every(LEASE_S / 8, worker.look_after, lambda: worker.alive)
         member = member_of(name, inference_pb2.ROLE_ATTENTION, worker.epoch, worker.address)
+        member.tier = slot_number(worker.worker) % self.shape.tiers
         speaker = SimulatedMember(
             self.controller, member, worker.load, lambda _members: None, journal=worker.journal
         )

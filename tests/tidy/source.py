@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("anabranch", "cluster", "controller", "workers", "loadgen")
+PACKAGES = ("anabranch", "cluster", "controller", "deploy", "workers", "loadgen")
 
 
 @functools.cache

@@ -107,7 +107,7 @@ def test_sizes_are_for_people() -> None:
 
 def test_the_table_fits_a_terminal_and_shows_what_is_missing() -> None:
     """No cell is cut, whatever the figures; a slot without a process is a row, with its own phase, and its
-    problem a line.
+    problem a line. A further arena is a row too, without the memory of its process, which is told once.
     """
     slots = [
         control_pb2.Slot(worker_id=name, node="ab" * 28, starts=1) for name in ("attention-63", "dense-0")
@@ -128,6 +128,8 @@ def test_the_table_fits_a_terminal_and_shows_what_is_missing() -> None:
         )
         for slot in slots[:2]
     ]
+    members.append(inference_pb2.Member(worker_id="attention-63.1", slot="attention-63", tier=1))
+    members[-1].MergeFrom(inference_pb2.Member(state=inference_pb2.MEMBER_STATE_READY, load=load))
     fleet = control_pb2.GetFleetResponse(membership=control_pb2.Membership(members=members), slots=slots)
     console = Console(width=84, record=True, file=io.StringIO())
     console.print(fleet_table(fleet))
@@ -145,3 +147,5 @@ def test_the_table_fits_a_terminal_and_shows_what_is_missing() -> None:
         "gateway-4": "stopped",
     }
     assert "dense-1, start 2: needs GPU: 1" in text
+    assert re.search(r"^attention-63 .*\n  tier 1 +ready +ababab .* 40959/40960", text, re.MULTILINE)
+    assert text.count("1023.0 MiB") == 2

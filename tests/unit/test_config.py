@@ -72,6 +72,17 @@ def test_a_wrong_value_is_refused_by_name(overrides: dict[str, object], named: s
         ({"dense": 3}, "dense: must be a section with keys below it, not 3"),
         ({"gateway.port": 70000}, "gateway.port: must be less than or equal to 65535, not 70000"),
         ({"lanes.transports": ["post"]}, "lanes.transports.0: must be 'local', 'tcp' or 'grpc', not 'post'"),
+        (
+            {"attention.tiers": [{"device": "gpu", "arena": 1}]},
+            "attention.tiers.0.device: must be 'cpu' or 'cuda', not 'gpu'",
+        ),
+        ({"attention.tiers": [{"arena": 1}, {"device": "cpu"}]}, "attention.tiers.1.arena: is missing"),
+        (
+            {"attention.tiers": [{"arena": 1, "devise": "cpu"}]},
+            "unknown key attention.tiers.0.devise; did you mean attention.tiers.0.device?",
+        ),
+        ({"attention.tiers": {"arena": 1}}, "attention.tiers: must be a list, not {'arena': 1}"),
+        ({"attention.tiers": [1]}, "attention.tiers.0: must be a section with keys below it, not 1"),
     ],
 )
 def test_a_refusal_says_what_would_do_and_what_was_given(overrides: dict[str, object], said: str) -> None:
@@ -88,6 +99,21 @@ def test_sizes_take_binary_and_decimal_units() -> None:
         load(None, {"attention.arena": "3Gb"})
     assert load(None, {"attention.arena": "512MiB"}).attention.arena == 512 * 2**20
     assert load(None, {"attention.arena": "1.5 GiB"}).attention.arena == 3 * 2**29
+
+
+def test_tiers_are_arenas_behind_the_first(tmp_path: Path) -> None:
+    """The plain keys say the best arena, the list those behind it, sizes in the same units; a printed file
+    loads to the same.
+    """
+    tiers = [{"device": "cpu", "arena": "64GiB"}, {"arena": "1TiB"}]
+    config = load(None, {"attention.device": "cuda", "attention.arena": "10GiB", "attention.tiers": tiers})
+    held = [(tier.device, tier.arena // 2**30) for tier in config.attention.every_tier]
+    assert held == [("cuda", 10), ("cpu", 64), ("cpu", 1024)]
+    for text in (commented(config), config.to_yaml()):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        assert load(path) == config
+    assert len(load(None).attention.every_tier) == 1
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\x00"])

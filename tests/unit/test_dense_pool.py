@@ -18,8 +18,9 @@ from workers.dense.holders import Held, Holders
 from workers.dense.inbox import Inbox
 from workers.dense.members import AttentionMember, MemberTable
 from workers.dense.prefixes import BlockChain
-from workers.dense.rooms import Rooms, RoomWanted
+from workers.dense.rooms import PullWanted, Rooms, RoomWanted
 from workers.dense.sequences import Placed, wire_generation
+from workers.peer import ShardPrefix
 
 GEOMETRY = KvGeometry(
     layers=1, query_heads=1, kv_heads=1, head_size=8, dtype="float32", block_tokens=4, digest="tiny"
@@ -70,6 +71,22 @@ def _no_session() -> AttendSession:
 def ranges(placed: tuple[Placed, ...]) -> list[tuple[int, int]]:
     """Positions of shards."""
     return [(item.shard.first, item.shard.end) for item in placed]
+
+
+def test_what_drains_goes_to_the_best_tier_that_has_room() -> None:
+    """Of the workers that have so much room: the best tier before the roomiest; none where nobody has it."""
+    table = MemberTable()
+    tiers = {"leaves": (0, 90), "fast": (0, 4), "roomier": (0, 6), "slow": (1, 50)}
+    members = [
+        AttentionMember(WorkerId(name), Epoch(1), "", 100, free, tier=tier)
+        for name, (tier, free) in tiers.items()
+    ]
+    table.update(members)
+    for member in members:
+        store = Store(member.worker, member.epoch, GEOMETRY, 100, 1000, ManualClock())
+        table.connected(member, LocalPeer(store, _no_session))
+    found = [table.roomiest(apart_from=WorkerId("leaves"), blocks=blocks) for blocks in (3, 5, 7, 51)]
+    assert found == ["roomier", "roomier", "slow", None]
 
 
 def test_a_range_spreads_over_workers_and_is_released_whole() -> None:
@@ -147,6 +164,21 @@ def test_renouncing_tells_whether_the_sequence_is_anothers() -> None:
     ours = workers.taken(WorkerId("w0"))
     with pytest.raises(Fenced):
         workers.rooms.renounce(KEY, ours)
+
+
+def test_what_a_new_life_will_hold_is_not_given_up_with_the_old() -> None:
+    """After a loss what the worker held under the generation that is void is taken; a copy that is expected
+    at its next life, under a higher one, stays: to release it would fence that generation.
+    """
+    workers = Workers(4)
+    (lost,) = workers.reserve(0, 4)
+    target = lost.shard.worker, Epoch(9)
+    wanted = PullWanted(KEY, Generation(2), 0, (1, 2), ShardPrefix(), lost, target, begins=True)
+    workers.rooms.expect_pull(wanted)
+    assert workers.holders.take_void(KEY, lost.shard.worker, lost.generation) is None
+    assert workers.taken(lost.shard.worker) == Held(*target, Generation(2))
+    workers.holders.put(KEY, Held(lost.shard.worker, lost.shard.epoch, lost.generation))
+    assert workers.holders.take_void(KEY, lost.shard.worker, lost.generation) is not None
 
 
 @pytest.mark.parametrize(

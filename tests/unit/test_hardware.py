@@ -17,6 +17,7 @@ flops_per_s = 1e12
 memory_bytes = 1e9
 bandwidth_bytes_per_s = 1e12
 price_per_hour_usd = 2.0
+price_date = 2025-01-01
 [mine.sources]
 flops_per_s = "a"
 memory_bytes = "a"

@@ -149,6 +149,20 @@ def test_silence_beyond_the_expiry_is_death() -> None:
         cluster.register("dense-1", 2)
 
 
+def test_a_process_takes_all_its_members_along() -> None:
+    """Whoever ends a slot's process ends the members of all its arenas, and no other slot's."""
+    cluster = Cluster()
+    cluster.register("attention-1", 7)
+    for name, slot in (("attention-1.1", "attention-1"), ("attention-1.2", "attention-1"), ("x", "y")):
+        request = registration(name, 7)
+        request.member.slot = slot
+        cluster.table.register(request)
+    cluster.table.remove("attention-1")
+    assert cluster.names == ["x"]
+    with pytest.raises(Fenced):
+        cluster.beat("attention-1.2", 7)
+
+
 def test_a_member_is_not_expired_early() -> None:
     """Up to the expiry itself silence is tolerated."""
     cluster = Cluster()

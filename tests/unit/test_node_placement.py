@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import Config, DenseConfig, PlacementConfig
+from cluster.config import AttentionConfig, Config, DenseConfig, PlacementConfig, TierConfig
 from cluster.hardware import built_in
 from cluster.policies.node_placement import (
     PROCESS_BYTES,
@@ -48,7 +48,7 @@ def node(
 
 def dense(name: str = "dense-0", **changes: Any) -> RoleDemand:
     """A dense worker on one GPU."""
-    return RoleDemand(name, "dense", **{"device": "cuda", "gpus": 1, **changes})
+    return RoleDemand(name, "dense", **{"gpus": 1, **changes})
 
 
 def attention(name: str = "attention-0", **changes: Any) -> RoleDemand:
@@ -72,7 +72,7 @@ def test_dense_goes_where_flops_are_cheapest_and_attention_where_bandwidth_is() 
     nodes = [node("a", gpus=1, accelerator="H20"), node("b", gpus=1, accelerator="H100")]
     for order in (nodes, nodes[::-1]):
         assert where([dense()], order) == ["b"]
-        assert where([attention(device="cuda", gpus=1)], order) == ["a"]
+        assert where([attention(gpus=1)], order) == ["a"]
 
 
 def test_configured_classes_decide_instead() -> None:
@@ -124,7 +124,7 @@ def test_work_without_gpu_leaves_gpu_nodes_alone() -> None:
     """CPU roles take nodes without accelerators while there are any."""
     nodes = [node("a", gpus=8, accelerator="H100", cpus=64), node("b", cpus=4)]
     gateway = RoleDemand("gateway-0", "gateway")
-    assert where([dense(device="cpu", gpus=0), attention(), gateway], nodes) == ["b", "b", "b"]
+    assert where([dense(gpus=0), attention(), gateway], nodes) == ["b", "b", "b"]
     assert where([gateway], nodes[:1]) == ["a"]
 
 
@@ -185,6 +185,14 @@ def test_demands_follow_from_the_configuration() -> None:
     assert claims.resources == {"CPU": 3, "GPU": 1, "memory": PROCESS_BYTES, "anabranch_dense": 1}
     assert claims.classes == ("h100",)
     assert role_demand(config, "gateway", "gateway-0").custom == (("anabranch_gateway", 1.0),)
+
+
+def test_a_worker_of_several_arenas_demands_them_all() -> None:
+    """One GPU where any arena lies on it, and host memory for those that do not."""
+    tiers = (TierConfig(arena=30 * GIB), TierConfig(arena=4 * GIB))
+    config = Config(attention=AttentionConfig(device="cuda", arena=10 * GIB, tiers=tiers))
+    claims = role_demand(config, "attention", "attention-0")
+    assert claims.resources == {"CPU": 1, "GPU": 1, "memory": PROCESS_BYTES + 34 * GIB}
 
 
 @given(

@@ -23,9 +23,10 @@ def space(
     load: float = 0.0,
     is_local: bool = False,
     is_home: bool = True,
+    tier: int = 0,
 ) -> WorkerSpace:
     """A worker that could hold 1,000 tokens and has some free."""
-    return WorkerSpace(WorkerId(name), Epoch(epoch), free_tokens, 1000, load, is_local, is_home)
+    return WorkerSpace(WorkerId(name), Epoch(epoch), free_tokens, 1000, load, is_local, is_home, tier)
 
 
 def shard(name: str, first: int, end: int, *, epoch: int = 1) -> ShardRef:
@@ -74,6 +75,17 @@ def test_other_instances_lend_only_what_is_lacking_at_home() -> None:
     ]
 
 
+def test_the_better_tiers_are_filled_first() -> None:
+    """A sequence spreads over the best tier while that has room, whoever has most; then over the next. A tier
+    at home comes before a better one that is borrowed.
+    """
+    workers = [space("slow", 960, tier=1), space("fast-a", 96), space("fast-b", 80)]
+    assert place(0, 176, (), workers, POLICY)[-1].worker != "slow"
+    assert place(0, 200, (), workers, POLICY)[-1] == allotted(("slow", 176, 200))[0]
+    borrowed = [space("slow", 960, tier=1), space("lender", 960, is_home=False)]
+    assert place(0, 64, (), borrowed, POLICY) == allotted(("slow", 0, 64))
+
+
 def test_a_full_worker_is_passed_over() -> None:
     """When the tail's worker is full the last block's slack is used and the rest goes elsewhere."""
     workers = [space("a", 0), space("b", 32)]
@@ -109,9 +121,9 @@ def test_what_can_never_fit_is_named() -> None:
     workers = [space("a", 0), space("b", 0)]
     assert inadmissible(2000, workers, POLICY) is None
     assert "2001 tokens" in str(inadmissible(2001, workers, POLICY))
-    assert "2 attention workers hold 2000" in str(inadmissible(2001, workers, POLICY))
+    assert "2 arenas hold 2000" in str(inadmissible(2001, workers, POLICY))
     single = PlacementPolicy(block_tokens=16, shard_tokens=64, max_shards=1)
-    assert "1 attention worker holds 1000" in str(inadmissible(1001, workers, single))
+    assert "1 arena holds 1000" in str(inadmissible(1001, workers, single))
 
 
 @settings(deadline=None)
@@ -163,6 +175,7 @@ def situations(
             draw(st.integers(0, 300)),
             is_local=index == 0 and draw(st.booleans()),
             is_home=draw(st.booleans()),
+            tier=draw(st.integers(0, 2)),
         )
         for index in range(count)
     ]

@@ -27,13 +27,20 @@ def instance(index: int, running: int, waiting: int = 0, waiting_tokens: float =
 
 
 def arena(
-    index: int, home: int | None, free: int, capacity: int = 8192, read: int | None = None
+    index: int,
+    home: int | None,
+    free: int,
+    capacity: int = 8192,
+    read: int | None = None,
+    tier: int = 0,
+    slot: str = "",
 ) -> ArenaView:
     """An arena of one instance, or of all; unless told else, nothing in it is shared."""
-    owner = None if home is None else WorkerId(f"dense-{home}")
-    return ArenaView(
-        WorkerId(f"attention-{index}"), owner, capacity, free, capacity - free if read is None else read
+    owner, read = (
+        None if home is None else WorkerId(f"dense-{home}"),
+        capacity - free if read is None else read,
     )
+    return ArenaView(WorkerId(f"attention-{index}"), owner, capacity, free, read, tier, slot)
 
 
 def held(**tokens: dict[str, int]) -> Cache:
@@ -145,6 +152,66 @@ def test_what_others_share_is_not_moved_for_room(sharers: int, moves_away: bool)
     assert bool(moves(instances, arenas, held(a0=sequences))) is moves_away
 
 
+SLOW = InstanceView(WorkerId("dense-0"), 8, 0, 0.0, DENSE, Line(0.0, 1e-5))
+"""A dense worker that gains much from attention in several arenas side by side."""
+
+
+def test_what_is_too_much_for_a_tier_goes_to_a_slower_one() -> None:
+    """Of a full arena no more than is needed goes below, from its longest sequence, to the next tier that has
+    room; not back, and not to level tiers, which are not as fast as each other.
+    """
+    arenas = [arena(0, None, free=0), arena(1, None, 8192, tier=1), arena(2, None, 90_000, 90_000, tier=2)]
+    (move,) = moves([SLOW], arenas, held(a0={"long": 6000, "short": 2192}))
+    assert (move.sequence, move.source, move.target) == (SequenceKey("long"), "attention-0", "attention-1")
+    assert 0.15 * 8192 <= move.tokens <= 1504
+    left = [arena(0, None, free=move.tokens), arena(1, None, free=8192 - move.tokens, tier=1)]
+    assert moves([SLOW], left, held(a0={"long": 4500, "short": 2192}, a1={"long": 1500})) == ()
+
+
+def test_a_process_keeps_what_it_lowers_while_it_has_room() -> None:
+    """Another process's arena of the same tier, however roomy, is taken only where the own one is full."""
+    arenas = [arena(0, None, free=0, slot="w0"), arena(2, None, 9000, 9000, tier=1, slot="w1")]
+    own = arena(1, None, free=4000, tier=1, slot="w0")
+    cache = held(a0={"a": 8192})
+    assert [move.target for move in moves([SLOW], [*arenas, own], cache)] == [own.worker]
+    full = arena(1, None, free=0, tier=1, slot="w0")
+    assert [move.target for move in moves([SLOW], [*arenas, full], cache)] == ["attention-2"]
+
+
+def test_instances_that_lend_nothing_keep_their_own_order() -> None:
+    """Nothing leaves a debtor for another instance; between its own tiers it moves."""
+    policy = PlannerPolicy(block_tokens=32, may_lend=False)
+    instances = [instance(0, running=2, waiting=11), instance(1, running=8)]
+    arenas = [arena(0, 0, free=0), arena(1, 0, free=4000, tier=1), arena(2, 1, free=8192)]
+    cache = held(a0={"long": 8192}, a1={"other": 4192})
+    found = plan(instances, arenas, lambda worker: cache.get(worker, {}), policy)
+    assert {(move.source, move.target) for move in found} == {("attention-0", "attention-1")}
+    lending = plan(instances, arenas, lambda worker: cache.get(worker, {}), POLICY)
+    assert "attention-2" in {move.target for move in lending}
+
+
+def test_a_better_tier_that_emptied_is_filled_again() -> None:
+    """What lies below moves up as far as the better arena's mark, from the slowest tier first."""
+    arenas = [arena(0, None, free=7000), arena(1, None, 4000, tier=1), arena(2, None, 5192, tier=2)]
+    first, *others = moves([SLOW], arenas, held(a0={"a": 1192}, a1={"b": 4192}, a2={"c": 3000}))
+    assert (first.sequence, first.source) == (SequenceKey("c"), "attention-2")
+    assert sum(move.tokens for move in (first, *others) if move.target == "attention-0") <= 0.85 * 8192 - 1192
+    nearly = [arena(0, None, free=3200), arena(1, None, 4000, tier=1)]
+    assert moves([SLOW], nearly, held(a0={"a": 4992}, a1={"b": 4192})) == ()
+
+
+def test_tiers_of_other_instances_are_theirs() -> None:
+    """Instances that do not share have tiers of their own: neither full nor empty ones concern the others."""
+    arenas = [arena(0, 0, free=0), arena(1, 1, free=8192, tier=1)]
+    assert moves([instance(0, 4), instance(1, 4)], arenas, held(a0={"a": 8192})) == ()
+
+
+def test_shared_blocks_are_not_lowered_in_vain() -> None:
+    """Where 64 sequences share nearly all of a full arena, moving one of them would empty nothing."""
+    arenas = [arena(0, None, free=0, read=64 * 8192), arena(1, None, free=8192, tier=1)]
+    assert moves([SLOW], arenas, held(a0={f"r{index:02d}": 1024 for index in range(64)})) == ()
+
+
 @st.composite
 def _clusters(draw: st.DrawFn) -> tuple[list[InstanceView], list[ArenaView], Cache]:
     count = draw(st.integers(1, 4))
@@ -157,7 +224,8 @@ def _clusters(draw: st.DrawFn) -> tuple[list[InstanceView], list[ArenaView], Cac
     for index in range(draw(st.integers(1, 6))):
         sizes = draw(st.lists(st.integers(1, 3000), max_size=5))
         capacity = draw(st.integers(max(1, sum(sizes)), 20_000))
-        arenas.append(arena(index, None if is_shared else index % count, capacity - sum(sizes), capacity))
+        home, tier = None if is_shared else index % count, draw(st.integers(0, 2))
+        arenas.append(arena(index, home, capacity - sum(sizes), capacity, tier=tier))
         cache[WorkerId(f"attention-{index}")] = {
             SequenceKey(f"r{index}-{number}"): size for number, size in enumerate(sizes)
         }
@@ -188,10 +256,22 @@ def test_a_plan_can_always_be_carried_out(cluster: tuple[list[InstanceView], lis
         assert used[target] <= POLICY.full_use * views[target].capacity_tokens + 1
 
 
-def test_a_round_over_a_thousand_workers_takes_a_moment() -> None:
-    """1,000 workers with 100 sequences each, many of them short of room: far below a heartbeat's interval."""
+@pytest.mark.parametrize("tiers", [1, 2])
+def test_a_round_over_a_thousand_workers_takes_a_moment(tiers: int) -> None:
+    """1,000 arenas with 100 sequences each, many of them short of room, or too full for their tier: far below
+    a heartbeat's interval.
+    """
     instances = [instance(index, 2, waiting=8) for index in range(500)]
-    arenas = [arena(index, index // 2, free=50 if index < 800 else 8000) for index in range(1000)]
+    arenas = [
+        arena(
+            index,
+            index // 2 if tiers == 1 else None,
+            free=50 if index < 800 else 8000,
+            tier=index % tiers,
+            slot=f"slot-{index // 2}",
+        )
+        for index in range(1000)
+    ]
     cache = {
         view.worker: {SequenceKey(f"{view.worker}-{number}"): 60 + number for number in range(100)}
         for view in arenas

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from cluster import telemetry
-from cluster.config import TelemetryConfig
+from cluster.telemetry_settings import TelemetryConfig
 
 
 def test_an_event_is_one_json_line_with_identity_and_fields(capsys: pytest.CaptureFixture[str]) -> None:

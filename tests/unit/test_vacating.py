@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cluster.config import AttentionConfig
+from cluster.config import AttentionConfig, TierConfig
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, WorkerId
 from workers.attention.arena import Arena, BlockAllocator
 from workers.attention.core import AttentionCore
@@ -74,13 +74,19 @@ def test_what_was_never_used_or_is_used_again_is_not_vacant() -> None:
 
 
 def test_a_worker_returns_what_stayed_free() -> None:
-    """An ended sequence's blocks go back at the second look, those of a living one stay."""
-    config = AttentionConfig(arena=ARENA_BYTES, block_tokens=GEOMETRY.block_tokens, give_back_s=0)
-    with AttentionCore(config, ARENA_BYTES, GEOMETRY, WorkerId("attention-0"), Epoch(1)) as core:
+    """An ended sequence's blocks go back at the second look, as resident memory shows; those of a living one
+    stay.
+    """
+    config = AttentionConfig(block_tokens=GEOMETRY.block_tokens, give_back_s=0)
+    tier = TierConfig(arena=ARENA_BYTES)
+    with AttentionCore(config, tier, GEOMETRY, WorkerId("attention-0"), Epoch(1)) as core:
         core.store.reserve(SequenceKey("stays"), Generation(1), 0, BLOCKS // 4 * GEOMETRY.block_tokens)
         core.store.reserve(KEY, Generation(1), 0, BLOCKS // 2 * GEOMETRY.block_tokens)
         written(core.arena)
         core.store.release(KEY, Generation(1))
+        before = read_memory().resident_bytes
         assert core.give_back() == 0
-        assert core.give_back() >= 0.8 * BLOCKS // 2 * GEOMETRY.block_bytes
+        returned = core.give_back()
+        assert returned >= 0.8 * BLOCKS // 2 * GEOMETRY.block_bytes
+        assert before - read_memory().resident_bytes >= 0.9 * returned
         assert core.give_back() == 0

@@ -7,7 +7,7 @@ import threading
 import torch
 
 from cluster.clock import Clock, monotonic
-from cluster.config import AttentionConfig
+from cluster.config import AttentionConfig, TierConfig
 from cluster.errors import ConfigError
 from cluster.telemetry import logger
 from cluster.types import Epoch, KvGeometry, WorkerId
@@ -34,7 +34,7 @@ _VACATED_BYTES = 64 * 2**20
 
 
 class AttentionCore:
-    """Arena, store and kernel of one attention worker, and the thread that looks after its store.
+    """One arena with its store and kernel, and the thread that looks after the store.
 
     Use with `with`, or call `close`: the thread runs until then.
     """
@@ -42,22 +42,24 @@ class AttentionCore:
     def __init__(
         self,
         config: AttentionConfig,
-        arena_bytes: int,
+        tier: TierConfig,
         geometry: KvGeometry,
         worker: WorkerId,
         epoch: Epoch,
         clock: Clock = monotonic,
     ) -> None:
-        """Raises ConfigError when the arena is smaller than a block or does not fit the device, when the
+        """`tier`: the arena's size, and where it lies.
+
+        Raises ConfigError when the arena is smaller than a block or does not fit the device, when the
         device is not there, or when the kernel does not run on it.
         """
-        blocks = arena_bytes // geometry.block_bytes
+        blocks = tier.arena // geometry.block_bytes
         if blocks < 1:
             raise ConfigError(
-                f"an arena of {arena_bytes} bytes is smaller than a block of {geometry.block_bytes}"
+                f"an arena of {tier.arena} bytes is smaller than a block of {geometry.block_bytes}"
             )
-        device = open_device(config.device, "attention.device")
-        self._kernel = _kernel(config)
+        device = open_device(tier.device, f"device of {worker}")
+        self._kernel = _kernel(config.kernel, tier)
         self.arena = _arena(geometry, blocks, device, self._kernel.layout)
         if device.type == "cuda":
             warm_up_attend(self._kernel, self.arena.layer(0), geometry.query_heads)
@@ -117,18 +119,24 @@ class AttentionCore:
     def _look_after_store(self) -> None:
         given_s = monotonic()
         while not self._closing.wait(self._pause_s):
-            if 0 < self._give_back_s <= monotonic() - given_s:
-                given_s = monotonic()
-                self.give_back()
-            for key in self.store.expire():
-                _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
-            self.account = self.store.account()
-            self.journal.holds(self.store.blocks_held())
+            try:
+                if 0 < self._give_back_s <= monotonic() - given_s:
+                    given_s = monotonic()
+                    self.give_back()
+                self._expire()
+            except Exception as error:  # noqa: BLE001  a bug must be seen, and not keep every later lease
+                _log.error("store_care_failed", error=error)
+
+    def _expire(self) -> None:
+        for key in self.store.expire():
+            _log.warning("lease_expired", request_id=key.request_id, choice=key.choice)
+        self.account = self.store.account()
+        self.journal.holds(self.store.blocks_held())
 
 
-def _kernel(config: AttentionConfig) -> Kernel:
+def _kernel(name: str, tier: TierConfig) -> Kernel:
     try:
-        return select(config.kernel, config.device)
+        return select(name, tier.device)
     except ValueError as error:
         raise ConfigError(f"attention.kernel: {error}") from error
 

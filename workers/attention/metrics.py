@@ -1,45 +1,58 @@
-"""What an attention worker tells Prometheus, read from the store when it is asked."""
+"""What an attention worker tells Prometheus, read from its stores when it is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from workers.attention.core import AttentionCore
-from workers.lanes.server import LaneServer
+from workers.attention.worker import AttentionWorker
+
+_STATES = ("free", "reserved", "open", "sealed_referenced", "sealed_cached")
 
 
 class AttentionMetrics(Collector):
-    """Collects from one worker, for whatever registry it is put into."""
+    """Collects from the arenas of one process, labelled with their names, for whatever registry it is put
+    into.
+    """
 
-    def __init__(self, core: AttentionCore, lanes: LaneServer) -> None:
-        self._core = core
-        self._lanes = lanes
+    def __init__(self, arenas: Sequence[AttentionWorker]) -> None:
+        self._arenas = arenas
 
     def collect(self) -> Iterator[Metric]:
-        """Blocks by state, how full the arena is, leases ended, seconds of attention, bytes of lanes."""
-        store = self._core.store
-        account = store.audit()
-        blocks = GaugeMetricFamily("anabranch_attention_blocks", "Blocks of the arena.", labels=["state"])
-        for state in ("free", "reserved", "open", "sealed_referenced", "sealed_cached"):
-            blocks.add_metric([state], getattr(account, state))
-        yield blocks
-        used = 1 - (account.free + account.sealed_cached) / account.capacity
-        yield GaugeMetricFamily("anabranch_attention_pool_usage_ratio", "Share of the arena in use.", used)
-        yield CounterMetricFamily(
-            "anabranch_attention_leases_expired", "Sequences nobody renewed.", store.leases_expired
+        """Blocks by state, how full an arena is, leases ended, seconds of attention, bytes of lanes."""
+        yield from self._blocks()
+        leases = CounterMetricFamily(
+            "anabranch_attention_leases_expired", "Sequences nobody renewed.", labels=["arena"]
         )
-        yield CounterMetricFamily(
+        busy = CounterMetricFamily(
             "anabranch_attention_busy_seconds",
             "Time spent appending and attending; its rate is the busy ratio.",
-            self._core.busy_seconds,
+            labels=["arena"],
         )
-        yield GaugeMetricFamily("anabranch_attention_lanes", "Open lanes.", self._lanes.lanes_open)
+        lanes = GaugeMetricFamily("anabranch_attention_lanes", "Open lanes.", labels=["arena"])
         carried = CounterMetricFamily(
-            "anabranch_attention_lane_bytes", "Bytes of all lanes.", labels=["direction"]
+            "anabranch_attention_lane_bytes", "Bytes of all lanes.", labels=["arena", "direction"]
         )
-        for direction, count in zip(("sent", "received"), self._lanes.bytes_carried(), strict=True):
-            carried.add_metric([direction], count)
-        yield carried
+        for arena in self._arenas:
+            leases.add_metric([arena.name], arena.core.store.leases_expired)
+            busy.add_metric([arena.name], arena.core.busy_seconds)
+            lanes.add_metric([arena.name], arena.lanes.lanes_open)
+            for direction, count in zip(("sent", "received"), arena.lanes.bytes_carried(), strict=True):
+                carried.add_metric([arena.name, direction], count)
+        yield from (leases, busy, lanes, carried)
+
+    def _blocks(self) -> Iterator[Metric]:
+        blocks = GaugeMetricFamily(
+            "anabranch_attention_blocks", "Blocks of the arena.", labels=["arena", "state"]
+        )
+        used = GaugeMetricFamily(
+            "anabranch_attention_pool_usage_ratio", "Share of the arena in use.", labels=["arena"]
+        )
+        for arena in self._arenas:
+            account = arena.core.store.audit()
+            for state in _STATES:
+                blocks.add_metric([arena.name, state], getattr(account, state))
+            used.add_metric([arena.name], 1 - (account.free + account.sealed_cached) / account.capacity)
+        yield from (blocks, used)

@@ -11,9 +11,6 @@ from workers.attention.turns import Turns
 from workers.kernels.signature import Exchange, Span
 from workers.lanes.link import ByteLink
 
-_WRITE_S = 10.0
-"""How long a reply may take to leave that the socket did not take at once."""
-
 
 class StraightAnswers:
     """The layers of a step that follow its plan, from socket to socket in a few calls of the compiled kernel.
@@ -43,9 +40,10 @@ class StraightAnswers:
         if self._steps.pop(micro_batch, None) is not None:
             self._exchange.end(micro_batch)
 
-    def serve(self, wait_s: float) -> bytes:
+    def serve(self, wait_s: float, stall_s: float) -> bytes:
         """Answer until something else arrives, of which this returns the bytes that came so far; none where
-        nothing came for `wait_s`, or ever will. Raises LaneBroken.
+        nothing came for `wait_s`, or ever will. What the socket does not take at once of a reply must leave
+        within `stall_s`. Raises LaneBroken.
         """
         exchange = self._exchange
         try:
@@ -56,7 +54,7 @@ class StraightAnswers:
                 if not exchange.has_query:
                     exchange.finish()
                 elif left := exchange.reply():
-                    self._link.write([memoryview(left)], time.monotonic() + _WRITE_S, None)
+                    self._link.write([memoryview(left)], time.monotonic() + stall_s, None)
             return exchange.take()
         finally:
             self._on_busy(exchange.take_busy())

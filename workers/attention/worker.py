@@ -1,4 +1,4 @@
-"""An attention worker with its servers: the pool's service and the lanes, over one core."""
+"""One arena of an attention worker with its servers: the pool's service and the lanes, over one core."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import attention_pb2, attention_pb2_grpc, inference_pb2, kv_pb2, kv_pb2_grpc
 from cluster import rpc
 from cluster.config import Config
+from cluster.policies.instances import slot_number
 from cluster.telemetry import logger
-from cluster.types import Epoch, KvGeometry, WorkerId
+from cluster.types import Epoch, KvGeometry, WorkerId, member_name
 from workers.attention.core import AttentionCore
 from workers.attention.kv_service import COPIES_MOST, KvService, account_message
 from workers.attention.lane_service import LaneOffers, LaneService
@@ -29,27 +30,39 @@ _SERVICES = (
 
 
 class AttentionWorker:
-    """Binds first, serves once it knows the model's geometry, drains at the end.
+    """Binds first, serves once it knows the model's geometry, drains at the end. A process has one for each
+    of its arenas; they share nothing.
 
         bound --start(geometry)--> serving --drain--> draining --stop--> stopped
 
     The address is needed to register, and the answer to registering brings the geometry.
     """
 
-    def __init__(self, config: Config, worker: WorkerId, epoch: Epoch, spin_s: float = 0.0) -> None:
-        """Bind the configured host. `spin_s`: how long lanes ask for messages before they sleep.
+    def __init__(
+        self, config: Config, slot: WorkerId, epoch: Epoch, spin_s: float = 0.0, tier: int = 0
+    ) -> None:
+        """Bind the configured host. `spin_s`: how long lanes ask for messages before they sleep; `tier`:
+        which of the slot's arenas this is.
 
         Raises ConfigError or Unavailable (`cluster.rpc.bind`).
         """
         self._config = config
-        self._worker = worker
+        self._tier = config.attention.every_tier[tier]
+        self._worker = member_name(slot, tier)
         self._epoch = epoch
         # A gRPC lane occupies a thread of the server for as long as it is open.
         self._server = rpc.server(_UNARY_THREADS + config.attention.max_lanes)
-        self.port = rpc.bind(self._server, config.attention.host, 0, config.security)
+        first = config.port(config.attention.port, slot_number(slot) * len(config.attention.every_tier))
+        wanted = first + tier if first else 0
+        self.port = rpc.bind(self._server, config.attention.host, wanted, config.security)
         self._health = health.HealthServicer()
         self._core: AttentionCore | None = None
         self.lanes = LaneServer(config.attention.max_lanes, _STALL_S, spin_s=spin_s)
+
+    @property
+    def name(self) -> WorkerId:
+        """Of the member that this is."""
+        return self._worker
 
     @property
     def core(self) -> AttentionCore:
@@ -60,7 +73,7 @@ class AttentionWorker:
     def start(self, geometry: KvGeometry) -> None:
         """Form the arena and serve. Raises ConfigError when the arena cannot be had."""
         attention = self._config.attention
-        self._core = AttentionCore(attention, attention.arena, geometry, self._worker, self._epoch)
+        self._core = AttentionCore(attention, self._tier, geometry, self._worker, self._epoch)
         kv_service = KvService(self._core.store, self._core.arena, self._config.security.tls)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_service, self._server)
         offers = LaneOffers(self._listen(), rows_most(self._config, geometry))

@@ -10,6 +10,7 @@ import torch
 
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_value
+from cluster.config import TierConfig
 from cluster.ending import leave
 from cluster.errors import VersionMismatch
 from cluster.types import WorkerId
@@ -122,9 +123,9 @@ def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
     if config.dense.local_arena == 0:
         return None
     geometry = decoder.spec.geometry(config.model.dtype, config.attention.block_tokens)
-    settings = config.attention.model_copy(update={"device": config.dense.device})
+    tier = TierConfig(device=config.dense.device, arena=config.dense.local_arena)
     name = WorkerId(f"{context.worker_id}-local")
-    return AttentionCore(settings, config.dense.local_arena, geometry, name, context.epoch)
+    return AttentionCore(config.attention, tier, geometry, name, context.epoch)
 
 
 def _finder(context: RoleContext, stack: contextlib.ExitStack) -> PrefixFinder | None:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.clock import Clock, monotonic
-from cluster.config import Config, Serves
+from cluster.config import Config
+from cluster.config_values import Serves
 from cluster.errors import Fenced, Internal, NeedFull
 from cluster.fault_points import reach
 from cluster.perfmodel import Line
 from cluster.policies.scheduler import Scheduler, StepPlan
+from cluster.policies.settings import placement_policy, scheduler_limits
 from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, WorkerId
 from workers.dense.deltas import FinishReason, Handoff, Outbox, Subscriber
@@ -27,7 +29,6 @@ from workers.dense.prefixes import Find, PrefixIndex
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable, TableLimits
 from workers.dense.sequences import LiveSequence, Submission
-from workers.dense.settings import placement_policy, scheduler_limits
 from workers.dense.shard_keeper import ShardKeeper
 from workers.dense.step_layout import Chunk
 from workers.dense.step_runner import StepOutcome, StepRunner

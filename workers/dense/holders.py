@@ -42,10 +42,13 @@ class Holders:
     def take_one(self, key: SequenceKey, worker: WorkerId) -> Held | None:
         """Forget what one worker holds of a sequence; returns it."""
         with self._lock:
-            held = self._held.get(key, {}).pop(worker, None)
-            if not self._held.get(key):
-                self._held.pop(key, None)
-            return held
+            return self._take(key, worker)
+
+    def take_void(self, key: SequenceKey, worker: WorkerId, void: Generation) -> Held | None:
+        """The same of what it holds under this generation or a lower one."""
+        with self._lock:
+            held = self._held.get(key, {}).get(worker)
+            return self._take(key, worker) if held is not None and held.generation <= void else None
 
     def of_worker(self, worker: WorkerId, epoch: Epoch) -> dict[SequenceKey, Generation]:
         """The sequences of which this life of a worker holds something."""
@@ -57,3 +60,9 @@ class Holders:
         """A life of a worker is over, and what it held with it."""
         for key in self.of_worker(worker, epoch):
             self.take_one(key, worker)
+
+    def _take(self, key: SequenceKey, worker: WorkerId) -> Held | None:
+        held = self._held.get(key, {}).pop(worker, None)
+        if not self._held.get(key):
+            self._held.pop(key, None)
+        return held

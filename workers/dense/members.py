@@ -28,6 +28,8 @@ class AttentionMember:
     is_local: bool = False
     is_home: bool = True
     """Of this dense worker's own instance."""
+    tier: int = 0
+    """Of its process's arenas, 0 the best."""
 
 
 def attention_members(
@@ -42,7 +44,7 @@ def attention_members(
         if member.role != inference_pb2.ROLE_ATTENTION or member.state == inference_pb2.MEMBER_STATE_STARTING:
             continue
         worker, blocks = WorkerId(member.worker_id), member.load.blocks
-        is_home = placement.instances == "shared" or home_of(worker, replicas) == dense
+        is_home = placement.instances == "shared" or home_of(WorkerId(member.slot), replicas) == dense
         if is_home or placement.instances != "separate":
             found.append(
                 AttentionMember(
@@ -53,6 +55,7 @@ def attention_members(
                     blocks.free + blocks.sealed_cached,
                     is_admitting=member.state == inference_pb2.MEMBER_STATE_READY,
                     is_home=is_home,
+                    tier=member.tier,
                 )
             )
     return found
@@ -188,15 +191,17 @@ class MemberTable:
             ]
 
     def roomiest(self, apart_from: WorkerId, blocks: int) -> WorkerId | None:
-        """The usable, admitting worker outside this process that has most free blocks, if it has `blocks`."""
+        """Of the usable, admitting workers outside this process that have `blocks` free blocks: the one of
+        the best tier, and of that the one that has most.
+        """
         with self._lock:
             found = [
-                (known.blocks_free, worker)
+                (-known.member.tier, known.blocks_free, worker)
                 for worker, known in self._known.items()
                 if known.peer is not None and known.member.is_admitting and not known.member.is_local
+                if worker != apart_from and known.blocks_free >= blocks
             ]
-        free, worker = max((item for item in found if item[1] != apart_from), default=(0, apart_from))
-        return worker if free >= blocks else None
+        return max(found)[-1] if found else None
 
     def peers(self) -> list[AttentionPeer]:
         """All usable peers, in the order of their names."""
@@ -233,6 +238,7 @@ class MemberTable:
                     capacity_tokens=known.member.blocks_capacity * block_tokens,
                     is_local=known.member.is_local,
                     is_home=known.member.is_home,
+                    tier=known.member.tier,
                 )
                 for worker, known in sorted(self._known.items())
                 if known.member.is_admitting and (known.peer is not None or not usable)

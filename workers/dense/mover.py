@@ -255,6 +255,6 @@ class Mover:
             self._door.scheduler.thaw(sequence.key)
         if is_live and not sequence.holds_at(target):
             sequence.begin_anew_at(target)
-            self._door.pool.renounce(sequence.key, target)
+            self._door.pool.renounce(sequence.key, target, sequence.void[target])
         elif move.copy is not None:
             self._door.pool.release_shard(sequence.key, move.copy)

@@ -200,13 +200,14 @@ class Pool:
         """Renew it no longer and free nothing: somebody may take it over until its leases end."""
         self._in_order(key, lambda: self._rooms.abandon(key))
 
-    def renounce(self, key: SequenceKey, worker: WorkerId) -> None:
-        """Give back what one worker holds of a sequence, after a fault there; tells the listener if the
-        sequence turns out to be another's.
+    def renounce(self, key: SequenceKey, worker: WorkerId, void: Generation) -> None:
+        """Give back what one worker holds of a sequence under `void` or a lower generation, after a fault
+        there; tells the listener if the sequence turns out to be another's. What is expected there under a
+        higher generation, of a copy that begins meanwhile, say, is none of it.
         """
 
         def renounce() -> None:
-            held = self._holders.take_one(key, worker)
+            held = self._holders.take_void(key, worker, void)
             if held is None:
                 return
             try:

@@ -100,7 +100,7 @@ class ShardKeeper:
             self._lose(sequence, worker)
         elif not sequence.holds_at(worker) and generation == sequence.generation:
             sequence.begin_anew_at(worker)
-            self._door.pool.renounce(key, worker)
+            self._door.pool.renounce(key, worker, sequence.void[worker])
 
     def superseded(self, key: SequenceKey, generation: Generation, error: AnabranchError) -> None:
         """Another dense worker runs the sequence; or this one does, where what was fenced is of a submission
@@ -162,7 +162,7 @@ class ShardKeeper:
         known = len(sequence.token_ids)
         tokens = sum(max(0, min(placed.shard.end, known) - placed.shard.first) for placed in lost)
         ranges = [(placed.shard.first, placed.shard.end) for placed in lost]
-        self._door.pool.renounce(sequence.key, worker)
+        self._door.pool.renounce(sequence.key, worker, sequence.void[worker])
         if self._door.lose(sequence, ranges):
             tokens = known
         self._door.metrics.recomputed.inc(tokens)

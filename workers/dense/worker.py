@@ -11,8 +11,10 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import control_pb2, dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
 from anabranch.wire import sequence_key
 from cluster import rpc
-from cluster.config import Config, Serves
+from cluster.config import Config
+from cluster.config_values import Serves
 from cluster.perfmodel import Line
+from cluster.policies.instances import slot_number
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
@@ -87,7 +89,8 @@ class DenseWorker:
             ),
         )
         self._server = rpc.server(_THREADS)
-        self.port = rpc.bind(self._server, config.dense.host, 0, config.security)
+        wanted = config.port(config.dense.port, slot_number(worker))
+        self.port = rpc.bind(self._server, config.dense.host, wanted, config.security)
         self._health = health.HealthServicer()
 
     def start(self) -> None:

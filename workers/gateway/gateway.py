@@ -74,12 +74,12 @@ class Gateway:
     async def start(self) -> None:
         """Bind and serve. Raises Unavailable (port taken), ConfigError (plain text beyond loopback)."""
         gateway, security = self._config.gateway, self._config.security
-        wanted = gateway.port + self._index if gateway.port else 0
+        wanted = self._config.port(gateway.port, self._index)
         self.port = rpc.bind(self._server, gateway.host, wanted, security)
         await self._health.set(_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         if gateway.http_port is not None:
-            wanted = gateway.http_port + self._index if gateway.http_port else 0
+            wanted = self._config.port(gateway.http_port, self._index)
             self.http_port = await self._http.start(wanted)
         _log.info("gateway_serving", port=self.port, http_port=self.http_port)
 

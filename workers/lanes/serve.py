@@ -25,9 +25,10 @@ _IDLE_S = 1.0
 class StraightServer(Protocol):
     """Answers messages straight off a lane's socket."""
 
-    def serve(self, wait_s: float) -> bytes:
+    def serve(self, wait_s: float, stall_s: float) -> bytes:
         """Until something arrives that it leaves to others, whose bytes so far this returns; empty where
-        nothing came for `wait_s`, or ever will. Raises LaneBroken.
+        nothing came for `wait_s`, or ever will. Raises LaneBroken, also for a reply that does not get through
+        within `stall_s`.
         """
         ...
 
@@ -96,7 +97,7 @@ def _arriving(
 ) -> Iterator[Frame]:
     """The frames that some bytes complete, once there are any; none where a lane was idle for a while."""
     idle = reader.is_between_frames
-    begun = straight.serve(_IDLE_S) if idle and straight is not None else b""
+    begun = straight.serve(_IDLE_S, stall_s) if idle and straight is not None else b""
     if begun:
         moving.begin()
         yield from _frames(reader, begun)

@@ -122,7 +122,7 @@ class LaneServer:
             threads = list(self._threads)
             for listener in self._listeners:
                 with contextlib.suppress(OSError):  # closed by its thread
-                    listener.shutdown(socket.SHUT_RDWR)
+                    _wake(listener)
             for carrier in self._live:
                 if isinstance(carrier, SocketLink):
                     carrier.shut_down()
@@ -164,6 +164,9 @@ class LaneServer:
                     _log.error("lane_not_accepted", error=error)
                     self._stop.wait(_ACCEPT_PAUSE_S)
                     continue
+                if self._stop.is_set():
+                    connected.close()
+                    return
                 self._start("lane", functools.partial(self._serve, SocketLink(connected, self._spin_s)))
 
     def _serve(self, link: SocketLink) -> None:
@@ -192,6 +195,16 @@ class LaneServer:
                 self._live.discard(carrier)
                 self._ended_sent += carrier.bytes_sent
                 self._ended_received += carrier.bytes_received
+
+
+def _wake(listener: socket.socket) -> None:
+    """End a wait in `accept`. Raises OSError. That of a unix socket does not notice that it is shut down."""
+    if listener.family != socket.AF_UNIX:
+        listener.shutdown(socket.SHUT_RDWR)
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as knocking:
+        knocking.setblocking(False)
+        knocking.connect(listener.getsockname())
 
 
 def _read_ticket(link: SocketLink) -> bytes:

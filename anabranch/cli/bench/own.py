@@ -21,6 +21,7 @@ from anabranch.cli.bench import step_attention
 from anabranch.cli.bench.children import start
 from anabranch.cli.bench.remote import remote_member, remote_peer
 from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, LOCAL_WORKER, StepSettings
+from cluster.config import TierConfig
 from cluster.sampling import SamplingParameters
 from cluster.types import SequenceKey
 from workers.attention.core import AttentionCore
@@ -97,7 +98,8 @@ def _engine(stack: contextlib.ExitStack, settings: dict[str, Any]) -> tuple[Engi
     geometry = decoder.spec.geometry(step.dtype, config.attention.block_tokens)
     connect: Callable[[AttentionMember], AttentionPeer]
     if step.is_monolithic:
-        core = AttentionCore(config.attention, step.arena_bytes, geometry, LOCAL_WORKER, ATTENTION_EPOCH)
+        tier = TierConfig(arena=step.arena_bytes)
+        core = AttentionCore(config.attention, tier, geometry, LOCAL_WORKER, ATTENTION_EPOCH)
         stack.enter_context(core)
         blocks = core.arena.blocks
         member = AttentionMember(LOCAL_WORKER, ATTENTION_EPOCH, "", blocks, blocks, is_local=True)

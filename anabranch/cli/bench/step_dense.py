@@ -23,6 +23,7 @@ from anabranch.cli.bench.filling import Filler
 from anabranch.cli.bench.remote import remote_member, remote_peer
 from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, LOCAL_WORKER, StepSettings, Turn
 from anabranch.cli.bench.timeline import Trace, TracedLane
+from cluster.config import TierConfig
 from cluster.errors import AnabranchError, DeadlineExceeded
 from cluster.sampling import SamplingParameters
 from cluster.types import SequenceKey, ShardRef
@@ -116,8 +117,9 @@ class DenseBench:
         self._numbers = itertools.count()
         self._core: AttentionCore | None = None
         if settings.is_monolithic:
+            tier = TierConfig(arena=settings.arena_bytes)
             self._core = AttentionCore(
-                self._config.attention, settings.arena_bytes, self._geometry, LOCAL_WORKER, ATTENTION_EPOCH
+                self._config.attention, tier, self._geometry, LOCAL_WORKER, ATTENTION_EPOCH
             )
         self._member = self._find_member()
         kernel = select("auto", "cpu")

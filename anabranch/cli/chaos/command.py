@@ -26,22 +26,33 @@ def chaos(
         float, typer.Option(help="Share of what the fleet can serve, measured first.", min=0.01, max=1.0)
     ] = 0.25,
     faults: Annotated[int | None, typer.Option(help="No more faults than this in each run.", min=0)] = None,
-    kinds: Annotated[str, typer.Option(help="Of kill, freeze, cut, separated by commas.")] = _KINDS,
+    kinds: Annotated[
+        str, typer.Option(help="Of kill, freeze, cut, separated by commas; lost capacity is always killed.")
+    ] = _KINDS,
+    lost_capacity: Annotated[
+        bool, typer.Option("--lost-capacity", help="Lose whole roles for some seconds, each in turn.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the whole report into FILE.")
     ] = None,
     keep: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep the processes' logs, in a folder per seed.")
     ] = None,
-) -> int:
+) -> None:
     """Kill, freeze and cut off processes of a small cluster under load, and compare every token.
 
     Two gateways, two dense and three attention workers on a tiny random model serve the same requests twice:
     undisturbed, and while a drawn process is lost again as soon as the fleet is whole. A request that
     ends in an error, hangs, or has another token fails the run; so does a block that stays held.
 
+    With --lost-capacity every process of a role is killed and none is started for some seconds, each role in
+    turn, and once all attention workers but one, which cannot hold what runs. Then requests may fail, with
+    UNAVAILABLE, RESOURCE_EXHAUSTED or DEADLINE_EXCEEDED, but not have another token or hang; sent again when
+    the fleet is whole they must end well.
+
     \b
     anabranch chaos --seed 7
+    anabranch chaos --lost-capacity
     anabranch chaos --seeds 50 --json chaos.json
     """
     from anabranch.cli.chaos.verdict import summary
@@ -52,13 +63,14 @@ def chaos(
     for number in range(seed, seed + seeds):
         settings = {
             "requests": requests, "load": load, "faults_most": faults, "kinds": chosen,
+            "lost_capacity": lost_capacity,
         }  # fmt: skip
         reports.append(_one(number, settings, keep, console))
         if json_file is not None:
             json_file.write_text(json.dumps({"summary": summary(reports), "seeds": reports}, indent=1) + "\n")
     whole = summary(reports)
-    console.print(_table(whole))
-    return 1 if whole["failures"] else 0
+    console.print(_losses_table(whole) if lost_capacity else _table(whole))
+    raise typer.Exit(1 if whole["failures"] else 0)
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -84,7 +96,8 @@ def _one(seed: int, settings: dict[str, Any], keep: Path | None, console: Consol
             tell = lambda doing: status.update(f"seed {seed}: {doing}")  # noqa: E731
             course = asyncio.run(run(Settings(seed, **settings), folder, tell))
             report = verdict(course, partial(gap_at, folder / "model"), NEAR_TIE)
-    line = f"seed {seed}: {report['requests']} requests, {len(report['faults'])} faults"
+    struck = len(report["faults"]) + len(report["losses"])
+    line = f"seed {seed}: {report['requests']} requests, {struck} faults"
     console.print(f"{line}, {len(report['failures'])} failures", highlight=False)
     for failure in report["failures"]:
         console.print(f"  {failure}", markup=False, highlight=False)
@@ -97,15 +110,34 @@ def _one(seed: int, settings: dict[str, Any], keep: Path | None, console: Consol
 
 def _table(whole: dict[str, Any]) -> Table:
     """Per role and kind: how often, and how much longer than its own longest calm silence a stream waited."""
-    table = Table(
-        title=f"{whole['requests']} requests, load {whole['load_share_most']:.0%} of capacity at most"
-    )
-    for name in ("lost", "faults", "streams", "extra silence p50, s", "p95, s"):
-        table.add_column(name, justify="left" if name == "lost" else "right")
+    table = _headed(whole, "lost", "faults", "streams", "extra silence p50, s", "p95, s")
     for name, extra in whole["extra_s"].items():
         count = whole["faults"].get(name) or sum(
             times for pair, times in whole["faults"].items() if pair.startswith(f"{name} ")
         )
-        figures = ("-" if extra[key] is None else f"{extra[key]:.2f}" for key in ("p50", "p95"))
-        table.add_row(name, str(count), str(extra["streams"]), *figures)
+        table.add_row(name, str(count), str(extra["streams"]), *_percentiles(extra))
     return table
+
+
+def _losses_table(whole: dict[str, Any]) -> Table:
+    """Per loss: what became of the requests that were open in it, and how soon those that waited went on."""
+    table = _headed(whole, "lost", "times", "open", "failed", "waited", "next token p50, s", "p95, s")
+    for name, loss in whole["losses"].items():
+        failed = ", ".join(f"{count} {status}" for status, count in sorted(loss["failed"].items())) or "0"
+        counts = str(loss["times"]), str(loss["requests"]), failed, str(loss["waited"])
+        table.add_row(name, *counts, *_percentiles(loss))
+    return table
+
+
+def _headed(whole: dict[str, Any], first: str, *others: str) -> Table:
+    table = Table(
+        title=f"{whole['requests']} requests, load {whole['load_share_most']:.0%} of capacity at most"
+    )
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _percentiles(found: dict[str, Any]) -> tuple[str, ...]:
+    return tuple("-" if found[key] is None else f"{found[key]:.2f}" for key in ("p50", "p95"))

@@ -71,6 +71,8 @@ class Fleet:
     def __init__(self, config: Config, folder: Path, network: Network, fault_listener: Path) -> None:
         self.problems: list[str] = []
         self.starts = 0
+        self.kept_empty: frozenset[str] = frozenset()
+        """Slots in which nothing is started for now."""
         self._overloaded = ""
         self._config = config
         self._folder = folder
@@ -131,7 +133,8 @@ class Fleet:
                     self.problems.append(f"{slot} ended by itself: {self._last_words(life)}")
                 if slot in held and held[slot].process_id == life.process_id:
                     self.table.remove(slot)
-                self._launch(life.role, life.index)
+                if slot not in self.kept_empty:
+                    self._launch(life.role, life.index)
             elif life.process_id in silent:
                 if not life.struck:  # to start processes where there is no time for those that run ends badly
                     self._overloaded = (
@@ -160,6 +163,7 @@ class Fleet:
         """Until something holds of the fleet. Raises Unavailable when that takes too long."""
         end_s = monotonic() + _START_S
         while not holds():
+            self.look()
             if self._overloaded:
                 raise Unavailable(self._overloaded)
             if monotonic() > end_s:
@@ -175,6 +179,12 @@ class Fleet:
         """What a process last said of itself."""
         members = self.table.membership().members
         return next((member for member in members if member.process_id == life.process_id), None)
+
+    def serves(self, slot: str) -> bool:
+        """Whether the slot has a process that serves."""
+        members = self.table.membership().members
+        ready = inference_pb2.MEMBER_STATE_READY
+        return any(member.worker_id == slot and member.state == ready for member in members)
 
     def is_current(self, life: Life) -> bool:
         """Whether a process still has its slot."""

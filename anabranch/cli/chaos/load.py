@@ -16,9 +16,21 @@ from cluster.errors import AnabranchError
 _DEADLINE_S = 60.0
 """Of each request; far beyond what recovery takes, so one that meets it hung."""
 
+_HASTY_DEADLINE_S = 10.0
+_HASTY_OUTAGE_S = 3.0
+"""A hasty client gives up after this time, and when for so long no gateway serves."""
+
 
 _SILENCE_S = 0.8
 """As a client would ask for whose gateways are near: what a frozen or cut-off one costs its streams."""
+
+
+_LATE_S = 2.0
+
+
+def deadline_s(request: Request) -> float:
+    """Seconds in which a request must end, one way or the other."""
+    return _HASTY_DEADLINE_S if request.is_hasty else _DEADLINE_S
 
 
 @dataclass(slots=True)
@@ -39,6 +51,16 @@ class Answer:
     def is_whole(self) -> bool:
         """Whether it ended well, with all its tokens."""
         return not self.error and len(self.tokens) == self.request.max_tokens
+
+    @property
+    def status(self) -> str:
+        """The gRPC status it failed with, empty where it did not."""
+        return self.error.partition(":")[0]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it went on beyond its deadline, and some time for a machine that is busy."""
+        return self.ended_s - self.sent_s > deadline_s(self.request) + _LATE_S
 
     def longest_gap_s(self) -> float:
         """The longest silence, the one before the first token included."""
@@ -66,6 +88,7 @@ class Load:
         """`suffix` tells the request ids of this run from another's."""
         self.answers = [Answer(request) for request in schedule]
         self._client = AsyncClient(gateways, silence_s=_SILENCE_S)
+        self._hasty = AsyncClient(gateways, silence_s=_SILENCE_S, outage_s=_HASTY_OUTAGE_S)
         self._suffix = suffix
         self.open = 0
         self.ended = 0
@@ -73,7 +96,7 @@ class Load:
     async def run(self) -> list[Answer]:
         """Send every request when it is due, and read all to their ends; never raises for a request."""
         began_s = monotonic()
-        async with self._client, asyncio.TaskGroup() as tasks:
+        async with self._client, self._hasty, asyncio.TaskGroup() as tasks:
             for answer in self.answers:
                 await asyncio.sleep(max(0.0, began_s + answer.request.at_s - monotonic()))
                 tasks.create_task(self._read(answer))
@@ -89,10 +112,10 @@ class Load:
         answer.sent_s = monotonic()
         self.open += 1
         try:
-            stream = self._client.generate(
+            stream = (self._hasty if request.is_hasty else self._client).generate(
                 token_ids=request.prompt,
                 request_id=f"{request.name}{self._suffix}",
-                deadline_s=_DEADLINE_S,
+                deadline_s=deadline_s(request),
                 max_tokens=request.max_tokens,
                 ignore_eos=True,
                 **request.sampling,
@@ -105,9 +128,9 @@ class Load:
                     answer.resumes.append(stream.resumes)
                 finished |= isinstance(event, Finished)
             if not finished:
-                answer.error = "the stream ended without an end"
+                answer.error = "INTERNAL: the stream ended without an end"
         except AnabranchError as error:
-            answer.error = f"{error.reason}: {error.message}"
+            answer.error = f"{error.status}: {error.message}"
         finally:
             answer.ended_s = monotonic()
             self.open -= 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic
 
 from anabranch.cli.chaos.schedule import Request
-from cluster.config import Config
+from cluster.config import Config, TierConfig
 from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, SequenceKey, WorkerId
 from workers.attention.core import AttentionCore
@@ -49,7 +49,8 @@ def gap_at(model: Path, request: Request, tokens: Sequence[int]) -> float:
         {"model": {"path": str(model)}, "dense": {"local_arena": "64MiB"}, "attention": {"replicas": 0}}
     )
     geometry = decoder.spec.geometry(config.model.dtype, config.attention.block_tokens)
-    with AttentionCore(config.attention, config.dense.local_arena, geometry, _LOCAL, Epoch(1)) as core:
+    tier = TierConfig(arena=config.dense.local_arena)
+    with AttentionCore(config.attention, tier, geometry, _LOCAL, Epoch(1)) as core:
         engine = Engine(config, decoder, select("auto", "cpu"), lambda _member: core.peer())
         engine.start()
         blocks = core.arena.blocks

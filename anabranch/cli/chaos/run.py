@@ -13,6 +13,7 @@ from typing import Any
 from anabranch.cli.chaos import model, schedule
 from anabranch.cli.chaos.fleet import Fleet
 from anabranch.cli.chaos.load import Answer, Load
+from anabranch.cli.chaos.lost_capacity import Lost, lose
 from anabranch.cli.chaos.network import Network
 from anabranch.cli.chaos.orders import Orders
 from anabranch.cli.chaos.schedule import Request
@@ -31,6 +32,7 @@ Tell = Callable[[str], None]
 class Settings:
     """What is run. load: share of what the fleet can serve. faults_most: no more than this many, None: as
     many as the load's time allows. expiry_ms: silence after which a process is taken for dead.
+    lost_capacity: whole roles are lost instead, in arenas so small that one cannot hold what runs.
     """
 
     seed: int
@@ -42,16 +44,20 @@ class Settings:
     dense_workers: int = 2
     attention_workers: int = 3
     expiry_ms: int = 1000
+    lost_capacity: bool = False
 
 
 @dataclass(slots=True)
 class Course:
-    """How a run went; times are monotonic seconds."""
+    """How a run went; times are monotonic seconds. `disturbed` are the answers that ended: where the fleet
+    did not recover, the rest is nobody's failure.
+    """
 
     settings: Settings
     calm: list[Answer] = field(default_factory=list)
     disturbed: list[Answer] = field(default_factory=list)
     struck: list[Struck] = field(default_factory=list)
+    lost: list[Lost] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     starts: int = 0
@@ -59,6 +65,10 @@ class Course:
     """The load's tokens per second, over what the fleet gave when it was asked for as much as it can."""
     clock_offset_s: float = 0.0
     """What to add to monotonic seconds for those of the logs."""
+
+    def calm_of(self) -> dict[str, Answer]:
+        """The undisturbed answers by the names of their requests."""
+        return {answer.request.name: answer for answer in self.calm}
 
 
 def configured(settings: Settings, folder: Path) -> Config:
@@ -73,7 +83,7 @@ def configured(settings: Settings, folder: Path) -> Config:
         "dense.step_tokens": 64,
         "dense.max_batch": 32,
         "attention.replicas": settings.attention_workers,
-        "attention.arena": "32MiB",
+        "attention.arena": "128KiB" if settings.lost_capacity else "32MiB",
         "attention.block_tokens": 16,
         "attention.lease_ms": 6000,
         "placement.shard_tokens": 64,
@@ -107,6 +117,7 @@ async def run(settings: Settings, folder: Path, tell: Tell) -> Course:
             fleet.close()
         except Unavailable as error:
             course.problems.append(error.message)
+            course.disturbed = [answer for answer in course.disturbed if answer.ended_s]
         finally:
             fleet.kill_all()
             await orders.close()
@@ -123,16 +134,21 @@ async def _serve(course: Course, fleet: Fleet, network: Network, orders: Orders,
         tell("measuring what the fleet can serve")
         most = await _tokens_per_second(schedule.rush(asked), fleet, "-rush")
         asked = schedule.paced(asked, settings.load * most)
+        if settings.lost_capacity:
+            asked = schedule.with_haste(asked)
         tell("undisturbed")
         calm = Load(asked, fleet.gateways, "-calm")
         course.calm = await calm.run()
         course.load_share = calm.tokens_per_second() / most
-        load = Load(asked, fleet.gateways, "-chaos")
-        course.disturbed = load.answers
-        running = asyncio.create_task(load.run())
-        striker = Striker(fleet, network, orders, running.done)
-        await _strike_all(course, striker, running, tell)
-        await running
+        if settings.lost_capacity:
+            await _lose_all(course, asked, fleet, tell)
+        else:
+            load = Load(asked, fleet.gateways, "-chaos")
+            course.disturbed = load.answers
+            running = asyncio.create_task(load.run())
+            striker = Striker(fleet, network, orders, running.done)
+            await _strike_all(course, striker, running, tell)
+            await running
         await fleet.wait_whole()
     finally:
         watching.cancel()
@@ -154,6 +170,26 @@ async def _strike_all(
         struck = await striker.strike(fault)
         if struck is not None:
             course.struck.append(struck)
+
+
+async def _lose_all(course: Course, asked: Sequence[Request], fleet: Fleet, tell: Tell) -> None:
+    """A part of the load for each loss; what failed is sent again when the fleet is whole."""
+    losses = schedule.losses(course.settings.seed)[: course.settings.faults_most]
+    for number, loss in enumerate(losses):
+        tell(f"loss {number + 1}: {loss.name}")
+        first, end = (len(asked) * edge // len(losses) for edge in (number, number + 1))
+        load = Load(schedule.begun_now(asked[first:end]), fleet.gateways, "-lost")
+        course.disturbed += load.answers
+        running = asyncio.create_task(load.run())
+        lost = await lose(fleet, loss, running.done)
+        await running
+        if lost is None:
+            course.problems.append(f"{loss.name}: never too much ran for it: send more requests (--requests)")
+            continue
+        failed = [answer.request for answer in load.answers if answer.error]
+        again = await Load(schedule.begun_now(failed), fleet.gateways, "-again").run()
+        lost.answers, lost.again = load.answers, again
+        course.lost.append(lost)
 
 
 async def _settle(course: Course, fleet: Fleet, tell: Tell) -> None:

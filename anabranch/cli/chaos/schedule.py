@@ -22,6 +22,7 @@ _OUTPUT_TOKENS = (16, 160)
 _PREFIX_TOKENS = 48
 _SHARED_SHARE = 0.25
 _RUSH = 48
+_AWAY_S = (2.0, 9.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: dict[str, Any]
+    is_hasty: bool = False
+    """Whether its client gives up soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,20 @@ class Fault:
     point: str | None
     slot: int
     lasts_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """All processes of a role but `left` are killed, and none of them is started again for `away_s`."""
+
+    role: Role
+    left: int
+    away_s: float
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        return f"all but {self.left} {self.role}" if self.left else f"all {self.role}"
 
 
 def requests(seed: int, count: int) -> tuple[Request, ...]:
@@ -74,6 +91,25 @@ def paced(asked: Sequence[Request], tokens_per_second: float) -> tuple[Request, 
     tokens = sum(request.max_tokens for request in asked)
     scale = tokens / (tokens_per_second * asked[-1].at_s)
     return tuple(replace(request, at_s=request.at_s * scale) for request in asked)
+
+
+def with_haste(asked: Sequence[Request]) -> tuple[Request, ...]:
+    """The same requests, every third of a client that gives up soon."""
+    return tuple(replace(request, is_hasty=number % 3 == 0) for number, request in enumerate(asked))
+
+
+def begun_now(asked: Sequence[Request]) -> tuple[Request, ...]:
+    """The same requests as far apart, the first of them at once."""
+    return tuple(replace(request, at_s=request.at_s - asked[0].at_s) for request in asked)
+
+
+def losses(seed: int) -> tuple[Loss, ...]:
+    """Each role once without any process, and attention with one, in a drawn order for drawn times."""
+    source = random.Random(f"losses {seed}")  # noqa: S311  repeatable is what it must be
+    cases: list[tuple[Role, int]] = [*((role, 0) for role in ROLES), ("attention", 1)]
+    return tuple(
+        Loss(role, left, source.uniform(*_AWAY_S)) for role, left in source.sample(cases, len(cases))
+    )
 
 
 def transport(seed: int) -> Transport:

@@ -12,12 +12,11 @@ from anabranch.cli.chaos.fleet import Fleet, Life, send
 from anabranch.cli.chaos.network import Network
 from anabranch.cli.chaos.orders import Orders
 from anabranch.cli.chaos.schedule import Fault
-from anabranch.v1 import inference_pb2
 
 _POINT_S = 5.0
 """Longest wait for a process at work to reach a named point."""
 
-_LOOK_S = 0.02
+LOOK_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Striker:
         while not self._is_over():
             found = self._busy(fault)
             if found is None:
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(LOOK_S)
                 continue
             life, streams = found
             if fault.point is None or await self._orders.hold(life.process_id, fault.point, _POINT_S):
@@ -73,7 +72,7 @@ class Striker:
         if fault.kind != "kill":
             await self._last(fault, life, at_s)
             self._let_go(fault, life)
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(LOOK_S)
         self._fleet.look()  # a killed one's slot is empty before anybody noticed
         await self._fleet.wait_whole()
         replaced = not self._fleet.is_current(life)
@@ -85,12 +84,7 @@ class Striker:
         if fault.lasts_s is not None:
             await asyncio.sleep(max(0.0, at_s + fault.lasts_s - monotonic()))
             return
-        await self._fleet.wait(lambda: not self._fleet.is_current(life) and self._serves(life.slot))
-
-    def _serves(self, slot: str) -> bool:
-        members = self._fleet.table.membership().members
-        ready = inference_pb2.MEMBER_STATE_READY
-        return any(member.worker_id == slot and member.state == ready for member in members)
+        await self._fleet.wait(lambda: not self._fleet.is_current(life) and self._fleet.serves(life.slot))
 
     def _let_go(self, fault: Fault, life: Life) -> None:
         if fault.kind == "freeze":
@@ -101,17 +95,19 @@ class Striker:
 
     def _busy(self, fault: Fault) -> tuple[Life, int] | None:
         """A process of the role with open streams, by what it last reported, and how many."""
-        lives = [(life, self._streams(life)) for life in self._fleet.living(fault.role)]
+        lives = [(life, open_streams(self._fleet, life)) for life in self._fleet.living(fault.role)]
         busy = [(life, streams) for life, streams in lives if streams > 0]
         return busy[fault.slot % len(busy)] if busy else None
 
-    def _streams(self, life: Life) -> int:
-        member = self._fleet.member(life)
-        if member is None:
-            return 0
-        load = member.load
-        if life.role == "gateway":
-            return load.streams_open
-        if life.role == "dense":
-            return load.sequences_running
-        return load.blocks.capacity - load.blocks.free - load.blocks.sealed_cached
+
+def open_streams(fleet: Fleet, life: Life) -> int:
+    """How busy a process last said it is: streams, running sequences, or blocks in use."""
+    member = fleet.member(life)
+    if member is None:
+        return 0
+    load = member.load
+    if life.role == "gateway":
+        return load.streams_open
+    if life.role == "dense":
+        return load.sequences_running
+    return load.blocks.capacity - load.blocks.free - load.blocks.sealed_cached

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from anabranch.cli.chaos.load import Answer
+from anabranch.cli.chaos.lost_capacity import report
 from anabranch.cli.chaos.run import Course
 from anabranch.cli.chaos.schedule import Request
 from anabranch.cli.chaos.strike import Struck
@@ -24,8 +25,11 @@ def verdict(course: Course, gap_at: Gap, near_tie: float) -> dict[str, Any]:
     """One seed's result. `failures` is empty where every promise held."""
     failures = list(course.problems)
     ties: list[dict[str, Any]] = []
-    for calm, disturbed in zip(course.calm, course.disturbed, strict=False):
-        failures += _answer_failures(calm, disturbed)
+    calm_of = course.calm_of()
+    for disturbed in [*course.disturbed, *(answer for lost in course.lost for answer in lost.again)]:
+        calm = calm_of[disturbed.request.name]
+        is_excused = any(lost.excuses(disturbed) for lost in course.lost)
+        failures += _answer_failures(calm, disturbed, is_excused=is_excused)
         difference = _first_difference(calm, disturbed)
         if difference is not None:
             gap = gap_at(calm.request, calm.tokens[:difference])
@@ -36,7 +40,7 @@ def verdict(course: Course, gap_at: Gap, near_tie: float) -> dict[str, Any]:
                 failures.append(f"{calm.request.name}: token {difference} differs, by no near-tie: {gap:.3g}")
     if len(ties) > NEAR_TIES_MOST * len(course.calm):
         failures.append(f"{len(ties)} near-ties in {len(course.calm)} requests")
-    if not course.struck:
+    if not course.struck and not course.lost:
         failures.append("no fault struck while a stream was open: send more requests (--requests)")
     faults = [_fault(course, struck) for struck in course.struck]
     recomputed = sum(fault["prompt_tokens_recomputed"] for fault in faults)
@@ -52,6 +56,7 @@ def verdict(course: Course, gap_at: Gap, near_tie: float) -> dict[str, Any]:
         "near_ties": ties,
         "failures": failures,
         "faults": faults,
+        "losses": [report(lost, calm_of) for lost in course.lost],
     }
 
 
@@ -74,7 +79,27 @@ def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             name: {"streams": len(values), "p50": percentile(values, 0.5), "p95": percentile(values, 0.95)}
             for name, values in sorted(groups.items())
         },
+        "losses": _losses([loss for seed in seeds for loss in seed["losses"]]),
     }
+
+
+def _losses(losses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Per loss: requests it touched, those that failed or waited, and how soon the next tokens came."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for loss in losses:
+        groups.setdefault(loss["lost"], []).append(loss)
+    found = {}
+    for name, alike in sorted(groups.items()):
+        waited = [seconds for loss in alike for seconds in loss["next_token_s"]]
+        found[name] = {
+            "times": len(alike),
+            "requests": sum(loss["requests"] for loss in alike),
+            "failed": dict(sum((Counter(loss["failed"]) for loss in alike), Counter())),
+            "waited": len(waited),
+            "p50": percentile(waited, 0.5),
+            "p95": percentile(waited, 0.95),
+        }
+    return found
 
 
 def percentile(values: Iterable[float], share: float) -> float | None:
@@ -83,12 +108,13 @@ def percentile(values: Iterable[float], share: float) -> float | None:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
 
 
-def _answer_failures(calm: Answer, disturbed: Answer) -> list[str]:
+def _answer_failures(calm: Answer, disturbed: Answer, *, is_excused: bool) -> list[str]:
     name = calm.request.name
     runs = (("undisturbed", calm), ("disturbed", disturbed))
-    return [
+    failures = [f"{name}, {run}: it went on beyond its deadline" for run, answer in runs if answer.is_late]
+    return failures + [
         f"{name}, {run}: {answer.error or f'{len(answer.tokens)} of {answer.request.max_tokens} tokens'}"
-        for run, answer in runs
+        for run, answer in (runs[:1] if is_excused else runs)
         if not answer.is_whole
     ]
 
@@ -135,12 +161,13 @@ def _touched(course: Course, struck: Struck, events: Sequence[Mapping[str, Any]]
         },
     }[struck.fault.role]
     found: list[tuple[float, bool]] = []
-    for calm, disturbed in zip(course.calm, course.disturbed, strict=True):
+    calm_of = course.calm_of()
+    for disturbed in course.disturbed:
         silence = disturbed.silence_at(struck.at_s)
         if silence is not None:
             seconds, reopened = silence
             is_named = reopened if named is None else f"{disturbed.request.name}-chaos" in named
-            found.append((seconds - calm.longest_gap_s(), is_named))
+            found.append((seconds - calm_of[disturbed.request.name].longest_gap_s(), is_named))
     if any(is_named for _, is_named in found):
         return [extra_s for extra_s, is_named in found if is_named]
     return [extra_s for extra_s, _ in found]

@@ -15,6 +15,10 @@
 #include "checksum.h"
 #include "rows.h"
 
+#if !defined(MSG_NOSIGNAL)
+#define MSG_NOSIGNAL 0  // elsewhere than on Linux: Python ignores SIGPIPE
+#endif
+
 namespace anabranch {
 
 namespace {

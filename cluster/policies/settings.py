@@ -1,4 +1,4 @@
-"""What the configuration says to the policies that a dense worker decides by."""
+"""What the configuration says to the policies: of a dense worker, and of a simulated one. Pure."""
 
 from __future__ import annotations
 

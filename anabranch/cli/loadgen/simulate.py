@@ -1,0 +1,199 @@
+"""`anabranch loadgen simulate`: a run on hardware that is modelled."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.status import Status
+
+from anabranch.cli.generate import INTERRUPTED_STATUS
+from anabranch.cli.loadgen import modelled as m
+from anabranch.cli.loadgen import options as o
+from anabranch.cli.loadgen.concurrency import numbers
+from anabranch.cli.loadgen.table import print_summary
+from anabranch.cli.pulse import PULSE_S
+from anabranch.cli.up import parse_settings
+from cluster import config as configuration
+from cluster import hardware
+from cluster.clock import monotonic
+from cluster.config import Config
+from cluster.signals import Interrupts
+from loadgen.cost import per_mtok
+from loadgen.metrics import Objectives, Summary
+from loadgen.results import ResultsFolder
+from loadgen.scenario import Scenario
+from loadgen.simulation import models
+from loadgen.simulation.machines import Efficiencies, Shape, parse_side
+from loadgen.simulation.simulation import (
+    LARGE,
+    STEP_TOKENS_ELSEWHERE,
+    Course,
+    SimulatedCluster,
+    Simulation,
+)
+from loadgen.simulation.steps import Switches
+
+_WIDTH = 100
+
+
+def simulate(
+    model: m.ModelShapeName = "llama3-70b",
+    dense: m.Dense = "h100x2",
+    attention: m.Attention = None,
+    dense_workers: m.DenseWorkers = 1,
+    prices: m.Prices = None,
+    config_file: m.EngineConfig = None,
+    settings: m.EngineSettings = None,
+    efficiency: m.EfficiencyText = "",
+    overlap: m.Overlap = True,
+    stagger: m.Stagger = True,
+    prompts_elsewhere: m.PromptsElsewhere = False,
+    timeout_s: o.TimeoutS = 600.0,
+    arrivals: o.Arrivals = None,
+    rate: o.Rate = None,
+    rate_end: o.RateEnd = None,
+    cv: o.Cv = None,
+    concurrency: o.Concurrency = "",
+    requests: o.Requests = None,
+    duration: o.Duration = None,
+    warm_up: o.WarmUp = 0.0,
+    think: o.Think = 0.0,
+    workload: m.Workload = "",
+    trace_file: o.TraceFile = None,
+    trace_from: o.TraceFrom = 0.0,
+    prompt: o.Prompt = "512",
+    output: o.Output = "128",
+    length_scale: o.LengthScale = 1.0,
+    context: o.Context = None,
+    turns: o.Turns = 1,
+    slo: o.Slo = "",
+    seed: o.LoadSeed = 0,
+    out: o.Out = None,
+) -> None:
+    """Run this project's scheduler and placement over modelled hardware, on a virtual clock.
+
+    The same results as of `run`. Steps take what rooflines say: throughput is what cannot be beaten, unless
+    --efficiency says what your devices reach. Shared prefixes are computed anew, and nothing ever fails.
+
+    \b
+    anabranch loadgen simulate --dense h100x2 --attention h20x4 --trace azure-conv
+    anabranch loadgen simulate --dense h100x4 --trace azure-conv --efficiency flops=0.6,bandwidth=0.8
+    anabranch loadgen simulate --model llama3-8b --dense h100 --attention l40sx4 --concurrency 1,16,256
+    """
+    workload, trace_file = m.workload_source(workload, trace_file)
+    scenario = Scenario(
+        seed=seed, arrivals=arrivals, rate=rate, rate_end=rate_end, cv=cv, concurrency=numbers(concurrency),
+        requests=requests, duration_s=duration, warm_up_s=warm_up, workload=workload, trace_file=trace_file,
+        trace_from_s=trace_from, prompt=prompt, output=output, length_scale=length_scale, context=context,
+        turns=turns, think_s=think,
+    )  # fmt: skip
+    catalogue = hardware.load(str(prices) if prices else None)
+    shape = Shape(
+        parse_side(dense, catalogue), parse_side(attention, catalogue) if attention else None, dense_workers
+    )
+    cluster = SimulatedCluster(
+        models.resolve(model),
+        shape,
+        _engine_config(config_file, settings or [], prompts_elsewhere),
+        Efficiencies.parse(efficiency),
+        Switches(overlap, stagger),
+        prompts_elsewhere,
+    )
+    raise typer.Exit(_run(cluster, scenario, Objectives.parse(slo), timeout_s, out))
+
+
+def _engine_config(config_file: Path | None, settings: list[str], prompts_elsewhere: bool) -> Config:
+    """The file's settings, or those that suit accelerators; and what --set says."""
+    overrides = dict(LARGE) if config_file is None else {}
+    if prompts_elsewhere:
+        overrides["dense.step_tokens"] = STEP_TOKENS_ELSEWHERE
+    return configuration.load(config_file, overrides | parse_settings(settings))
+
+
+def _run(
+    cluster: SimulatedCluster, scenario: Scenario, objectives: Objectives, timeout_s: float, out: Path | None
+) -> int:
+    console, errors = Console(), Console(stderr=True)
+    console.width = max(console.width, _WIDTH)
+    simulation = Simulation(cluster, scenario, timeout_s)
+    plan = simulation.plan
+    planned = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in plan.workload.items())
+    head = f"{cluster.model.name} on {cluster.shape}, {cluster.arena_tokens:,} tokens of cache in each arena"
+    for line in (
+        head,
+        planned,
+        *(f"note: {note}" for note in (*plan.notes, *_notes(cluster, plan.workload))),
+    ):
+        errors.print(line, highlight=False, markup=False, soft_wrap=True)
+    folder = out or Path(time.strftime("simulated-%Y%m%d-%H%M%S"))
+    began_s = time.process_time()
+    with ResultsFolder(folder) as results, errors.status("simulating") as status:
+        progress = _Progress(errors, status)
+        with Interrupts(progress.stop, lambda _: None):
+            summaries = simulation.run(results.add, progress.goes_on, objectives)
+        results.sum_up(summaries)
+    for summary in summaries:
+        print_summary(console, summary)
+        console.print(f"  {_cluster_line(summary)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"\n{time.process_time() - began_s:.1f} s of computing; written to {folder}",
+        highlight=False,
+        markup=False,
+    )
+    if simulation.was_stopped:
+        return INTERRUPTED_STATUS
+    return 0 if all(summary["completed"] for summary in summaries) else 1
+
+
+class _Progress:
+    """Says how things stand, and ends the simulation when told to."""
+
+    def __init__(self, console: Console, status: Status) -> None:
+        self._console = console
+        self._status = status
+        self._told_s = monotonic()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """The simulation ends with what it has."""
+        self._stopped = True
+
+    def goes_on(self, course: Course) -> bool:
+        """Called by the simulation now and then."""
+        now_s = monotonic()
+        if now_s - self._told_s >= PULSE_S:
+            self._told_s = now_s
+            line = (
+                f"{course.stage.name}: {course.now_s:,.0f} s simulated, sent {course.sent:,} of "
+                f"{course.stage.requests:,}, under way {course.under_way:,}"
+            )
+            if self._console.is_terminal:
+                self._status.update(line)
+            else:
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return not self._stopped
+
+
+def _notes(cluster: SimulatedCluster, workload: object) -> list[str]:
+    notes = []
+    if not cluster.shape.is_deployable:
+        notes.append("this project cannot deploy the shape yet: a dense worker is one device today")
+    if isinstance(workload, dict) and workload.get("ideal_prefix_share"):
+        notes.append("prompts share prefixes, which the simulation computes anew")
+    return notes
+
+
+def _cluster_line(summary: Summary) -> str:
+    figures = summary["simulation"]
+    usd = per_mtok(figures["price_per_hour_usd"] / 3600, summary["output_throughput"] or 0.0)
+    cost = "" if usd is None else f", ${usd:.2f} per million output tokens"
+    return (
+        f"{figures['steps']:,} steps of {figures['mean_step_ms']:.1f} ms, batch "
+        f"{figures['mean_batch_rows']:.0f} (most {figures['max_batch_rows']}); dense busy "
+        f"{figures['dense_busy_share']:.0%}, busiest attention worker "
+        f"{figures['attention_busy_share']:.0%}, pool {figures['mean_pool_used_share']:.0%} full; "
+        f"${figures['price_per_hour_usd']:.2f}/h{cost}"
+    )

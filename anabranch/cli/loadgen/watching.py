@@ -1,0 +1,34 @@
+"""What a run shows while it goes on: a line that changes or, where nobody looks, one now and then."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.status import Status
+
+from anabranch.cli.pulse import PULSE_S
+from loadgen.live import LiveFigures
+from loadgen.pool import StageCourse
+from loadgen.records import Record
+
+
+class LiveLine:
+    """A `Watcher` that tells `console` how things stand, at most every so often where that is no terminal."""
+
+    def __init__(self, console: Console, status: Status) -> None:
+        self._console = console
+        self._status = status
+        self._figures = LiveFigures()
+        self._told_s = -PULSE_S
+
+    def heard(self, record: Record) -> None:
+        """See `Watcher`."""
+        self._figures.heard(record)
+
+    def looked(self, course: StageCourse, now_s: float) -> None:
+        """See `Watcher`."""
+        line = self._figures.line(course, now_s)
+        if self._console.is_terminal:
+            self._status.update(line)
+        elif now_s - self._told_s >= PULSE_S:
+            self._told_s = now_s
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""How a cluster is deployed where `anabranch up` does not reach."""

@@ -1,0 +1,1 @@
+"""How requests reach a server: one driver per API, all with the same face."""

@@ -1,0 +1,62 @@
+"""What devices cost per hour, with the date and the source of each price: the catalogue's, or a file's.
+
+[h100]
+price_per_hour_usd = 2.49
+price_date = 2026-11-01
+source = "list price of a provider, on demand"
+"""
+
+from __future__ import annotations
+
+import datetime
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster import hardware
+from cluster.errors import InvalidRequest
+
+
+class Price(BaseModel):
+    """Of one device of a kind (of one node, for CPUs)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    price_per_hour_usd: float = Field(gt=0)
+    price_date: datetime.date
+    source: str = Field(min_length=1)
+
+
+Prices: TypeAlias = Mapping[str, Price]
+"""By kind of device."""
+
+
+def built_in() -> Prices:
+    """Those of cluster/hardware.toml."""
+    return {
+        name: Price(
+            price_per_hour_usd=item.price_per_hour_usd,
+            price_date=item.price_date,
+            source=item.sources["price_per_hour_usd"],
+        )
+        for name, item in hardware.built_in().items()
+    }
+
+
+def read(path: Path) -> Prices:
+    """A file's, and no others. Raises InvalidRequest with the key that is wrong."""
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} holds no prices: {error}") from error
+    prices = {}
+    for name, table in tables.items():
+        try:
+            prices[name] = Price.model_validate(table)
+        except ValidationError as error:
+            faults = (".".join([name, *map(str, e["loc"])]) + f": {e['msg']}" for e in error.errors())
+            raise InvalidRequest(f"{path}: {'; '.join(faults)}") from error
+    return prices

@@ -1,0 +1,1 @@
+"""The project's own policies over modelled hardware, on a virtual clock."""

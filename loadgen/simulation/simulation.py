@@ -1,0 +1,195 @@
+"""A run on hardware that nobody here has: a plan of load, a cluster that is modelled, the same figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config
+from cluster.policies.settings import placement_policy, scheduler_limits
+from loadgen import scenario as scenarios
+from loadgen.metrics import Facts, Objectives, Summary, summarize
+from loadgen.plan import Plan, Stage
+from loadgen.records import Record
+from loadgen.scenario import Scenario
+from loadgen.simulation.clients import StageClients
+from loadgen.simulation.engine import AttentionQueues, SimulatedEngine, Site
+from loadgen.simulation.machines import Efficiencies, Shape
+from loadgen.simulation.models import SimulatedModel
+from loadgen.simulation.pool import ModelledPool
+from loadgen.simulation.steps import StepModel, Switches
+from loadgen.simulation.tally import Tally
+from loadgen.simulation.timeline import Timeline
+
+LARGE: dict[str, Any] = {"dense.step_tokens": 2048, "dense.max_batch": 1024, "dense.max_waiting": 65536}
+"""Settings that suit accelerators, for who gives no configuration: its defaults are for small machines."""
+
+STEP_TOKENS_ELSEWHERE = 65536
+"""Where prompts cost nothing, a step's budget must not hold them up."""
+
+
+_NO_OBJECTIVES = Objectives()
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedCluster:
+    """Hardware and settings. `config`: of a cluster that runs, of which engine, attention and placement
+    count; numbers of workers and arenas follow from `shape`.
+    """
+
+    model: SimulatedModel
+    shape: Shape
+    config: Config
+    efficiencies: Efficiencies = field(default_factory=Efficiencies)
+    switches: Switches = field(default_factory=Switches)
+    prompts_elsewhere: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest where the weights do not fit."""
+        self.shape.cache_bytes(self.model.shape, self.efficiencies)
+
+    @property
+    def arena_tokens(self) -> int:
+        """KV cache of an attention worker, or of a dense worker that has its own."""
+        cache_bytes = self.shape.cache_bytes(self.model.shape, self.efficiencies)
+        return int(cache_bytes // self.model.shape.kv_token_bytes)
+
+    def description(self) -> dict[str, Any]:
+        """What was simulated, for the summary."""
+        return {
+            "price_per_hour_usd": self.shape.price_per_hour_usd,
+            "is_deployable": self.shape.is_deployable,
+            "arena_tokens": self.arena_tokens,
+            "prompts_elsewhere": self.prompts_elsewhere,
+            "efficiencies": dataclasses.asdict(self.efficiencies),
+            "switches": dataclasses.asdict(self.switches),
+            "step_tokens": self.config.dense.step_tokens,
+            "max_batch": self.config.dense.max_batch,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a simulation stands."""
+
+    stage: Stage
+    now_s: float
+    sent: int
+    under_way: int
+
+
+class Simulation:
+    """Runs a scenario once, as `Measurement` does. The same scenario and cluster give the same records."""
+
+    def __init__(self, cluster: SimulatedCluster, scenario: Scenario, timeout_s: float) -> None:
+        """`timeout_s` after which a request failed. Raises InvalidRequest for a wrong wish."""
+        self._cluster = cluster
+        self._scenario = scenario
+        context = cluster.model.context_tokens
+        self.plan: Plan = scenarios.plan(scenario, min(context, scenario.context or context))
+        self._timeout_s = timeout_s
+        self._timeline = Timeline()
+        self.was_stopped = False
+
+    def run(
+        self,
+        keep: Callable[[Record], None],
+        goes_on: Callable[[Course], bool],
+        objectives: Objectives = _NO_OBJECTIVES,
+    ) -> list[Summary]:
+        """The figures of every stage that was begun. `keep` is given each request as it ends; `goes_on` is
+        asked now and then, and may end the run.
+        """
+        records: list[Record] = []
+
+        def kept(record: Record) -> None:
+            records.append(record)
+            keep(record)
+
+        summaries = []
+        for stage in self.plan.stages:
+            begins_s, tally = self._timeline.now_s, Tally()
+            self._do(stage, kept, goes_on, tally)
+            facts = Facts(
+                stage=stage.name,
+                counts_from_s=begins_s + stage.warm_up_s,
+                planned=stage.requests,
+                client_cpu_share=0.0,
+                request_rate=stage.request_rate,
+                concurrency=stage.concurrency,
+                objectives=objectives,
+            )
+            figures = {"simulation": self._figures(tally, begins_s)}
+            summaries.append({**self._head(objectives), **summarize(records, facts), **figures})
+            if self.was_stopped:
+                break
+        return summaries
+
+    def _do(
+        self, stage: Stage, keep: Callable[[Record], None], goes_on: Callable[[Course], bool], tally: Tally
+    ) -> None:
+        """A stage to its end, with engines and arenas of its own: nothing of one is left in the next."""
+        site = self._site(tally)
+        config, shape = self._cluster.config, self._cluster.shape
+        limits = scheduler_limits(config, self._cluster.model.context_tokens, None)
+        engines = tuple(SimulatedEngine(index, site, limits) for index in range(shape.dense_workers))
+        clients = StageClients(
+            stage, self._timeline.now_s, self._timeline, engines, site.call_s, self._timeout_s, keep
+        )
+        clients.begin()
+        self.was_stopped = not self._timeline.run(
+            lambda: clients.sessions_left == 0,
+            lambda: goes_on(Course(stage, self._timeline.now_s, clients.sent, len(clients.under_way))),
+        )
+        clients.interrupt()
+
+    def _site(self, tally: Tally) -> Site:
+        cluster, shape = self._cluster, self._cluster.shape
+        policy = placement_policy(cluster.config)
+        workers = shape.attention.devices if shape.attention else 0
+        if shape.attention is None:
+            pool = ModelledPool.local(shape.dense_workers, cluster.arena_tokens, policy)
+        else:
+            pool = ModelledPool.remote(
+                workers,
+                cluster.arena_tokens,
+                policy,
+                shape.dense_workers,
+                cluster.config.placement.instances,
+            )
+        staggers = cluster.switches.staggers and cluster.config.dense.micro_batches != 1
+        switches = dataclasses.replace(cluster.switches, staggers=staggers)
+        steps = StepModel(cluster.model.shape, shape, cluster.efficiencies, switches)
+        return Site(self._timeline, pool, steps, AttentionQueues(workers), tally, cluster.prompts_elsewhere)
+
+    def _head(self, objectives: Objectives) -> dict[str, Any]:
+        """What was run, under the keys of a measurement."""
+        scenario = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self._scenario).items()
+        }
+        return {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "version": importlib.metadata.version("anabranch"),
+            "client": "a simulation",
+            "backend": "simulation",
+            "endpoint": str(self._cluster.shape),
+            "model_id": self._cluster.model.name,
+            "senders": 0,
+            "objectives_ms": dict(objectives.bounds_ms),
+            "scenario": scenario,
+            "content_seed": 0,
+            "workload": dict(self.plan.workload),
+            "notes": list(self.plan.notes),
+        }
+
+    def _figures(self, tally: Tally, begins_s: float) -> dict[str, Any]:
+        shape = self._cluster.shape
+        span_s = self._timeline.now_s - begins_s
+        figures = tally.figures(span_s, shape.dense_workers, is_local=shape.attention is None)
+        return self._cluster.description() | figures

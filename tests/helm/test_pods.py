@@ -1,0 +1,92 @@
+"""The rendered release really runs: its commands, environment, configuration and probes, as local pods."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helm.charts import CHART, manifests, render
+from tests.helm.pods import pods_of
+from tests.helm.pods_program import PROMPT, TOKENS
+from tests.models import NEAR_TIE, reference_tokens, tiny_model
+from tests.system.hosts import Host, network
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+
+VALUES = {
+    "model": {"name": "tiny", "delivery": "claim", "claim": "models", "path": "tiny"},
+    "gateway": {"replicas": 1},
+    "attention": {"arena": "16MiB"},
+    "config": {"attention": {"block_tokens": 8}, "placement": {"shard_tokens": 32}},
+}
+
+
+@pytest.fixture(scope="module")
+def claim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the claim holds: a tiny model."""
+    claim = tmp_path_factory.mktemp("claim")
+    tiny_model(claim / "tiny", tokenizer=True)
+    for path in (claim, *claim.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return claim
+
+
+@pytest.fixture(scope="module")
+def outcome(claim: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """What came of the program: see `tests.helm.pods_program`."""
+    folder = tmp_path_factory.mktemp("pods")
+    (folder / "values.yaml").write_text(yaml.safe_dump(VALUES))
+    rendered = render(4, folder / "values.yaml")
+    assert rendered.returncode == 0, rendered.stderr
+    (folder / "rendered.yaml").write_text(rendered.stdout)
+    needed = len(pods_of(manifests(rendered.stdout), [Host("", "")] * 100))
+    with network(needed + 1) as (node, *hosts):
+        words = [f"{host.namespace}={host.address}" for host in hosts]
+        program = [sys.executable, "-m", "tests.helm.pods_program", str(folder / "rendered.yaml"), str(claim)]
+        process = node.start([*program, str(folder), *words], stdout=subprocess.PIPE)
+        output, _ = process.communicate(timeout=220)
+    assert process.returncode == 0
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+def test_a_stream_outlives_the_pod_that_holds_its_cache(outcome: Mapping[str, Any], claim: Path) -> None:
+    """Deleted in the middle of a stream, an attention worker hands its cache over and ends by itself, before
+    the stream does; every token is the reference's.
+    """
+    assert outcome["deleted"] == 0, outcome["log"]
+    assert outcome["early"], "the worker was waited for until the stream's end"
+    (reference,) = reference_tokens(claim / "tiny", [PROMPT], TOKENS)
+    sharp = next((i for i, gap in enumerate(reference.gaps) if gap < NEAR_TIE), TOKENS)
+    assert tuple(outcome["tokens"][:sharp]) == reference.tokens[:sharp]
+    assert len(outcome["tokens"]) == TOKENS
+
+
+def test_the_charts_own_test_passes(outcome: Mapping[str, Any]) -> None:
+    """The pod of `helm test` sends its request through the Service's name, and gets tokens."""
+    status, answer = outcome["test"]
+    assert status == 0, answer
+    assert json.loads(answer.splitlines()[-1])["usage"]["completion_tokens"] > 0
+
+
+def test_every_pod_ends_by_itself_within_its_grace(outcome: Mapping[str, Any]) -> None:
+    """preStop and SIGTERM suffice, in the order of a cluster that leaves; nobody is killed."""
+    assert set(outcome["last"].values()) == {0}
+
+
+def test_rules_and_dashboard_ask_for_metrics_that_exist(outcome: Mapping[str, Any]) -> None:
+    """Every series that a panel or an alert names is exposed by some pod of a running release."""
+    exposed = {name for names in outcome["metrics"].values() for name in names}
+    queries = (CHART / "files" / "dashboard.json").read_text()
+    queries += (CHART / "templates" / "monitoring" / "prometheusrule.yaml").read_text()
+    asked = set(re.findall(r"\b((?:vllm:|anabranch:|anabranch_(?=dense|attention|registry))\w+)\{", queries))
+    assert len(asked) > 15
+    seldom = {"anabranch_registry_up", "anabranch:request_failure_total", "anabranch:resubmissions_total"}
+    assert asked - exposed <= seldom

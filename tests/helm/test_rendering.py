@@ -1,0 +1,154 @@
+"""What Helm 3 and 4 make of the chart, and what Kubernetes would say to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helm.charts import CHART, EXAMPLES, HELMS, NEWEST, OLDEST, Manifest, helm, manifests, render
+
+pytestmark = pytest.mark.system
+
+SHAPES = sorted(path.name for path in EXAMPLES.iterdir())
+
+
+def _rendered(tmp_path: Path, values: dict[str, Any], *words: str) -> list[Manifest]:
+    outcome = _outcome(tmp_path, values, *words)
+    assert outcome.returncode == 0, outcome.stderr
+    return manifests(outcome.stdout)
+
+
+def _outcome(
+    tmp_path: Path, values: dict[str, Any], *words: str, version: int = 4
+) -> subprocess.CompletedProcess[str]:
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return render(version, file, *words)
+
+
+def _named(objects: list[Manifest], kind: str, name: str) -> Manifest:
+    (found,) = (
+        each
+        for each in objects
+        if (each["kind"], each["metadata"]["name"]) == (kind, f"demo-anabranch{name}")
+    )
+    return found
+
+
+@pytest.mark.parametrize("version", HELMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_chart_passes_lint(version: int, shape: str) -> None:
+    """`helm lint --strict` finds nothing."""
+    outcome = helm(version, "lint", "--strict", str(CHART), "-f", str(EXAMPLES / shape / "values.yaml"))
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize("version", HELMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_examples_in_the_tree_are_what_is_rendered(version: int, shape: str) -> None:
+    """Both Helms make the objects of deploy/helm/examples: `make chart` renders them again."""
+    outcome = render(version, EXAMPLES / shape / "values.yaml")
+    assert outcome.returncode == 0, outcome.stderr
+    assert manifests(outcome.stdout) == manifests((EXAMPLES / shape / "rendered.yaml").read_text())
+
+
+@pytest.mark.parametrize("kubernetes", [OLDEST, NEWEST])
+def test_kubernetes_knows_every_field(kubernetes: str) -> None:
+    """Strict validation in the oldest and the newest version; of monitoring objects there are no schemas."""
+    program = str(Path(sys.executable).with_name("kubernetes-validate"))
+    files = [str(EXAMPLES / shape / "rendered.yaml") for shape in SHAPES]
+    command = [program, "--strict", "-k", kubernetes, *files]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    said = (outcome.stdout + outcome.stderr).splitlines()
+    unknown = {line.partition(" for kind ")[2].partition(" ")[0] for line in said if "find schema" in line}
+    assert unknown == {"PodMonitor", "PrometheusRule"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"attention": {"arena": "4GiB", "resources": {"limits": {"memory": "4Gi"}}}},
+            "raise it, leave it out",
+        ),
+        ({"attention": {"replicas": 0}}, "config.dense.local_arena"),
+        ({"model": {"delivery": "claim"}}, "model.claim: name"),
+        ({"model": {"delivery": "image", "path": "models"}}, "from / on"),
+        ({"model": {"path": "/x"}}, "a fetched model has its own folder"),
+        ({"registry": {"url": "redis://r:6379", "builtIn": True}}, "give one of the two"),
+        ({"attention": {"arena": "4Gi"}}, "arena"),
+        ({"config": {"dense": {"thread": 1}}}, "thread"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("version", HELMS)
+def test_values_that_cannot_work_fail_the_render(
+    version: int, values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """Before anything is installed, in words that name the key."""
+    outcome = _outcome(tmp_path, values, version=version)
+    assert outcome.returncode != 0
+    assert words in outcome.stderr
+
+
+def test_memory_and_grace_follow_the_arena(tmp_path: Path) -> None:
+    """An attention worker asks for its arena and the margin, and gets the time its cache takes to leave."""
+    values = {"attention": {"arena": "10GiB", "memoryMargin": "1GiB"}, "drain": {"bandwidth": "100MB"}}
+    spec = _named(_rendered(tmp_path, values), "StatefulSet", "-attention")["spec"]["template"]["spec"]
+    resources = spec["containers"][0]["resources"]
+    assert resources["requests"]["memory"] == resources["limits"]["memory"] == f"{11 * 1024}Mi"
+    drain_s = -(-10 * 2**30 // 10**8) + 30
+    assert spec["terminationGracePeriodSeconds"] > drain_s
+    config = _named(_rendered(tmp_path, values), "ConfigMap", "-config")["data"]["config.yaml"]
+    assert yaml.safe_load(config)["controller"]["drain_grace_s"] == drain_s
+
+
+def test_an_arena_on_a_gpu_takes_no_memory_of_the_node(tmp_path: Path) -> None:
+    """Then the margin is what is asked for, and a GPU."""
+    values = {"attention": {"arena": "64GiB", "device": "cuda"}}
+    spec = _named(_rendered(tmp_path, values), "StatefulSet", "-attention")["spec"]["template"]["spec"]
+    assert spec["containers"][0]["resources"]["limits"] == {"memory": "512Mi", "nvidia.com/gpu": "1"}
+
+
+def _checksum(objects: list[Manifest], kind: str, name: str) -> str:
+    template = _named(objects, kind, name)["spec"]["template"]
+    return str(template["metadata"]["annotations"]["checksum/config"])
+
+
+def test_scaling_restarts_nobody_and_a_changed_key_everybody(tmp_path: Path) -> None:
+    """The checksum in pods changes with the file, but not with the numbers of pods."""
+    plain = _checksum(_rendered(tmp_path, {}), "Deployment", "-gateway")
+    scaled = {"gateway": {"replicas": 5}, "dense": {"replicas": 3}, "attention": {"replicas": 7}}
+    assert _checksum(_rendered(tmp_path, scaled), "Deployment", "-gateway") == plain
+    changed = {"config": {"dense": {"step_tokens": 512}}}
+    assert _checksum(_rendered(tmp_path, changed), "Deployment", "-gateway") != plain
+
+
+def test_objects_of_an_operator_that_is_absent_are_left_out(tmp_path: Path) -> None:
+    """Without monitoring.coreos.com/v1 the chart installs all the same."""
+    file = tmp_path / "values.yaml"
+    file.write_text("{}")
+    outcome = helm(4, "template", "demo", str(CHART), "-f", str(file))
+    assert outcome.returncode == 0
+    assert {each["kind"] for each in manifests(outcome.stdout)}.isdisjoint({"PodMonitor", "PrometheusRule"})
+
+
+def test_secrets_are_references(tmp_path: Path) -> None:
+    """Passwords and keys come from Secrets that exist; the chart makes none, and its config names files."""
+    values = {
+        "registry": {"builtIn": True, "passwordSecret": {"name": "word"}},
+        "apiKeys": {"existingSecret": "keys"},
+    }
+    objects = _rendered(tmp_path, values)
+    assert "Secret" not in {each["kind"] for each in objects}
+    for kind, name in (("StatefulSet", "-redis"), ("StatefulSet", "-controller"), ("Deployment", "-gateway")):
+        container = _named(objects, kind, name)["spec"]["template"]["spec"]["containers"][0]
+        assert {"name": "word", "key": "password"} in [
+            each.get("valueFrom", {}).get("secretKeyRef") for each in container["env"]
+        ]

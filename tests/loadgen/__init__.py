@@ -1,0 +1,1 @@
+"""Is the ruler straight? Schedules, workloads, senders and what is reported of them."""

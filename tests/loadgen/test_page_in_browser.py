@@ -1,0 +1,131 @@
+"""Pages in a real browser: nothing is asked for, nothing fails, and what is seen are the records' figures."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadgen.report.comparison_page import comparison_page, pairs_of
+from loadgen.report.content import text
+from loadgen.report.page import render
+from loadgen.report.run_page import run_page
+from tests.loadgen.drawn_runs import drawn_run
+
+pytestmark = pytest.mark.system
+
+
+@dataclass(frozen=True)
+class _Seen:
+    dom: str
+    """After it was loaded."""
+    said: str
+    """The browser's console and errors."""
+    asked: tuple[str, ...]
+    """Addresses that were asked for, other than the page's."""
+
+
+def _open(page: str, folder: Path) -> _Seen:
+    browser = shutil.which("chromium")
+    assert browser, "install chromium: .ci/install-system does"
+    (folder / "page.html").write_text(page)
+    address = (folder / "page.html").as_uri()
+    done = subprocess.run(
+        [
+            browser,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *("--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"),
+            *(f"--log-net-log={folder / 'net.json'}", "--dump-dom", address),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    asked = _asked(json.loads((folder / "net.json").read_text()))
+    return _Seen(done.stdout, done.stderr, tuple(one for one in asked if one != address))
+
+
+def _asked(log: dict[str, Any]) -> list[str]:
+    """Addresses of all requests that the page began, whatever became of them: what the browser asks for
+    itself has no initiator.
+    """
+    told = [event["params"] for event in log["events"] if "url" in event.get("params", {})]
+    nobody = "not an origin"
+    return [params["url"] for params in told if params.get("initiator", nobody) != nobody]
+
+
+class _Figures(HTMLParser):
+    """Texts of the elements that name a figure, and how many pictures there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self.pictures = 0
+        self._key = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self._key = dict(attributes).get("data-figure") or dict(attributes).get("data-key") or ""
+        self.pictures += tag == "svg"
+
+    def handle_data(self, data: str) -> None:
+        if self._key:
+            self.found.setdefault(self._key, data)
+            self._key = ""
+
+
+def _assert_clean(seen: _Seen) -> None:
+    assert seen.asked == ()
+    assert not re.search(r"CONSOLE|Uncaught|Refused to|violates", seen.said), seen.said
+
+
+def test_a_runs_page(tmp_path: Path) -> None:
+    """Every figure of its summary is there as the records give it, beside ten pictures."""
+    run = drawn_run()
+    seen = _open(render(run_page(run)), tmp_path)
+    _assert_clean(seen)
+    figures = _Figures()
+    figures.feed(seen.dom)
+    (summary,) = run.summaries
+    for key in (
+        "completed",
+        "failed",
+        "output_throughput",
+        "median_ttft_ms",
+        "p99_itl_ms",
+        "request_goodput",
+    ):
+        assert figures.found[key] == text(summary[key]), key
+    assert figures.found["usd_per_mtok"] == "$" + text(summary["usd_per_mtok"])
+    assert figures.pictures == 10
+
+
+def test_a_comparisons_page(tmp_path: Path) -> None:
+    """With its verdicts."""
+    runs = [drawn_run("base"), drawn_run("slow", slowness=1.5, seed=2)]
+    pairs = pairs_of(runs)
+    seen = _open(render(comparison_page(runs, pairs)), tmp_path)
+    _assert_clean(seen)
+    for difference in pairs[0].differences:
+        assert difference.verdict in seen.dom
+
+
+def test_these_checks_see_what_they_look_for(tmp_path: Path) -> None:
+    """A page that asks for a picture elsewhere, and one whose script fails, are found out."""
+    page = render(run_page(drawn_run(requests=20)))
+    unguarded = re.sub(r"<meta http-equiv.*?>", "", page)
+    asking = unguarded.replace("</main>", '<img src="http://127.0.0.1:9/x.png"></main>')
+    (tmp_path / "asking").mkdir()
+    assert _open(asking, tmp_path / "asking").asked == ("http://127.0.0.1:9/x.png",)
+    (tmp_path / "failing").mkdir()
+    failing = _open(unguarded.replace("</main>", "<script>nothing()</script></main>"), tmp_path / "failing")
+    with pytest.raises(AssertionError, match="nothing is not defined"):
+        _assert_clean(replace(failing, asked=()))

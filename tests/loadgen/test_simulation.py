@@ -1,0 +1,255 @@
+"""Simulated runs: exact where a hand can follow, every request accounted for, the same each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from anabranch.cli.loadgen.command import app
+from cluster.errors import InvalidRequest, UnsupportedModel
+from cluster.policies.placement import PlacementPolicy
+from cluster.types import WorkerId
+from loadgen.metrics import definition
+from loadgen.records import Outcome, Record
+from loadgen.results import read_records, read_summaries
+from loadgen.scenario import Scenario
+from loadgen.simulation import models
+from loadgen.simulation.machines import Efficiencies, Shape
+from loadgen.simulation.pool import ModelledPool
+from loadgen.simulation.simulation import Simulation
+from loadgen.simulation.steps import StepModel, Switches, Work
+from tests.loadgen.simulated import cluster, shape, simulate
+from tests.models import tiny_model
+
+SETTING = {
+    "date", "version", "client", "backend", "endpoint", "model_id", "senders", "objectives_ms", "scenario",
+    "content_seed", "workload", "notes",
+}  # fmt: skip
+"""What a summary says of a run beside its figures."""
+
+LOAD = Scenario(workload="azure-conv", requests=60)
+
+
+def test_one_request_takes_what_a_hand_computes() -> None:
+    """LLaMA3-70B on 2 x H100 + 4 x H20: a prompt of 512 in one chunk, then rows, weights read each time.
+
+    To the scheduler and back 1 ms each, and 1 ms for room; 137.5 GB over 2 x 3.35 TB/s; 80 layers of 33 us.
+    """
+    (record,), _ = simulate(cluster(), Scenario(concurrency=(1,), requests=1, prompt="512", output="4"))
+    chunk_s = 2 * 68.75e9 * 512 / (2 * 989e12) + 4 * 8192 * 80 * (512 * 513 / 2) / (2 * 989e12)
+    lanes_s = 80 * 33e-6
+    keys_s = 512 * 80 * 2 * 2 * 1024 / (0.914 * 50e9)  # all to one attention worker
+    assert record.ttft_s == pytest.approx(0.003 + chunk_s + lanes_s + keys_s, rel=1e-3)
+    queries_s = 80 * 2 * 2 * 8192 / (0.914 * 50e9)  # and outputs, of one row
+    row_s = 137.5e9 / (2 * 3.35e12) + lanes_s + queries_s
+    for first, second in pairwise(record.deltas_s):
+        assert second - first == pytest.approx(row_s + 513 * 327680 / 4e12, rel=2e-3)
+
+
+def test_the_same_seed_gives_the_same_records() -> None:
+    """Line by line; another seed gives others."""
+    first, second, other = (
+        [record.to_line() for record in simulate(cluster(), scenario)[0]]
+        for scenario in (LOAD, LOAD, Scenario(workload="azure-conv", requests=60, seed=1))
+    )
+    assert first == second
+    assert first != other
+
+
+def test_every_request_is_answered_in_full() -> None:
+    """Tokens as asked, moments ascending, the server's account adds up to what the client saw."""
+    records, (summary,) = simulate(cluster(), LOAD)
+    assert summary["completed"] == len(records) == 60
+    for record in records:
+        assert record.output_tokens == record.asked_output_tokens == len(record.deltas_s)
+        assert all(a < b for a, b in pairwise(record.deltas_s))
+        assert record.timings is not None
+        assert record.sent_s is not None
+        parts_s = (
+            record.timings.queue_seconds + record.timings.prefill_seconds + record.timings.decode_seconds
+        )
+        assert record.deltas_s[-1] - record.sent_s == pytest.approx(parts_s + 0.002)
+        assert (
+            record.timings.dense_seconds
+            <= record.timings.prefill_seconds + record.timings.decode_seconds + 1e-9
+        )
+
+
+@pytest.mark.parametrize(
+    "where", [shape(), shape("h100x4", None), shape("h100x2", "h20x3", 2), shape("h100x4", None, 2)], ids=str
+)
+def test_no_side_is_busy_for_more_than_all_of_the_time(where: Shape) -> None:
+    """Under more load than a cluster can do: no device works more than the time, one side nearly all."""
+    _, (summary,) = simulate(cluster(where), Scenario(concurrency=(64,), requests=200, prompt="2000"))
+    busy = [summary["simulation"][f"{side}_busy_share"] for side in ("dense", "attention")]
+    assert summary["completed"] == 200
+    assert all(0 < share <= 1 for share in busy)
+    assert max(busy) > 0.7
+
+
+def test_a_full_pool_preempts_and_still_answers_everybody() -> None:
+    """Sequences that outgrow the cache give way by the scheduler's rule, begin anew, and end."""
+    small = cluster(efficiencies=Efficiencies(memory=0.868), where=shape("h100x2", None))
+    records, (summary,) = simulate(
+        small, Scenario(concurrency=(8,), requests=12, prompt="400", output="700"), timeout_s=10**6
+    )
+    assert small.arena_tokens < 8 * 1100
+    assert summary["preemptions"] > 0
+    assert all(record.outcome is Outcome.COMPLETED for record in records)
+    assert summary["simulation"]["max_pool_used_share"] > 0.9
+
+
+def test_who_cannot_be_served_is_told_why() -> None:
+    """Too long for the pool, queue full, and too late: failures by their reason, the rest is answered."""
+    small = cluster(efficiencies=Efficiencies(memory=0.868), where=shape("h100x2", None))
+    _, (long,) = simulate(small, Scenario(concurrency=(1,), requests=2, prompt="9000", output="8"))
+    assert long["errors"] == {"RESOURCE_EXHAUSTED": 2}
+    crowded = cluster(settings={"dense.max_waiting": 1, "dense.max_batch": 1})
+    _, (full,) = simulate(crowded, Scenario(concurrency=(8,), requests=16, prompt="64", output="8"))
+    assert set(full["errors"]) == {"RESOURCE_EXHAUSTED"}
+    assert full["completed"] > 0
+    assert full["completed"] + full["failed"] == 16
+    _, (late,) = simulate(cluster(), Scenario(concurrency=(4,), requests=8, output="500"), timeout_s=1.0)
+    assert late["errors"] == {"DEADLINE_EXCEEDED": 8}
+
+
+def test_a_closed_loop_keeps_its_number_and_sessions_go_on() -> None:
+    """Never more under way than users; a turn's prompt is all before it; one stage follows the other."""
+    scenario = Scenario(concurrency=(2, 5), requests=20, prompt="100", output="10", turns=2, think_s=0.01)
+    records, summaries = simulate(cluster(), scenario)
+    assert [summary["max_concurrent_requests"] for summary in summaries] == [2, 5]
+    assert [summary["completed"] for summary in summaries] == [20, 20]
+    assert {record.prompt_tokens for record in records if record.turn == 1} == {210}
+    first = [record for record in records if record.stage == "concurrency 2"]
+    second = [record for record in records if record.stage == "concurrency 5"]
+    assert max(record.ended_s for record in first) <= min(record.intended_s for record in second)
+
+
+def test_a_stopped_simulation_reports_what_there_is() -> None:
+    """Under way: interrupted; not yet due: unsent."""
+    scenario = Scenario(workload="azure-conv", requests=200)
+    simulation, records = Simulation(cluster(), scenario, 600.0), list[Record]()
+    answers: Iterator[bool] = iter([True, True, False])
+    (summary,) = simulation.run(records.append, lambda _: next(answers))
+    assert simulation.was_stopped
+    assert summary["interrupted"] > 0
+    assert summary["unsent"] > 0
+    assert summary["planned"] == len(records) + summary["unsent"] == 200
+
+
+def test_prompts_elsewhere_cost_nothing_here() -> None:
+    """The first token of a prompt of 20,000 comes after the step of one row; here after its chunks."""
+    scenario = Scenario(concurrency=(1,), requests=1, prompt="20000", output="2")
+    here = cluster()
+    elsewhere = replace(here, prompts_elsewhere=True)
+    (slow,), _ = simulate(here, scenario)
+    (fast,), _ = simulate(elsewhere, scenario)
+    assert fast.ttft_s is not None
+    assert slow.ttft_s is not None
+    assert fast.ttft_s < 0.05 < 1.0 < slow.ttft_s
+
+
+def test_the_pool_gives_back_what_it_gave() -> None:
+    """Room over several arenas, grown and released: nothing is left, and nothing is given twice."""
+    policy = PlacementPolicy(block_tokens=32, shard_tokens=64, max_shards=8)
+    pool = ModelledPool.remote(3, 320, policy, 1, "shared")
+    shards = pool.reserve(0, 0, 200, [])
+    grown = pool.reserve(0, 200, 300, shards)
+    assert [(b.first, b.end) for b in grown][-1][1] == 300
+    assert sum(shard.end - shard.first for shard in grown) == 300
+    assert pool.reserve(0, 0, 10_000, []) == []
+    pool.release(grown)
+    assert pool.used_share == 0
+
+
+def test_instances_keep_to_their_own_or_borrow() -> None:
+    """Attention i is at home at dense i modulo their number: separate stays there, borrowing leaves last."""
+    policy = PlacementPolicy(block_tokens=32, shard_tokens=64, max_shards=8)
+    separate = ModelledPool.remote(4, 320, policy, 2, "separate")
+    assert {s.worker for s in separate.reserve(1, 0, 500, [])} == {
+        WorkerId("attention-1"),
+        WorkerId("attention-3"),
+    }
+    assert separate.reserve(1, 0, 500, []) == []
+    borrowing = ModelledPool.remote(4, 320, policy, 2, "borrowing")
+    assert {s.worker for s in borrowing.reserve(1, 0, 640, [])} == {
+        WorkerId("attention-1"),
+        WorkerId("attention-3"),
+    }
+    assert {s.worker for s in borrowing.reserve(1, 0, 500, [])} == {
+        WorkerId("attention-0"),
+        WorkerId("attention-2"),
+    }
+
+
+def test_switches_only_ever_help() -> None:
+    """Overlap and staggering never lengthen a step, and shorten one where there is something to hide."""
+    work = Work(400, 0, [120_000] * 4, [], [100] * 4, [100] * 4)
+    model = models.resolve("llama3-70b").shape
+    walls = {
+        switches: StepModel(model, shape(), Efficiencies(), switches).times(work).wall_s
+        for switches in (Switches(o, s) for o in (False, True) for s in (False, True))
+    }
+    bare = walls[Switches(False, False)]
+    assert walls[Switches(True, False)] < bare
+    assert all(wall_s <= bare for wall_s in walls.values())
+
+
+def test_a_model_may_be_any_folder(tmp_path: Path) -> None:
+    """A config.json gives a shape that the equations know; an unknown name lists those bundled."""
+    folder = tiny_model(tmp_path)
+    found = models.resolve(str(folder))
+    spec_bytes = found.shape.kv_token_bytes
+    assert spec_bytes > 0
+    assert found.context_tokens > 0
+    with pytest.raises(InvalidRequest, match="llama3-70b"):
+        models.resolve("nobody")
+    (tmp_path / "config.json").write_text('{"architectures": ["OtherForCausalLM"]}')
+    with pytest.raises(UnsupportedModel):
+        models.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["flops=0", "speed=1", "memory=x", "call_s=0"])
+def test_a_wrong_efficiency_is_refused(text: str) -> None:
+    """Unknown names, values that are none, and shares out of range."""
+    with pytest.raises(InvalidRequest):
+        Efficiencies.parse(text)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    """With what would help."""
+    with pytest.raises(InvalidRequest, match="more devices"):
+        cluster(shape("h100", "h20x4"))
+
+
+def test_the_command_writes_what_a_real_run_writes(tmp_path: Path) -> None:
+    """`loadgen simulate` gives a folder that is read as a real run's, and says what it leaves out."""
+    done = CliRunner().invoke(
+        app,
+        ["simulate", "--attention", "h20x4", "--rate", "5", "--duration", "4", "--slo", "tpot:60", "--out",
+         str(tmp_path / "out")],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "cannot deploy" in done.output
+    assert "per million output tokens" in done.output
+    (summary,) = read_summaries(tmp_path / "out")
+    records = read_records(tmp_path / "out")
+    assert summary["completed"] == len(records) > 0
+    assert summary["backend"] == "simulation"
+    assert summary["request_goodput"] > 0
+    assert all(definition(key) for key in set(summary) - SETTING)
+
+
+def test_one_micro_batch_in_the_configuration_is_one_in_the_simulation() -> None:
+    """Staggered where it pays and may be; `dense.micro_batches: 1` leaves it out."""
+    load = Scenario(concurrency=(400,), requests=500, prompt="500", output="20")
+    shares = [
+        simulate(cluster(settings=settings), load)[1][0]["simulation"]["staggered_share"]
+        for settings in ({}, {"dense.micro_batches": 1})
+    ]
+    assert shares[0] > 0 == shares[1]
