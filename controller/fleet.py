@@ -1,4 +1,4 @@
-"""Ray: the machines, and processes on them. The only file that imports it.
+"""Ray's machines, and processes on them.
 
 Ray places and watches small actors, the keepers; each starts one role process and reports its end. On a
 cluster that is joined they outlive the controller, and the next one adopts them. No token and no tensor
@@ -9,40 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import os
 import secrets
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
 import ray
-from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
 from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import Config
-from cluster.errors import AlreadyExists, ConfigError, Fenced, Unavailable
+from cluster.errors import AlreadyExists, Fenced, Unavailable
 from cluster.telemetry import logger
 from controller.adoption import filled, keeper_name
 from controller.keeper import Ended, Held, Keeper, Outliving, Started
-from controller.ray_folder import RayFolder
+from controller.ray_connection import RayConnection, first_line
 from controller.slots import Node, Order, Slot
 
 _log = logger("fleet")
 
-_LOOPBACK = "127.0.0.1"
-_OBJECT_STORE_BYTES = 80 * 2**20  # close to the least Ray accepts; nothing of ours goes there
 _KEEPER_THREADS = 16  # start, wait, adopt, terminate (again without grace), and waits nobody hears any more
 _PROBE_S = 5.0
-_WAIT_S = 3.0
-"""How long a keeper is waited for at a time: the pause between two signs that its controller lives."""
-_SILENCE_S = 8.0
-"""After this long without one another controller may adopt the keeper."""
 
 
 class Listener(Protocol):
@@ -68,9 +56,9 @@ Post = Callable[[Callable[[], None]], None]
 class RayFleet:
     """Owns the connection to Ray and one keeper per running process; implements `slots.Hands`.
 
-    Without an address a private cluster is started: on loopback, guarded by a random token, without
-    dashboard, and stopped with everything in it by `close`. With one, only the keepers are ended; should this
-    process die instead, they go on for `registry.lease_s`, in a Ray namespace named for `registry.cluster`.
+    On a cluster that was joined keepers go on for `registry.lease_s` should this process die, in a Ray
+    namespace named for `registry.cluster`. Controller and keeper hear of each other every
+    `controller.heartbeat_ms`; one that was silent for `controller.expiry_ms` may be replaced.
 
     Not thread-safe: what Ray reports on its own threads is posted to the owner's.
     """
@@ -82,38 +70,23 @@ class RayFleet:
         order: Callable[[Slot], Order],
         post: Post,
     ) -> None:
-        """Connect. `cpus` is what a private cluster claims to have.
-
-        Raises Unavailable when no cluster answers at the address, ConfigError for an unusable one.
-        """
+        """Connect. `cpus` is what a private cluster claims to have. Raises what RayConnection raises."""
         self._config = config
+        self._sign_s = config.controller.heartbeat_ms / 1000
+        self._silence_s = config.controller.expiry_ms / 1000
         self._order = order
         self._post = post
         self._controller = secrets.token_hex(8)  # this life, to keepers
         self.listener: Listener | None = None
         self._keepers: dict[str, Any] = {}
-        self._folder: RayFolder | None = None
-        # On the main thread Ray would take SIGTERM for itself. The thread lives as long as Ray: the kernel
-        # ends Ray's processes with the thread that started them.
-        self._starter = futures.ThreadPoolExecutor(1, thread_name_prefix="ray")
-        try:
-            self._starter.submit(self._connect, cpus).result()
-        except BaseException:
-            self.close()
-            raise
-        if threading.current_thread() is threading.main_thread():
-            # Ray's own handler calls the one there was, and aborts the process three seconds later.
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        self._connection = RayConnection(config, cpus)
 
     def close(self) -> None:
         """End all keepers, and the private cluster. Idempotent."""
         for keeper in self._keepers.values():
             _kill(keeper)
         self._keepers.clear()
-        ray.shutdown()
-        self._starter.shutdown()
-        if self._folder is not None:
-            self._folder.remove()
+        self._connection.close()
 
     @property
     def address(self) -> str:
@@ -138,7 +111,7 @@ class RayFleet:
         if not self._is_joined:
             return tuple(slots)
         keepers = _named_keepers()
-        held = {name: _adopted(answer) for name, answer in self._ask(keepers).items()}
+        held = self._held(keepers)
         has_registry = self._config.registry.url is not None
         found = filled(slots, held, lambda slot: self._order(slot).launch, may_move=has_registry)
         for slot in found:
@@ -187,24 +160,28 @@ class RayFleet:
     def _is_joined(self) -> bool:
         return self._config.ray.address is not None
 
-    def _connect(self, cpus: int) -> None:
-        if self._config.ray.address is None:
-            self._folder = RayFolder()
-            _start_private(cpus, self._folder)
-        else:
-            _join(self._config.ray.address, f"anabranch-{self._config.registry.cluster}")
-
     def _outliving(self) -> Outliving:
-        absence_s = max(self._config.registry.lease_s, _SILENCE_S)
+        absence_s = max(self._config.registry.lease_s, self._silence_s)
         return Outliving(absence_s, self._config.controller.drain_grace_s)
 
-    def _ask(self, keepers: dict[str, Any]) -> dict[str, Any]:
-        """A call to each to be adopted; None for those that did not answer in time."""
-        calls = {name: keeper.adopt.remote(self._controller, _SILENCE_S) for name, keeper in keepers.items()}
+    def _held(self, keepers: dict[str, Any]) -> dict[str, Held | None]:
+        """What each holds, now that it is this controller's. The first that can say decides whose they are:
+        they change hands all or none.
+        """
+        held: dict[str, Held | None] = {}
+        rest = dict(sorted(keepers.items()))
+        while rest and not any(held.values()):
+            name = next(iter(rest))
+            held |= self._ask({name: rest.pop(name)}, self._silence_s)
+        return held | self._ask(rest, 0.0)
+
+    def _ask(self, keepers: dict[str, Any], silence_s: float) -> dict[str, Held | None]:
+        """What each that is adopted holds; None also for those that do not answer in time."""
+        calls = {name: keeper.adopt.remote(self._controller, silence_s) for name, keeper in keepers.items()}
         if not calls:
             return {}
-        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=_SILENCE_S + _PROBE_S)
-        return {name: call if call in done else None for name, call in calls.items()}
+        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=silence_s + _PROBE_S)
+        return {name: _adopted(call) if call in done else None for name, call in calls.items()}
 
     def _end_unwanted(self, keepers: dict[str, Any]) -> None:
         """At once, so that ports and memory are free for what is started instead."""
@@ -221,7 +198,7 @@ class RayFleet:
         self._await_end(slot, keeper)
 
     def _await_end(self, slot: Slot, keeper: Any) -> None:
-        waiting = keeper.wait.remote(self._controller, _WAIT_S)
+        waiting = keeper.wait.remote(self._controller, self._sign_s)
         self._watch(waiting, functools.partial(self._waited, slot, keeper))
 
     def _watch(self, ref: Any, done: Callable[[futures.Future[Any]], None]) -> None:
@@ -251,7 +228,7 @@ class RayFleet:
         error = future.exception()
         if error is not None:
             _log.warning("keeper_lost", worker=slot.worker_id, node=slot.node, problem=str(error))
-            listener.lost(slot.worker_id, slot.attempt, _first_line(error))
+            listener.lost(slot.worker_id, slot.attempt, first_line(error))
         elif (ended := future.result()) is not None:
             listener.ended(slot.worker_id, slot.attempt, ended.status, ended.last_line)
 
@@ -264,29 +241,6 @@ class RayFleet:
         )
 
 
-def _start_private(cpus: int, folder: RayFolder) -> None:
-    """Start a cluster of this machine alone, which keeps its files in the folder."""
-    # Ray reads these once per process, so they stay; the token is in no file.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray._raylet.Config.initialize("")  # it was read when Ray was imported
-    try:
-        with _loopback_believed(), _warnings_kept_back():
-            ray.init(
-                num_cpus=cpus,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _node_ip_address=_LOOPBACK,
-                _temp_dir=str(folder.files),
-                _system_config={"prestart_worker_first_driver": False},
-            )
-    except Exception as error:  # Ray raises bare ones here
-        raise Unavailable(f"a private Ray cluster did not start: {_first_line(error)}") from error
-
-
 def _named_keepers() -> dict[str, Any]:
     """What there is in the namespace that was joined. Raises Unavailable when Ray does not answer."""
     found = {}
@@ -295,14 +249,12 @@ def _named_keepers() -> dict[str, Any]:
             with contextlib.suppress(ValueError):  # it has just died
                 found[name] = ray.get_actor(name)
     except RayError as error:
-        raise Unavailable(f"Ray does not answer: {_first_line(error)}") from error
+        raise Unavailable(f"Ray does not answer: {first_line(error)}") from error
     return found
 
 
 def _adopted(call: Any) -> Held | None:
-    """What a keeper that was asked to be adopted holds; None if nothing, or it is gone or out of reach."""
-    if call is None:
-        return None
+    """What a keeper that answered holds; None if nothing, or it is gone."""
     try:
         held: Held | None = ray.get(call)
     except AlreadyExists as error:
@@ -311,60 +263,9 @@ def _adopted(call: Any) -> Held | None:
             "beside it needs a name of its own (registry.cluster)"
         ) from error
     except RayError as error:
-        _log.warning("keeper_lost", problem=_first_line(error))
+        _log.warning("keeper_lost", problem=first_line(error))
         return None
     return held
-
-
-def _join(address: str, namespace: str) -> None:
-    if address.startswith("ray://"):
-        raise ConfigError(
-            "ray.address: give the cluster's own address (HOST:6379), not that of a Ray client server"
-        )
-    _require_listener(address)
-    try:
-        with _warnings_kept_back():
-            ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # Ray raises bare ones here
-        raise Unavailable(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
-
-
-def _require_listener(address: str) -> None:
-    """Fail in seconds where nobody listens; Ray itself takes minutes to say so."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return  # "auto" and its like
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
-    except OSError as error:
-        raise Unavailable(f"no Ray cluster answers at {address}: {error}") from error
-
-
-@contextlib.contextmanager
-def _loopback_believed() -> Iterator[None]:
-    """Let Ray stay on loopback: it replaces 127.0.0.1 by an outside address and listens on all
-    interfaces, unless it believes that clusters of several machines are not possible here.
-    """
-    believed = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = believed
-
-
-@contextlib.contextmanager
-def _warnings_kept_back() -> Iterator[None]:
-    """Ray warns, before it takes its logging level, that off the main thread it catches no SIGTERM: that
-    is what we want.
-    """
-    log = logging.getLogger("ray._private.worker")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _node(raw: dict[str, Any], available: dict[str, float]) -> Node:
@@ -381,7 +282,3 @@ def _node(raw: dict[str, Any], available: dict[str, float]) -> Node:
 def _kill(keeper: Any) -> None:
     with contextlib.suppress(RayError):  # it is dead already
         ray.kill(keeper, no_restart=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

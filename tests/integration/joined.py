@@ -21,12 +21,21 @@ from tests.controlled import DEADLINE_S, await_
 from tests.integration.ray_nodes import RayNodes
 from tests.redis_server import free_port
 
+JOINING = "tests.integration.controller_program"
+"""Runs a controller of processes that only join."""
+
 
 class JoinedCluster:
     """What a user has who runs `python -m controller` again and again with one configuration file."""
 
-    def __init__(self, folder: Path, ray: RayNodes, model: Path, **settings: Any) -> None:
-        """Settings are dotted keys with two underscores. One gateway, one dense worker, one that attends."""
+    def __init__(
+        self, folder: Path, ray: RayNodes, model: Path, program: str = "controller", **settings: Any
+    ) -> None:
+        """`program` is the controller's module. Settings are dotted keys with two underscores. One gateway,
+        one dense worker, one that attends.
+        """
+        folder.mkdir(exist_ok=True)
+        self._program = program
         self._folder = folder
         self._port = free_port()
         self._environment = ray.environment
@@ -39,12 +48,13 @@ class JoinedCluster:
             "controller.heartbeat_ms": 200,
             "controller.expiry_ms": 1500,
             "controller.restart_backoff_s": 0.1,
-            "controller.drain_grace_s": 5.0,
+            "controller.drain_grace_s": 4.0,
             "attention.replicas": 1,
             "attention.arena": "8MiB",
             "attention.block_tokens": 8,
             "state_dir": str(folder / "state"),
             "ray.address": ray.address,
+            "registry.cluster": folder.name,
         }
         overrides = base | {key.replace("__", "."): value for key, value in settings.items()}
         self._state = StateFolder(folder / "state")
@@ -55,7 +65,7 @@ class JoinedCluster:
     def start_controller(self) -> subprocess.Popen[bytes]:
         """Start one beside those that live, if any; it is the one meant from now on."""
         with (self._folder / "controller.log").open("ab") as log:
-            command = [sys.executable, "-m", "controller", "--config", str(self._file)]
+            command = [sys.executable, "-m", self._program, "--config", str(self._file)]
             self.controller = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
         return self.controller
 
@@ -95,9 +105,14 @@ class JoinedCluster:
         self.controller.terminate()
         return self.controller.wait(DEADLINE_S)
 
+    @property
+    def has_controller(self) -> bool:
+        """Whether the one that was started last runs."""
+        return self.controller is not None and self.controller.poll() is None
+
     def close(self) -> None:
         """Stop what runs, if anything does."""
-        if self.controller is not None and self.controller.poll() is None:
+        if self.has_controller:
             self.stop()
 
     @property
@@ -123,10 +138,8 @@ class JoinedCluster:
 
 
 @contextmanager
-def joined(folder: Path, ray: RayNodes, model: Path, **settings: Any) -> Iterator[JoinedCluster]:
-    """A cluster that serves; its controller is gone at the end, and with it what runs under it."""
-    folder.mkdir(exist_ok=True)
-    cluster = JoinedCluster(folder, ray, model, **settings)
+def joined(cluster: JoinedCluster) -> Iterator[JoinedCluster]:
+    """The cluster, which serves; its controller is gone at the end, and with it what runs under it."""
     try:
         cluster.start_controller()
         cluster.await_ready()

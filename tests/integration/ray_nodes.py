@@ -18,6 +18,9 @@ from tests.integration.clusters import alive, descendants
 from tests.redis_server import free_port
 
 _RAY = Path(sys.executable).with_name("ray")
+_SPARING = ("--disable-usage-stats", "--include-log-monitor=false", "--object-store-memory=80000000")
+_SPARING_HEAD = ("--include-dashboard=false", "--no-monitor")
+"""Processes less, each of which takes a second of a core to start."""
 
 
 class RayNodes:
@@ -28,7 +31,10 @@ class RayNodes:
         self._folder = folder
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
-        own = {"RAY_AUTH_MODE": "disabled"}
+        own = {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_prestart_worker_first_driver": "0",  # eight idle processes for each controller that comes
+        }
         if redis is not None:
             own |= {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": "tests"}
         self.environment = os.environ | own
@@ -37,9 +43,11 @@ class RayNodes:
 
     def start_head(self) -> None:
         """Start the head, again if it was killed."""
-        words = ("--head", f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false")
-        self._head = self._start(*words, f"--temp-dir={self._folder}")
-        await_(self._head_answers, lambda: "the head of Ray does not answer")
+        ports = (f"--port={self._port}", f"--ray-client-server-port={free_port()}")
+        self._head = self._start(
+            "--head", *ports, "--num-cpus=0", f"--temp-dir={self._folder}", *_SPARING_HEAD
+        )
+        await_(self._head_answers, lambda: (self._folder / "ray.log").read_text())
 
     def add_node(self) -> None:
         """Start a node with room for a few roles."""
@@ -58,14 +66,14 @@ class RayNodes:
             _kill(node)
 
     def _head_answers(self) -> bool:
+        assert self._head is None or self._head.poll() is None, (self._folder / "ray.log").read_text()
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
-        options = ("--block", "--object-store-memory=80000000", "--disable-usage-stats")
         with (self._folder / "ray.log").open("ab") as log:
             return subprocess.Popen(
-                [_RAY, "start", *words, *options], stdout=log, stderr=log, env=self.environment
+                [_RAY, "start", "--block", *words, *_SPARING], stdout=log, stderr=log, env=self.environment
             )
 
 
