@@ -105,14 +105,9 @@ class JoinedCluster:
         self.controller.terminate()
         return self.controller.wait(DEADLINE_S)
 
-    @property
-    def has_controller(self) -> bool:
-        """Whether the one that was started last runs."""
-        return self.controller is not None and self.controller.poll() is None
-
     def close(self) -> None:
         """Stop what runs, if anything does."""
-        if self.has_controller:
+        if self.controller is not None and self.controller.poll() is None:
             self.stop()
 
     @property

@@ -52,25 +52,13 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
 
 
 @pytest.fixture(scope="module")
-def startable(
-    ray: RayNodes, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[JoinedCluster]:
-    """A cluster that tests start, let serve under one controller after another, and stop."""
-    cluster = JoinedCluster(tmp_path_factory.mktemp("serving"), ray, model)
-    yield cluster
-    if cluster.has_controller:
+def serving(ray: RayNodes, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JoinedCluster]:
+    """A cluster that serves, under one controller after another; what is adopted can be stopped."""
+    with joined(JoinedCluster(tmp_path_factory.mktemp("serving"), ray, model)) as cluster:
+        yield cluster
         processes = cluster.processes()
         assert cluster.stop() == 0
         assert _run(processes) == []
-
-
-@pytest.fixture
-def serving(startable: JoinedCluster) -> JoinedCluster:
-    """It serves, from this test or an earlier one on."""
-    if not startable.has_controller:
-        startable.start_controller()
-        startable.await_ready()
-    return startable
 
 
 @dataclass(frozen=True)
@@ -163,29 +151,24 @@ def test_streams_outlive_the_head_of_ray(ray: RayNodes, serving: JoinedCluster) 
     _require_supervision(serving)
 
 
-def test_a_drain_has_its_time(serving: JoinedCluster) -> None:
-    """SIGTERM leaves a gateway that does not stop the whole grace before it is killed, although Ray would
-    abort the controller sooner.
-    """
-    processes = serving.processes()
-    os.kill(processes["gateway-0"][0], signal.SIGSTOP)
-    assert serving.stop() == 1
-    assert _run(processes) == []
-
-
-def test_nothing_outlives_the_controller_for_ever(ray: RayNodes, model: Path, tmp_path: Path) -> None:
+def test_ends_have_their_time(ray: RayNodes, model: Path, tmp_path: Path) -> None:
     """When no controller comes for `registry.lease_s`, processes drain and end, and with them their keepers:
-    the next cluster finds the room, and nobody to adopt.
+    the next cluster finds the room, and nobody to adopt. There SIGTERM leaves a gateway that does not stop the
+    whole grace before it is killed, although Ray would abort the controller sooner.
     """
     with joined(JoinedCluster(tmp_path, ray, model, JOINING, registry__lease_s=3.0)) as cluster:
-        processes = cluster.processes()
+        left = cluster.processes()
         cluster.kill_controller()
-        assert sorted(_run(processes)) == sorted(STARTED_ONCE)
-        await_(lambda: not _run(processes))
+        assert sorted(_run(left)) == sorted(STARTED_ONCE)
+        await_(lambda: not _run(left))
         cluster.start_controller()
         cluster.await_ready()
         assert _starts(cluster) == STARTED_ONCE
         assert "adopted" not in cluster.log
+        stubborn = cluster.processes()
+        os.kill(stubborn["gateway-0"][0], signal.SIGSTOP)
+        assert cluster.stop() == 1
+        assert _run(stubborn) == []
 
 
 def test_two_controllers_never_have_one_process(ray: RayNodes, model: Path, tmp_path: Path) -> None:
