@@ -153,8 +153,8 @@ def test_streams_outlive_the_head_of_ray(ray: RayNodes, serving: JoinedCluster) 
 
 def test_ends_have_their_time(ray: RayNodes, model: Path, tmp_path: Path) -> None:
     """When no controller comes for `registry.lease_s`, processes drain and end, and with them their keepers:
-    the next cluster finds the room, and nobody to adopt. There SIGTERM leaves a gateway that does not stop the
-    whole grace before it is killed, although Ray would abort the controller sooner.
+    the next cluster finds the room, and nobody to adopt. There SIGTERM leaves a gateway that does not stop
+    the whole grace before it is killed, although Ray would abort the controller sooner.
     """
     with joined(JoinedCluster(tmp_path, ray, model, JOINING, registry__lease_s=3.0)) as cluster:
         left = cluster.processes()
