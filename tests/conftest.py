@@ -26,9 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Whether `-m gpu` passes a test module by without importing it."""
-    elsewhere = config.rootpath / "tests" / "gpu" not in collection_path.parents
-    return True if config.option.markexpr == "gpu" and elsewhere and collection_path.suffix == ".py" else None
+    """Whether `-m gpu` passes a test module, or a folder and its conftest, by without importing it."""
+    gpu = config.rootpath / "tests" / "gpu"
+    elsewhere = gpu not in collection_path.parents and collection_path not in (gpu, *gpu.parents)
+    is_code = collection_path.is_dir() or collection_path.suffix == ".py"
+    return True if config.option.markexpr == "gpu" and elsewhere and is_code else None
 
 
 @pytest.hookimpl(wrapper=True)
