@@ -98,24 +98,19 @@ def _attend_tiles(
     item = items + tl.program_id(0) // KV_HEADS * _ITEM_FIELDS
     kv_head = tl.program_id(0) % KV_HEADS
     packed_first = tl.load(item + 2)
-    slot_stop = tl.load(item + 5)
-    table_start = tl.load(item + 6)
     packed = packed_first + tl.arange(0, ROWS)
-    first_place = tl.load(item + 3) + packed_first // GROUP
-    last_place = tl.load(item + 3) + (packed_first + ROWS - 1) // GROUP
-    place = tl.load(item + 3) + packed // GROUP  # the row's own place among the slots
-    # Slots before the first row's window are not read, nor those after a chunk's last row.
-    slot_start = tl.maximum(tl.load(item + 4), first_place - window + 1)
-    whole_stop = slot_stop
-    if BLOCK_TOKENS == 0:
-        slot_stop = tl.minimum(slot_stop, last_place + 1)
-        whole_stop = tl.minimum(slot_stop, first_place + 1)
-    # Of the tiles of SLOTS, those every row sees whole need no mask: all but `before` the last row's window
-    # and what is left at the end.
-    before = tl.cdiv(tl.maximum(last_place - window + 1 - slot_start, 0), SLOTS)
-    whole = tl.maximum((whole_stop - slot_start) // SLOTS - before, 0)
-    cut = tl.cdiv(slot_stop - slot_start, SLOTS) - whole
-
+    place_start = tl.load(item + 3)
+    place = place_start + packed // GROUP  # the row's own place among the slots
+    slot_start, slot_stop, before, whole = _extent(
+        tl.load(item + 4),
+        tl.load(item + 5),
+        place_start + packed_first // GROUP,
+        place_start + (packed_first + ROWS - 1) // GROUP,
+        window,
+        SLOTS,
+        BLOCK_TOKENS == 0,
+    )
+    table_start = tl.load(item + 6)
     row = (tl.load(item) + packed // GROUP).to(tl.int64)
     head = kv_head * GROUP + packed % GROUP
     place_of_row = (row * KV_HEADS * GROUP + head) * HEAD_SIZE
@@ -132,7 +127,7 @@ def _attend_tiles(
             key, value, key_stride, value_stride, tables, table_start, slot, slot_stop,
             HEAD_SIZE, HEAD_PADDED, BLOCK_TOKENS, PRECISE, WIDEN, CUT=False,
         )  # fmt: skip
-    for number in range(cut):
+    for number in range(tl.cdiv(slot_stop - slot_start, SLOTS) - whole):
         tile = number + tl.where(number < before, 0, whole)
         slot = slot_start + tile * SLOTS + tl.arange(0, SLOTS)
         out, total, peak = _absorb(
@@ -142,6 +137,23 @@ def _attend_tiles(
         )  # fmt: skip
     partial = (tl.load(item + 7) + kv_head * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     _store(partial_out, partial_lse, partial, out, total, peak, HEAD_SIZE, HEAD_PADDED)
+
+
+@triton.jit
+def _extent(
+    slot_start, slot_stop, place_first, place_last, window, SLOTS: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """The slots a tile of rows reads, and where no mask is needed: `whole` tiles of SLOTS, seen by all rows,
+    after `before` of them, where the last row's window begins. CAUSAL: a row sees slots up to its own place.
+    """
+    slot_start = tl.maximum(slot_start, place_first - window + 1)
+    whole_stop = slot_stop
+    if CAUSAL:
+        slot_stop = tl.minimum(slot_stop, place_last + 1)
+        whole_stop = tl.minimum(slot_stop, place_first + 1)
+    before = tl.cdiv(tl.maximum(place_last - window + 1 - slot_start, 0), SLOTS)
+    whole = tl.maximum((whole_stop - slot_start) // SLOTS - before, 0)
+    return slot_start, slot_stop, before, whole
 
 
 @triton.jit
