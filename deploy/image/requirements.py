@@ -8,7 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-_EXTRAS = ("convert", "redis")
+_EXTRAS = ("convert", "kuberay", "kubernetes", "redis")
 _BESIDE = ("pip",)
 """`anabranch model fetch` downloads with it."""
 
