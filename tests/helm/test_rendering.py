@@ -82,6 +82,7 @@ def test_kubernetes_knows_every_field(kubernetes: str) -> None:
         ({"model": {"delivery": "image", "path": "models"}}, "from / on"),
         ({"model": {"path": "/x"}}, "a fetched model has its own folder"),
         ({"registry": {"url": "redis://r:6379", "builtIn": True}}, "give one of the two"),
+        ({"autoscaler": {"enabled": True, "dense": {"least": 5}}}, "autoscaler.dense: least 5"),
         ({"attention": {"arena": "4Gi"}}, "arena"),
         ({"config": {"dense": {"thread": 1}}}, "thread"),
     ],

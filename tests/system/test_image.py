@@ -63,12 +63,15 @@ def test_it_runs_as_a_user_of_its_own_and_says_what_is_in_it(engine: Podman) -> 
 
 
 def test_no_layer_of_it_has_tools_to_build_with(engine: Podman) -> None:
-    """Neither compiler nor headers nor lists of packages; the compiled kernel is there all the same."""
+    """Neither compiler nor headers nor lists of packages; the compiled kernel is there all the same, and pip,
+    by which models are fetched.
+    """
     found = _inside(engine, "for each in cc gcc g++ ld make cmake ninja; do command -v $each; done; true")
     assert found == ""
     left = "find /var/lib/apt/lists /usr/include /usr/share/python-wheels -type f 2>/dev/null; true"
     assert _inside(engine, left) == ""
     assert "_native" in _inside(engine, "ls /opt/program/workers/kernels/cpu")
+    assert _inside(engine, "python -m pip --version").startswith("pip ")
 
 
 def test_it_answers_a_request_as_composed(engine: Podman, host: Host, tmp_path: Path) -> None:
