@@ -46,7 +46,7 @@ class Autoscaler:
         self._clock = clock
         self._samples: deque[Sample] = deque(maxlen=_SAMPLES_MOST)
         self._changed_s: dict[Scaled, float] = {}
-        self._said: tuple[Change, ...] = ()
+        self._said: dict[Scaled, int] = {}
 
     def run(self, stop: threading.Event) -> None:
         """Until told to stop. What fails is logged, and tried again with the next look."""
@@ -66,22 +66,24 @@ class Autoscaler:
         if self._settings.applies:
             for change in changes[:1]:
                 self._apply(change, scales[change.role], stop)
-        elif changes != self._said:
-            for change in changes:
+            return
+        said, self._said = self._said, {change.role: change.count for change in changes}
+        for change in changes:
+            if said.get(change.role) != change.count:
                 self._tell("would_resize", change, scales[change.role])
-        self._said = changes
 
     def _apply(self, change: Change, seen: Scale, stop: threading.Event) -> None:
         victims = self._tell("resize", change, seen)
         if victims:
             self._pool.drain(victims, self._settings.settle_s, stop)
         self._workloads.resize(change.role, seen, change.count, victims)
-        is_settled = self._workloads.await_settled(change.role, self._settings.settle_s, stop)
-        _log.info(
-            "resized" if is_settled else "resize_unsettled", role_resized=change.role, count=change.count
-        )
-        self._changed_s[change.role] = self._clock()
-        self._samples.clear()  # of another pool
+        try:
+            is_settled = self._workloads.await_settled(change.role, self._settings.settle_s, stop)
+        finally:
+            self._changed_s[change.role] = self._clock()
+            self._samples.clear()  # of another pool
+        event = "resized" if is_settled else "resize_unsettled"
+        _log.info(event, role_resized=change.role, count=change.count)
 
     def _tell(self, event: str, change: Change, seen: Scale) -> list[str]:
         idle_first = self._pool.idle_first(change.role)

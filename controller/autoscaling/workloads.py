@@ -122,7 +122,8 @@ class RayWorkerGroups:
         position, _ = _group(self._read(), role)
         path = f"/spec/workerGroupSpecs/{position}"
         body = [
-            {"op": "test", "path": "/metadata/resourceVersion", "value": seen.version},
+            # Not the version: each pod that comes or goes makes another, also while the victim drains.
+            {"op": "test", "path": f"{path}/replicas", "value": seen.count},
             {"op": "replace", "path": f"{path}/replicas", "value": count},
             {"op": "add", "path": f"{path}/scaleStrategy", "value": {"workersToDelete": list(victims)}},
         ]

@@ -148,7 +148,9 @@ def test_a_change_that_does_not_settle_is_not_followed_for_ever() -> None:
 
 
 def test_a_worker_group_shrinks_by_the_pod_that_is_named() -> None:
-    """Number and victim go in one patch; one for an older version is refused."""
+    """Number and victim go in one patch; it holds while pods come and go, not after another change of the
+    number.
+    """
     path, found = ray_cluster("river", dense=1, attention=3)
     configuration = client.Configuration(host="")
     with kubernetes((path, found)) as state:
@@ -156,6 +158,7 @@ def test_a_worker_group_shrinks_by_the_pod_that_is_named() -> None:
         with client.ApiClient(configuration) as api:
             groups = RayWorkerGroups(api, "llm", "river")
             seen = groups.scale("attention")
+            state.change(path, "status", readyWorkerReplicas=3)
             groups.resize("attention", seen, 2, ["river-attention-x"])
             dense, attention = found["spec"]["workerGroupSpecs"]
             assert dense == {"groupName": "dense", "replicas": 1}
@@ -224,6 +227,23 @@ def test_an_empty_pool_loses_the_pod_with_the_least_in_it(
             assert not turn.done()
             state.change(path, "status", observedGeneration=2, desiredWorkerReplicas=2, readyWorkerReplicas=2)
             turn.result(20)
+
+
+def test_a_dry_run_says_once_what_it_would_do(
+    controller: tuple[Controller, grpc.Channel], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the pods that would leave, and the reason; again when the number is another."""
+    service, channel = controller
+    path, found = stateful_set("river-attention", 3)
+    caplog.set_level("INFO", logger="anabranch")
+    with kubernetes((path, found)) as state, _sets(state) as sets:
+        autoscaler = Autoscaler(Settings(BOUNDS, AT_ONCE), PoolWatch(channel), sets)
+        for used in ((5, 5, 5), (6, 6, 6), (100, 100, 100)):
+            service.report(*used)
+            autoscaler.turn(threading.Event())
+    told = [record.fields for record in caplog.records if record.message == "would_resize"]  # type: ignore[attr-defined]  # of our logger
+    assert [(fields["was"], fields["count"]) for fields in told] == [(3, 2), (3, 4)]
+    assert [fields["victims"] for fields in told] == [["river-attention-2"], []]
 
 
 def test_the_busy_share_is_what_dense_workers_computed_since_the_last_look(
