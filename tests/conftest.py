@@ -1,4 +1,4 @@
-"""Rules for every test: one compute thread, and in CI no skip but for a missing GPU, Redis or trace.
+"""Rules for every test: one compute thread, and in CI no skip but for lack of a GPU, a Redis, or data.
 
 `pytest -m gpu` collects tests/gpu only, because a GPU machine may lack what the other tests import. In every
 other run Triton interprets its kernels on the CPU; that is decided when it is imported.
@@ -38,11 +38,13 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With CI=true, and in a run of system tests, a skipped test is a failed one; but for those that need a
-    GPU or traces, and outside system runs a Redis, which `make test-system` installs.
+    GPU, traces or KubeRay's definition, and outside system runs a Redis, which `make test-system` installs.
     """
     report = yield
     is_system = "system" in item.config.option.markexpr.replace("not system", "")
-    may_skip = any(map(item.get_closest_marker, ("gpu", "traces", *(() if is_system else ("redis",)))))
+    may_skip = any(
+        map(item.get_closest_marker, ("gpu", "traces", "kuberay", *(() if is_system else ("redis",))))
+    )
     if report.skipped and (is_system or os.environ.get("CI") == "true") and not may_skip:
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may be: {report.longrepr}"
