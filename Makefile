@@ -4,13 +4,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # The CPU build; set TORCH=torch for the CUDA build.
 TORCH ?= torch==2.13.0
+VARIANT ?= cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 RESULTS := bench/results.json
 # The demo does without what tests and checks need; where that is installed, it has all.
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),.venv/.installed-demo)
 
-.PHONY: demo demo-long test test-system check proto chart oracle-full validation bench bench-peers gpu-bundle clean help
+.PHONY: demo demo-long test test-system check proto chart image oracle-full validation bench bench-peers gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -48,6 +49,9 @@ chart: $(STAMP)  ## regenerate the Helm chart's values, schema and table, and it
 	$(BIN)/python -m deploy.helm.generate
 	.ci/install-helm
 	.ci/render-examples
+
+image:  ## build the container image (VARIANT=cuda for GPUs; IMAGE_FLAGS are podman's own)
+	podman build -f deploy/image/Containerfile --build-arg VARIANT=$(VARIANT) $(IMAGE_FLAGS) -t anabranch .
 
 oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
 	$(BIN)/python -m tests.oracle.full

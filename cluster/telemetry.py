@@ -10,11 +10,15 @@ import json
 import logging
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
 from cluster.telemetry_settings import TelemetryConfig
+
+if TYPE_CHECKING:  # names for annotations that exist nowhere else
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _ROOT = "anabranch"
 
@@ -87,4 +91,18 @@ def configure_logging(config: TelemetryConfig, **bound: Any) -> None:
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> int:
     """Serve a registry for Prometheus on its own thread; returns the port."""
     server, _ = start_http_server(port, host, registry)
+    app = server.get_app()
+    assert app is not None
+    server.set_app(_in_plain_text(app))
     return int(server.server_port)
+
+
+def _in_plain_text(app: WSGIApplication) -> WSGIApplication:
+    """Answers in the plain format whatever else is accepted: in OpenMetrics, which Prometheus prefers, the
+    library spells vllm:prompt_tokens_total with an underscore, and no dashboard finds it.
+    """
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return app(environ | {"HTTP_ACCEPT": ""}, start_response)
+
+    return answer

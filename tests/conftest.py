@@ -1,4 +1,4 @@
-"""Rules for every test: one compute thread, and in CI no skip but for a missing GPU, Redis or trace.
+"""Rules for every test: one compute thread, and in CI no skip but for lack of a GPU, a Redis, or data.
 
 `pytest -m gpu` collects tests/gpu only, because a GPU machine may lack what the other tests import. In every
 other run Triton interprets its kernels on the CPU; that is decided when it is imported.
@@ -26,9 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Whether `-m gpu` passes a test module by without importing it."""
-    elsewhere = config.rootpath / "tests" / "gpu" not in collection_path.parents
-    return True if config.option.markexpr == "gpu" and elsewhere and collection_path.suffix == ".py" else None
+    """Whether `-m gpu` passes a test module, or a folder and its conftest, by without importing it."""
+    gpu = config.rootpath / "tests" / "gpu"
+    elsewhere = gpu not in collection_path.parents and collection_path not in (gpu, *gpu.parents)
+    is_code = collection_path.is_dir() or collection_path.suffix == ".py"
+    return True if config.option.markexpr == "gpu" and elsewhere and is_code else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -36,11 +38,13 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With CI=true, and in a run of system tests, a skipped test is a failed one; but for those that need a
-    GPU or traces, and outside system runs a Redis, which `make test-system` installs.
+    GPU, traces or KubeRay's definition, and outside system runs a Redis, which `make test-system` installs.
     """
     report = yield
     is_system = "system" in item.config.option.markexpr.replace("not system", "")
-    may_skip = any(map(item.get_closest_marker, ("gpu", "traces", *(() if is_system else ("redis",)))))
+    may_skip = any(
+        map(item.get_closest_marker, ("gpu", "traces", "kuberay", *(() if is_system else ("redis",))))
+    )
     if report.skipped and (is_system or os.environ.get("CI") == "true") and not may_skip:
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may be: {report.longrepr}"

@@ -18,6 +18,7 @@ from anabranch.cli.down import down
 from anabranch.cli.drain import drain
 from anabranch.cli.generate import generate_command
 from anabranch.cli.loadgen import command as loadgen
+from anabranch.cli.size import size_command
 from anabranch.cli.status import status
 from anabranch.cli.up import up
 from cluster.ending import leave
@@ -48,6 +49,7 @@ app.command()(status)
 app.command()(drain)
 app.command()(down)
 app.command()(doctor)
+app.command("size")(size_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command()(chaos)

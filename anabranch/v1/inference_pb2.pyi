@@ -805,6 +805,7 @@ class Load(_message.Message):
     STREAMS_OPEN_FIELD_NUMBER: _builtins.int
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     STEP_TIMES_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
     sequences_running: _builtins.int
     """Sequences running on a dense worker."""
     sequences_waiting: _builtins.int
@@ -817,6 +818,8 @@ class Load(_message.Message):
     """Open client streams of a gateway."""
     waiting_tokens: _builtins.int
     """Tokens of room that sequences waiting on a dense worker need, in all."""
+    busy_seconds: _builtins.float
+    """Seconds that a dense worker's steps have computed in all, waiting left out."""
     @_builtins.property
     def blocks(self) -> Global___BlockAccount:
         """Blocks of an attention worker's arena."""
@@ -836,10 +839,11 @@ class Load(_message.Message):
         streams_open: _builtins.int = ...,
         waiting_tokens: _builtins.int = ...,
         step_times: Global___StepTimes | None = ...,
+        busy_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_step_times", b"_step_times", "blocks", b"blocks", "step_times", b"step_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_times", b"_step_times", "blocks", b"blocks", "resident_bytes", b"resident_bytes", "resident_peak_bytes", b"resident_peak_bytes", "sequences_running", b"sequences_running", "sequences_waiting", b"sequences_waiting", "step_times", b"step_times", "streams_open", b"streams_open", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_times", b"_step_times", "blocks", b"blocks", "busy_seconds", b"busy_seconds", "resident_bytes", b"resident_bytes", "resident_peak_bytes", b"resident_peak_bytes", "sequences_running", b"sequences_running", "sequences_waiting", b"sequences_waiting", "step_times", b"step_times", "streams_open", b"streams_open", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__step_times: _TypeAlias = _typing.Literal["step_times"]  # noqa: Y015
     _WhichOneofArgType__step_times: _TypeAlias = _typing.Literal["_step_times", b"_step_times"]  # noqa: Y015

@@ -26,7 +26,7 @@ OWNED: Mapping[str, frozenset[str]] = {
     "gateway": frozenset({"replicas", "host", "port", "http_port"}),
     "dense": frozenset({"replicas", "device", "host", "port"}),
     "attention": frozenset({"replicas", "device", "host", "port", "arena", "tiers"}),
-    "placement": frozenset({"own_addresses"}),
+    "placement": frozenset({"own_addresses", "exclusive"}),
     "lanes": frozenset({"transports", "fenced_network"}),
     "controller": frozenset({"host", "port", "drain_grace_s"}),
     "registry": frozenset({"url", "password_variable", "password_file"}),

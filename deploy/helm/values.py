@@ -12,14 +12,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from cluster.policies.autoscaler import AutoscalerPolicy
+
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]*(KiB|MiB|GiB|TiB|kB|MB|GB|TB)$")]
 """Whole numbers only: templates compute with them."""
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 Count = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Peers = list[dict[str, Any]]
 Anything = dict[str, Any]
 Words = dict[str, str]
+
+_POLICY = AutoscalerPolicy()
 
 
 class Part(BaseModel):
@@ -158,6 +163,16 @@ class PasswordSecret(Part):
     key: str = Field("password", description="Its key.")
 
 
+class KubeRay(Part):
+    """Pods that are Ray nodes (mode: kuberay)."""
+
+    memory_margin: Size = Field("1GiB", description="Memory of each for Ray's own processes.")
+    head_resources: Resources = Field(
+        Resources(requests={"cpu": "500m", "memory": "1Gi"}, limits={"memory": "2Gi"}),
+        description="Requests and limits of Ray on the head, beside the controller.",
+    )
+
+
 class Registry(Part):
     """Where a copy of membership and prefix directory outlives the controller: in a Redis, or nowhere."""
 
@@ -191,6 +206,31 @@ class Drain(Part):
     bandwidth: Size = Field("100MB", description="Bytes a second at which a worker's cache moves to others.")
     seconds: Annotated[int, Field(ge=1)] | None = Field(
         None, description="The grace; null: attention.arena over drain.bandwidth, plus 30."
+    )
+
+
+class ScaleBounds(Part):
+    """Fewest and most pods of a role."""
+
+    least: Annotated[int, Field(ge=1)] = Field(1, description="Fewest.")
+    most: Annotated[int, Field(ge=1)] = Field(4, description="Most.")
+
+
+class Autoscaler(Part):
+    """Changes numbers of attention and dense workers by the load; one that leaves drains first."""
+
+    enabled: bool = Field(False, description="Run it.")
+    dry_run: bool = Field(True, description="Only log what it would do (`would_resize`).")
+    pool_share: Share = Field(_POLICY.pool_share, description="Share of the KV pool in use to aim at.")
+    busy_share: Share = Field(_POLICY.busy_share, description="Share of dense workers' time to aim at.")
+    cool_down_seconds: Count = Field(
+        int(_POLICY.cool_down_s), description="Time for which a role is left alone after a change."
+    )
+    attention: ScaleBounds = Field(ScaleBounds(), description="Attention workers.")
+    dense: ScaleBounds = Field(ScaleBounds(), description="Dense workers.")
+    resources: Resources = Field(
+        Resources(requests={"cpu": "50m", "memory": "128Mi"}, limits={"memory": "256Mi"}),
+        description="Requests and limits.",
     )
 
 
@@ -235,6 +275,11 @@ class Values(Part):
 
     name_override: str = Field("", description="Instead of the chart's name, in names.")
     fullname_override: str = Field("", description="Instead of release and chart name, in names.")
+    mode: Literal["statefulset", "kuberay"] = Field(
+        "statefulset",
+        description="statefulset: each pod runs a role, without Ray; kuberay: a RayCluster, on whose nodes "
+        "the controller places roles, checked against the operator's definition but never run.",
+    )
     image: Image = Image()
     model: Model = Model()
     config: Anything = Field(
@@ -245,9 +290,11 @@ class Values(Part):
     gateway: Gateway = Gateway()
     dense: Dense = Dense()
     attention: Attention = Attention()
+    kuberay: KubeRay = KubeRay()
     registry: Registry = Registry()
     api_keys: ApiKeys = ApiKeys()
     drain: Drain = Drain()
+    autoscaler: Autoscaler = Autoscaler()
     probes: Probes = Probes()
     pod_disruption_budget: DisruptionBudget = DisruptionBudget()
     network_policy: NetworkPolicy = NetworkPolicy()

@@ -28,8 +28,8 @@ for name, element_bytes, head_size in (("fp32", 4, 256), ("bf16", 2, 80)):
     types = TYPES | dict.fromkeys(("query", "key", "value", "cache_key", "cache_value"), "*" + name)
     shape = {"GROUP": 4, "HEAD_SIZE": head_size, "HEAD_PADDED": tiling.padded(head_size)}
     for rows, block_tokens in ((tiling.ROWS_FEW, 32), (tiling.ROWS_MANY, 0)):
-        constants = {"BLOCK_TOKENS": block_tokens, "ROWS": rows, "PRECISE": name == "fp32", "WIDEN": False}
-        constants["SLOTS"] = tiling.slots_of(head_size, element_bytes)
+        constants = {"KV_HEADS": 2, "BLOCK_TOKENS": block_tokens, "ROWS": rows, "WIDEN": False}
+        constants |= {"PRECISE": name == "fp32", "SLOTS": tiling.slots_of(head_size, element_bytes)}
         options = {"num_warps": tiling.warps_of(rows), "num_stages": tiling.stages_of(rows)}
         check(attend._attend_tiles, types, shape | constants, enable_fp_fusion=True, **options)
     check(append._append_row, types, {"ROW_ELEMENTS": 480, "ELEMENTS": 1024}, enable_fp_fusion=True)

@@ -27,8 +27,8 @@ def helm(version: int, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def render(version: int, values: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Render the chart as the release `demo` in the namespace `llm`, with Prometheus's operator there."""
-    known = ("--kube-version", OLDEST, "-a", "monitoring.coreos.com/v1")
+    """Render the chart as the release `demo` in the namespace `llm`, where all operators are there."""
+    known = ("--kube-version", OLDEST, "-a", "monitoring.coreos.com/v1", "-a", "ray.io/v1")
     return helm(version, "template", "demo", str(CHART), "-n", "llm", "-f", str(values), *known, *words)
 
 

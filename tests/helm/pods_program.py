@@ -1,50 +1,62 @@
-"""Run on a host of the pods' network: a rendered release, started, asked, disturbed and ended.
+"""Run on a host of the pods' network: a rendered release, started, watched, asked, disturbed and ended.
 
 `python -m tests.helm.pods_program RENDERED MODEL FOLDER NAMESPACE=ADDRESS...`; the last line is JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from anabranch import Client
+from anabranch.answers import Topology
+from cluster.errors import InvalidRequest
 from tests.helm.charts import manifests
 from tests.helm.pods import Node, Pod, pods_of
+from tests.helm.scraping import Prometheus, panel_queries
 from tests.models import random_prompt
 from tests.system.hosts import Host
 
 PROMPT = random_prompt(70, seed=5)
 TOKENS = 400
 
+Victim = Callable[[Topology], str | None]
+"""Chooses whom to delete, from where a request is served; None where that is not known yet."""
+
 
 def main(rendered: str, model: str, folder: str, *hosts: str) -> None:
-    """Start all pods; run the chart's own test; read metrics; stream while the attention worker that holds
-    the tail is deleted, and start that pod again; delete everything. Prints what came of it.
+    """Start all pods and Prometheus; run the chart's own test; stream while the attention worker that holds
+    the tail is deleted, and while the dense worker that computes is, and start these pods again; ask for what
+    is refused; query every panel; delete everything. Prints what came of it.
     """
     objects = manifests(Path(rendered).read_text())
     pods = pods_of(objects, [Host(*each.split("=")) for each in hosts])
     node = Node(Path(folder), objects, pods, Path(model))
     test, serving = _part(pods)
+    prometheus = Prometheus(Path(folder), objects, serving)
     try:
         for pod in serving:
             node.start(pod)
         for pod in serving:
             node.await_probe(pod, "startupProbe")
             node.await_probe(pod, "readinessProbe")
+        prometheus.await_targets()
+        outcome = {role: _disturbed_stream(node, serving, victim) for role, victim in _VICTIMS.items()}
         asked = node.start(test)
-        helm_test = asked.wait(60)
-        answer = node.log(test)
-        exposed = {pod.name: _metrics(pod) for pod in serving}
-        outcome = _disturbed_stream(node, serving)
+        tested = asked.wait(60)
+        _be_refused(serving)
+        panels = {name: len(prometheus.await_query(query)) for name, query in panel_queries().items()}
+        rules = prometheus.rules()
         last = {pod.name: node.delete(pod) for pod in _leaving_order(serving)}
     finally:
         node.kill()
-    print(json.dumps({"test": [helm_test, answer], "metrics": exposed, "last": last, **outcome}))
+        prometheus.kill()
+    found = {"test": [tested, node.log(test)], "panels": panels, "rules": rules, "last": last}
+    print(json.dumps(found | outcome))
 
 
 def _part(pods: Sequence[Pod]) -> tuple[Pod, list[Pod]]:
@@ -61,18 +73,36 @@ def _leaving_order(pods: Sequence[Pod]) -> list[Pod]:
     return sorted(pods, key=lambda pod: order.index(_role(pod)))
 
 
-def _disturbed_stream(node: Node, pods: Sequence[Pod]) -> dict[str, object]:
+def _holder_of_the_tail(found: Topology) -> str:
+    return found.shards[-1].worker_id
+
+
+def _who_computes(found: Topology) -> str | None:
+    return next((member.worker_id for member in found.members if member.sequences_running), None)
+
+
+_VICTIMS: dict[str, Victim] = {"attention": _holder_of_the_tail, "dense": _who_computes}
+
+
+def _gateway(pods: Sequence[Pod]) -> Client:
     gateway = next(pod for pod in pods if _role(pod) == "gateway")
+    return Client(f"{gateway.host.address}:8650")
+
+
+def _disturbed_stream(node: Node, pods: Sequence[Pod], choose: Victim) -> dict[str, object]:
     tokens: list[int] = []
     deleted: Future[int] | None = None
     victim: Pod | None = None
-    with ThreadPoolExecutor(1) as hands, Client(f"{gateway.host.address}:8650") as client:
+    with ThreadPoolExecutor(1) as hands, _gateway(pods) as client:
         stream = client.generate(token_ids=PROMPT, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
         for event in stream:
             tokens += getattr(event, "token_ids", ())
-            if deleted is None and len(tokens) >= 4:
-                holder = client.topology(stream.request_id).shards[-1].worker_id
-                victim = next(pod for pod in pods if _role(pod) == "attention" and pod.name.endswith(holder))
+            if (
+                deleted is None
+                and len(tokens) >= 4
+                and (chosen := choose(client.topology(stream.request_id)))
+            ):
+                victim = next(pod for pod in pods if pod.name.endswith(chosen))
                 deleted = hands.submit(node.delete, victim)
         assert deleted is not None
         assert victim is not None
@@ -84,12 +114,10 @@ def _disturbed_stream(node: Node, pods: Sequence[Pod]) -> dict[str, object]:
     return {"tokens": tokens, "deleted": status, "early": is_early, "log": log}
 
 
-def _metrics(pod: Pod) -> list[str]:
-    """Names of all series a pod exposes."""
-    (port,) = (each["containerPort"] for each in pod.container["ports"] if each["name"] == "metrics")
-    with urllib.request.urlopen(f"http://{pod.host.address}:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sorted({line.partition("{")[0].partition(" ")[0] for line in lines if not line.startswith("#")})
+def _be_refused(pods: Sequence[Pod]) -> None:
+    with _gateway(pods) as client, contextlib.suppress(InvalidRequest):
+        client.generate(token_ids=PROMPT, max_tokens=10**6).text()
+        raise AssertionError("a request beyond the model's context was served")
 
 
 if __name__ == "__main__":

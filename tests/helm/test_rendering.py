@@ -59,7 +59,7 @@ def test_examples_in_the_tree_are_what_is_rendered(version: int, shape: str) -> 
 
 @pytest.mark.parametrize("kubernetes", [OLDEST, NEWEST])
 def test_kubernetes_knows_every_field(kubernetes: str) -> None:
-    """Strict validation in the oldest and the newest version; of monitoring objects there are no schemas."""
+    """Strict validation in the oldest and the newest version; of operators' objects there are no schemas."""
     program = str(Path(sys.executable).with_name("kubernetes-validate"))
     files = [str(EXAMPLES / shape / "rendered.yaml") for shape in SHAPES]
     command = [program, "--strict", "-k", kubernetes, *files]
@@ -67,7 +67,7 @@ def test_kubernetes_knows_every_field(kubernetes: str) -> None:
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     said = (outcome.stdout + outcome.stderr).splitlines()
     unknown = {line.partition(" for kind ")[2].partition(" ")[0] for line in said if "find schema" in line}
-    assert unknown == {"PodMonitor", "PrometheusRule"}
+    assert unknown == {"PodMonitor", "PrometheusRule", "RayCluster"}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def test_kubernetes_knows_every_field(kubernetes: str) -> None:
         ({"model": {"delivery": "image", "path": "models"}}, "from / on"),
         ({"model": {"path": "/x"}}, "a fetched model has its own folder"),
         ({"registry": {"url": "redis://r:6379", "builtIn": True}}, "give one of the two"),
+        ({"autoscaler": {"enabled": True, "dense": {"least": 5}}}, "autoscaler.dense: least 5"),
         ({"attention": {"arena": "4Gi"}}, "arena"),
         ({"config": {"dense": {"thread": 1}}}, "thread"),
     ],
@@ -152,3 +153,43 @@ def test_secrets_are_references(tmp_path: Path) -> None:
         assert {"name": "word", "key": "password"} in [
             each.get("valueFrom", {}).get("secretKeyRef") for each in container["env"]
         ]
+
+
+def _rights(objects: list[Manifest]) -> set[tuple[str, str, str]]:
+    (role,) = (each for each in objects if each["kind"] == "Role")
+    return {
+        (resource, name, verb)
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for name in rule["resourceNames"]
+        for verb in rule["verbs"]
+    }
+
+
+def test_the_autoscaler_may_change_two_numbers_and_nothing_else(tmp_path: Path) -> None:
+    """Its Role names both StatefulSets; a dry run, which is the default, may only read their numbers."""
+    names = ("demo-anabranch-dense", "demo-anabranch-attention")
+    dry = _rendered(tmp_path, {"autoscaler": {"enabled": True}})
+    assert _rights(dry) == {("statefulsets/scale", name, "get") for name in names}
+    command = _named(dry, "Deployment", "-autoscaler")["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert "--apply" not in command
+    changing = _rendered(tmp_path, {"autoscaler": {"enabled": True, "dryRun": False}})
+    verbs = {("statefulsets/scale", "get"), ("statefulsets/scale", "patch")}
+    verbs |= {("statefulsets", "list"), ("statefulsets", "watch")}
+    assert _rights(changing) == {(resource, name, verb) for resource, verb in verbs for name in names}
+
+
+def test_the_autoscaler_takes_its_command(tmp_path: Path) -> None:
+    """The rendered flags are flags of the process, which then asks for a pod's service account."""
+    objects = _rendered(tmp_path, {"autoscaler": {"enabled": True, "dryRun": False}})
+    pod = _named(objects, "Deployment", "-autoscaler")["spec"]["template"]["spec"]
+    config = tmp_path / "config.yaml"
+    config.write_text(_named(objects, "ConfigMap", "-config")["data"]["config.yaml"])
+    words = [
+        str(config) if word.endswith("config.yaml") else word for word in pod["containers"][0]["command"]
+    ]
+    outcome = subprocess.run(
+        [sys.executable, *words[1:]], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert outcome.returncode == 2
+    assert "service account" in outcome.stderr

@@ -103,7 +103,9 @@ def test_the_rendered_configuration_file_is_one_of_ours(shape: str, tmp_path: Pa
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pods_may_write_nowhere_but_into_their_volumes(shape: str) -> None:
-    """Every container, init containers too: not root, root read-only, no capability, limits, no token."""
+    """Every container, init containers too: not root, root read-only, no capability, limits; and a token for
+    the autoscaler alone.
+    """
     for each in manifests((EXAMPLES / shape / "rendered.yaml").read_text()):
         template = each.get("spec", {}).get("template", each)
         pod = template.get("spec", {})
@@ -115,4 +117,5 @@ def test_pods_may_write_nowhere_but_into_their_volumes(shape: str) -> None:
             assert "memory" in container["resources"]["limits"]
             assert pod["securityContext"]["runAsNonRoot"]
             assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-            assert not pod["automountServiceAccountToken"]
+            speaks_to_kubernetes = pod["containers"][0]["name"] == "autoscaler"
+            assert pod["automountServiceAccountToken"] == speaks_to_kubernetes

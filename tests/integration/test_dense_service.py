@@ -182,6 +182,22 @@ def test_a_stream_brings_tokens_timings_and_the_end(worker: DenseWorker, cluster
         cluster.wait_all_free()
 
 
+def test_a_worker_reports_how_long_it_has_computed(worker: DenseWorker, cluster: DenseCluster) -> None:
+    """`busy_seconds` of its load grows with its steps, and is what its metrics say of the dense side."""
+    before_s = worker.load().busy_seconds
+    with gateway(worker) as client:
+        client.submit(SequenceKey("busy"), sampling=sampling())
+        client.wait(lambda: client.deltas and client.last().finish_reason)
+        client.send(
+            acknowledge=dense_pb2.Acknowledge(sequence=sequence_message(SequenceKey("busy")), generation=1)
+        )
+        cluster.wait_all_free()
+    labels = {"side": "dense", "state": "computed"}
+    series = "anabranch_dense_side_seconds_total"
+    assert worker.load().busy_seconds > before_s
+    assert worker.load().busy_seconds == worker.engine.metrics.registry.get_sample_value(series, labels)
+
+
 def test_abort_and_hang_up(worker: DenseWorker, cluster: DenseCluster) -> None:
     """An abort frees; a gateway that hangs up leaves its sequences as orphans, which stop stepping."""
     with gateway(worker) as client:

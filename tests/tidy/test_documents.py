@@ -39,11 +39,34 @@ def test_documents_name_make_targets_that_exist(document: str) -> None:
     assert named <= targets
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "deploy/helm/anabranch/README.md"]
+)
 def test_documents_link_to_files_that_exist(document: str) -> None:
     """Relative links lead somewhere."""
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text())
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    folder = (ROOT / document).parent
+    assert [link for link in links if not (folder / link).exists()] == []
+
+
+def test_the_runbook_has_a_part_for_each_alert() -> None:
+    """And for no other: whoever is woken finds what to do."""
+    rules = (ROOT / "deploy/helm/anabranch/templates/monitoring/prometheusrule.yaml").read_text()
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs/operations/runbook.md").read_text(), re.MULTILINE)
+    assert sorted(sections) == sorted(re.findall(r"alert: (\w+)", rules))
+
+
+def test_pages_for_operators_name_keys_that_exist() -> None:
+    """Every `section.key` of the configuration file in docs/operations is one."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    named = 0
+    for page in (ROOT / "docs" / "operations").glob("*.md"):
+        for section, key in re.findall(r"`(?:config\.)?([a-z]+)\.([a-z_]+)(?::[^`]*)?`", page.read_text()):
+            part = sections.get(section)
+            if isinstance(part, type) and issubclass(part, BaseModel) and key != "resources":
+                named += 1
+                assert key in part.model_fields, f"{page.name}: {section}.{key}"
+    assert named > 10
 
 
 def test_every_configuration_key_is_described() -> None:

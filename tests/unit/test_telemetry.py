@@ -46,3 +46,15 @@ def test_metrics_are_served() -> None:
     port = telemetry.serve_metrics(registry, "127.0.0.1", 0)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         assert b"anabranch_test_total 1.0" in answer.read()
+
+
+def test_names_with_a_colon_reach_prometheus_as_they_are() -> None:
+    """Whatever format is preferred: Prometheus asks for OpenMetrics first."""
+    registry = CollectorRegistry()
+    Counter("vllm:tokens", "A test.", registry=registry).inc()
+    port = telemetry.serve_metrics(registry, "127.0.0.1", 0)
+    accepted = {"accept": "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5"}
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=accepted)
+    with urllib.request.urlopen(asked, timeout=5) as answer:
+        assert answer.headers.get_content_type() == "text/plain"
+        assert b"vllm:tokens_total 1.0" in answer.read()

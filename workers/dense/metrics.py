@@ -21,7 +21,10 @@ _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 
 class DenseMetrics:
-    """Counters of one engine; `registry` holds nothing else. Written by the engine's thread."""
+    """Counters of one engine; `registry` holds nothing else. Written by the engine's thread.
+
+    `computed_s`: what heartbeats report of `side_seconds`, the dense side computing.
+    """
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -70,6 +73,7 @@ class DenseMetrics:
             buckets=_STEP_TOKENS,
         ).labels(model_name)
         self.preemptions = Counter("anabranch_dense_preemptions", "Sequences preempted.", registry=registry)
+        self.computed_s = 0.0
         self._registry = registry
 
     def read_gauges(
@@ -89,6 +93,7 @@ class DenseMetrics:
         self.sampled.inc(sampled)
         self.iteration_tokens.observe(tokens)
         self.micro_batches.inc(micro_batches)
+        self.computed_s += times.dense_s
         for side, state, seconds in (
             ("dense", "computed", times.dense_s),
             ("dense", "waited", times.waited_s),

@@ -132,6 +132,7 @@ class DenseWorker:
             sequences_waiting=self.engine.sequences_waiting,
             waiting_tokens=self.engine.waiting_tokens,
             step_times=_step_times(self.engine.step_times()),
+            busy_seconds=self.engine.metrics.computed_s,
             blocks=self._local.blocks() if self._local is not None else None,
         )
 

@@ -24,6 +24,13 @@ from anabranch.cli.bench.table import results_table
 from cluster.errors import InvalidRequest
 
 
+class KernelDevice(enum.Enum):
+    """Where `kernel` attends."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class LongDtype(enum.Enum):
     """Types `long-decode` has a bound for."""
 
@@ -44,6 +51,8 @@ JsonFile = Annotated[
 
 _BENCHES_IN_FILE = frozenset({"kernel", "product", "lane", "step", "gain", "context", "serve"})
 """What `make bench` and `make bench-peers` write."""
+
+_BENCHES_ON_GPU = frozenset({"kernel_cuda"})
 
 _WIDTH = 112
 """A table narrower than this would cut its figures; a narrow terminal wraps it."""
@@ -72,8 +81,14 @@ def _say_lines() -> Callable[[str], None]:
 @app.command()
 def kernel(
     json_file: JsonFile = None,
+    device: Annotated[
+        KernelDevice, typer.Option(help="cpu: the C++ kernels. cuda: Triton's, on an NVIDIA GPU.")
+    ] = KernelDevice.CPU,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A little memory only: for a try, since a large cache holds it.")
+        bool,
+        typer.Option(
+            "--quick", help="On the CPU, a little memory only: for a try, since a large cache holds it."
+        ),
     ] = False,
 ) -> None:
     """Attention over a cache larger than any processor's, beside what the memory gives and PyTorch's kernel.
@@ -81,11 +96,17 @@ def kernel(
     \b
     anabranch bench kernel --quick
     anabranch bench kernel --json bench/results.json
+    anabranch bench kernel --device cuda --json bench/gpu.json
     """
-    from anabranch.cli.bench.kernel import bench_kernel
-
     with Console(stderr=True).status("starting") as status:
-        results = bench_kernel(quick, status.update)
+        if device is KernelDevice.CUDA:
+            from anabranch.cli.bench.kernel_cuda import bench_kernel_cuda
+
+            results = bench_kernel_cuda(status.update)
+        else:
+            from anabranch.cli.bench.kernel import bench_kernel
+
+            results = bench_kernel(quick, status.update)
     report(results, json_file)
 
 
@@ -325,5 +346,6 @@ def verify(
     print(f"{file}: {sum(1 for _ in records(results))} records follow from their samples")
     for line in misses(results):
         print(f"misses  {line}")
-    for bench in _BENCHES_IN_FILE - results.keys():
+    expected = _BENCHES_ON_GPU if "gpu" in results.get("machine", {}) else _BENCHES_IN_FILE
+    for bench in expected - results.keys():
         print(f"absent  {bench}")

@@ -62,6 +62,7 @@ def machine() -> Results:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{library: importlib.metadata.version(library) for library in _LIBRARIES},
+        **_gpu(),
     }
 
 
@@ -93,6 +94,15 @@ def _cpu_model() -> str:
         return platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _gpu() -> Results:
+    """The CUDA device this process has opened, and what compiles for it; nothing where there is none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    triton = importlib.metadata.version("triton")
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton}
 
 
 def _stamped(value: Any, told: Results) -> Any:

@@ -40,7 +40,7 @@ def attend(
     for part in (key, value):
         assert part.stride()[-2:] == (head_size, 1), f"heads {part.stride()} apart"
     for rows, items in tables.items.items():
-        _attend_tiles[(items.shape[0], kv_heads)](
+        _attend_tiles[(items.shape[0] * kv_heads,)](
             query,
             key,
             value,
@@ -51,6 +51,7 @@ def attend(
             value.stride(-3),
             scale,
             _NO_WINDOW if window is None else window,
+            KV_HEADS=kv_heads,
             GROUP=query.shape[1] // kv_heads,
             HEAD_SIZE=head_size,
             HEAD_PADDED=padded(head_size),
@@ -78,6 +79,7 @@ def _attend_tiles(
     value_stride,
     scale,
     window,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -87,77 +89,128 @@ def _attend_tiles(
     PRECISE: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """Grid: (items, KV heads). Writes ROWS partial rows from where the item says.
+    """Grid: items x KV heads, the heads faster: what lies side by side is read at about the same time. Writes
+    ROWS partial rows from where the item says.
 
     Packed row p of a span is its row p // GROUP under the p % GROUP-th query head of the KV head.
     BLOCK_TOKENS 0: the slots are a chunk's own rows, each seen up to itself; else `tables` names the blocks.
     """
-    item = items + tl.program_id(0) * _ITEM_FIELDS
-    kv_head = tl.program_id(1)
+    item = items + tl.program_id(0) // KV_HEADS * _ITEM_FIELDS
+    kv_head = tl.program_id(0) % KV_HEADS
     packed_first = tl.load(item + 2)
-    slot_stop = tl.load(item + 5)
-    table_start = tl.load(item + 6)
     packed = packed_first + tl.arange(0, ROWS)
-    place = tl.load(item + 3) + packed // GROUP  # the row's own place among the slots
-    # Slots before the first row's window are not read, nor those after a chunk's last row.
-    slot_start = tl.maximum(tl.load(item + 4), tl.load(item + 3) + packed_first // GROUP - window + 1)
-    if BLOCK_TOKENS == 0:
-        slot_stop = tl.minimum(slot_stop, (packed_first + ROWS - 1) // GROUP + 1)
-
+    place_start = tl.load(item + 3)
+    place = place_start + packed // GROUP  # the row's own place among the slots
+    slot_start, slot_stop, before, whole = _extent(
+        tl.load(item + 4),
+        tl.load(item + 5),
+        place_start + packed_first // GROUP,
+        place_start + (packed_first + ROWS - 1) // GROUP,
+        window,
+        SLOTS,
+        BLOCK_TOKENS == 0,
+    )
+    table_start = tl.load(item + 6)
     row = (tl.load(item) + packed // GROUP).to(tl.int64)
     head = kv_head * GROUP + packed % GROUP
-    place_of_row = (row * tl.num_programs(1) * GROUP + head) * HEAD_SIZE
-    queries = _rows(query, place_of_row, packed < tl.load(item + 1), HEAD_SIZE, HEAD_PADDED)
+    place_of_row = (row * KV_HEADS * GROUP + head) * HEAD_SIZE
+    queries = _rows(query, place_of_row, packed < tl.load(item + 1), HEAD_SIZE, HEAD_PADDED, True)
+    key += kv_head * HEAD_SIZE
+    value += kv_head * HEAD_SIZE
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
-    for first in range(slot_start, slot_stop, SLOTS):
-        slot = first + tl.arange(0, SLOTS)
-        is_slot = slot < slot_stop
-        seen = is_slot[None, :] & (slot[None, :] > place[:, None] - window)
-        if BLOCK_TOKENS == 0:
-            flat = (table_start + slot).to(tl.int64)
-            seen = seen & (slot[None, :] <= place[:, None])
-        else:
-            block = tl.load(tables + table_start + slot // BLOCK_TOKENS, mask=is_slot, other=0)
-            flat = block.to(tl.int64) * BLOCK_TOKENS + slot % BLOCK_TOKENS
-        keys = _rows(key, flat * key_stride + kv_head * HEAD_SIZE, is_slot, HEAD_SIZE, HEAD_PADDED)
-        values = _rows(value, flat * value_stride + kv_head * HEAD_SIZE, is_slot, HEAD_SIZE, HEAD_PADDED)
-        scores = product(queries, tl.trans(keys), WIDEN) * scale
-        out, total, peak = _absorb(out, total, peak, scores, seen, values, PRECISE, WIDEN)
+    for tile in range(before, before + whole):
+        slot = slot_start + tile * SLOTS + tl.arange(0, SLOTS)
+        out, total, peak = _absorb(
+            out, total, peak, queries, place, window, scale,
+            key, value, key_stride, value_stride, tables, table_start, slot, slot_stop,
+            HEAD_SIZE, HEAD_PADDED, BLOCK_TOKENS, PRECISE, WIDEN, CUT=False,
+        )  # fmt: skip
+    for number in range(tl.cdiv(slot_stop - slot_start, SLOTS) - whole):
+        tile = number + tl.where(number < before, 0, whole)
+        slot = slot_start + tile * SLOTS + tl.arange(0, SLOTS)
+        out, total, peak = _absorb(
+            out, total, peak, queries, place, window, scale,
+            key, value, key_stride, value_stride, tables, table_start, slot, slot_stop,
+            HEAD_SIZE, HEAD_PADDED, BLOCK_TOKENS, PRECISE, WIDEN, CUT=True,
+        )  # fmt: skip
     partial = (tl.load(item + 7) + kv_head * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     _store(partial_out, partial_lse, partial, out, total, peak, HEAD_SIZE, HEAD_PADDED)
 
 
 @triton.jit
-def _rows(part, places, exists, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr):
-    """[n, HEAD_PADDED]: what lies at `places` [n] of `part`; 0 where nothing `exists` [n], and as padding."""
-    size = tl.arange(0, HEAD_PADDED)
-    return tl.load(
-        part + places[:, None] + size[None, :], mask=exists[:, None] & (size < HEAD_SIZE)[None, :], other=0.0
-    )
+def _extent(
+    slot_start, slot_stop, place_first, place_last, window, SLOTS: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """The slots a tile of rows reads, and where no mask is needed: `whole` tiles of SLOTS, seen by all rows,
+    after `before` of them, where the last row's window begins. CAUSAL: a row sees slots up to its own place.
+    """
+    slot_start = tl.maximum(slot_start, place_first - window + 1)
+    whole_stop = slot_stop
+    if CAUSAL:
+        slot_stop = tl.minimum(slot_stop, place_last + 1)
+        whole_stop = tl.minimum(slot_stop, place_first + 1)
+    before = tl.cdiv(tl.maximum(place_last - window + 1 - slot_start, 0), SLOTS)
+    whole = tl.maximum((whole_stop - slot_start) // SLOTS - before, 0)
+    return slot_start, slot_stop, before, whole
 
 
 @triton.jit
 def _absorb(
-    out,
-    total,
-    peak,
-    scores,
-    seen,
-    values,
+    out, total, peak, queries, place, window, scale,
+    key, value, key_stride, value_stride, tables, table_start, slot, slot_stop,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     PRECISE: tl.constexpr,
     WIDEN: tl.constexpr,
-):
-    """Some more slots: out [rows, size], total [rows] and peak [rows] after scores and seen [rows, slots]."""
-    scores = tl.where(seen, scores, float("-inf"))
+    CUT: tl.constexpr,
+):  # fmt: skip
+    """Some more slots [slots]: out [rows, size], total [rows] and peak [rows] with them. CUT: not every row
+    sees all of them.
+    """
+    exists = slot < slot_stop
+    if BLOCK_TOKENS == 0:
+        flat = (table_start + slot).to(tl.int64)
+    else:
+        number = tables + table_start + slot // BLOCK_TOKENS
+        block = tl.load(number, mask=exists, other=0) if CUT else tl.load(number)
+        flat = block.to(tl.int64) * BLOCK_TOKENS + slot % BLOCK_TOKENS
+    keys = _rows(key, flat * key_stride, exists, HEAD_SIZE, HEAD_PADDED, CUT)
+    values = _rows(value, flat * value_stride, exists, HEAD_SIZE, HEAD_PADDED, CUT)
+    scores = product(queries, tl.trans(keys), WIDEN) * scale
+    if CUT:
+        seen = exists[None, :] & (slot[None, :] > place[:, None] - window)
+        if BLOCK_TOKENS == 0:
+            seen = seen & (slot[None, :] <= place[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
     peak_now = tl.maximum(peak, tl.max(scores, 1))
-    # -inf minus -inf is NaN: a row that has seen nothing yet subtracts 0.
-    shift = tl.where(peak_now == float("-inf"), 0.0, peak_now)
-    weights = tl.where(seen, exponential(scores - shift[:, None], PRECISE), 0.0)
+    shift = peak_now
+    if CUT:  # -inf minus -inf is NaN: a row that has seen nothing yet subtracts 0.
+        shift = tl.where(peak_now == float("-inf"), 0.0, peak_now)
+    weights = exponential(scores - shift[:, None], PRECISE)
+    if CUT:
+        weights = tl.where(seen, weights, 0.0)
     decay = exponential(peak - shift, PRECISE)
     out = out * decay[:, None] + product(weights.to(values.dtype), values, WIDEN)
     return out, total * decay + tl.sum(weights, 1), peak_now
+
+
+@triton.jit
+def _rows(part, places, exists, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, CUT: tl.constexpr):
+    """[n, HEAD_PADDED]: what lies at `places` [n] of `part`; 0 as padding and, if CUT, where nothing
+    `exists` [n].
+    """
+    size = tl.arange(0, HEAD_PADDED)
+    rows = part + places[:, None] + size[None, :]
+    if CUT:
+        read = tl.load(rows, mask=exists[:, None] & (size < HEAD_SIZE)[None, :], other=0.0)
+    elif HEAD_SIZE == HEAD_PADDED:
+        read = tl.load(rows)
+    else:
+        read = tl.load(rows, mask=(size < HEAD_SIZE)[None, :], other=0.0)
+    return read
 
 
 @triton.jit

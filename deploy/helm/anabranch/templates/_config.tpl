@@ -29,6 +29,10 @@
   "security" (dict "insecure" true)
   "telemetry" (dict "metrics_port" 9400)
 -}}
+{{- if eq $values.mode "kuberay" -}}
+{{- $_ := set $set "ray" (dict "address" "127.0.0.1:6379") -}}
+{{- $_ := set $set.placement "exclusive" true -}}
+{{- end -}}
 {{- if $values.networkPolicy.enabled -}}
 {{- $_ := set $set "lanes" (dict "transports" (list "tcp" "grpc") "fenced_network" true) -}}
 {{- else -}}

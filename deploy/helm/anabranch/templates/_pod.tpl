@@ -77,6 +77,64 @@ livenessProbe:
   timeoutSeconds: 5
 {{- end -}}
 
+{{/* The init containers that bring the model: (root, readsModel). */}}
+{{- define "anabranch.modelFetch" -}}
+{{- $root := .root -}}
+{{- $values := $root.Values -}}
+{{- if and .readsModel (eq $values.model.delivery "fetch") -}}
+- name: model
+  image: {{ include "anabranch.image" $root }}
+  imagePullPolicy: {{ $values.image.pullPolicy }}
+  command: [anabranch, model, fetch, {{ $values.model.name | quote }}]
+  env:
+    - {name: HOME, value: /tmp}
+    - {name: ANABRANCH_CACHE, value: /models}
+  resources:
+    requests: {cpu: 250m, memory: 512Mi}
+    limits: {memory: 2Gi}
+  securityContext: {{- include "anabranch.containerSecurity" $root | nindent 4 }}
+  volumeMounts:
+    - {name: model, mountPath: /models}
+    - {name: scratch, mountPath: /tmp}
+{{- end -}}
+{{- end -}}
+
+{{/* What a role's container sees of its volumes: (root, role, readsModel). */}}
+{{- define "anabranch.mounts" -}}
+{{- $values := .root.Values -}}
+- {name: config, mountPath: /etc/anabranch/config, readOnly: true}
+- {name: scratch, mountPath: /tmp}
+{{- if and .readsModel (ne $values.model.delivery "image") }}
+- {name: model, mountPath: /models, readOnly: true}
+{{- end }}
+{{- if and (eq .role "gateway") $values.apiKeys.existingSecret }}
+- {name: keys, mountPath: /etc/anabranch/keys, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* A pod's volumes: (root, role, readsModel). */}}
+{{- define "anabranch.volumes" -}}
+{{- $values := .root.Values -}}
+- name: config
+  configMap: {name: {{ include "anabranch.fullname" .root }}-config}
+- name: scratch
+  emptyDir: {sizeLimit: 1Gi}
+{{- if and .readsModel (ne $values.model.delivery "image") }}
+- name: model
+  {{- if eq $values.model.delivery "claim" }}
+  persistentVolumeClaim: {claimName: {{ $values.model.claim }}, readOnly: true}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ $values.model.fetchSpace }}}
+  {{- end }}
+{{- end }}
+{{- if and (eq .role "gateway") $values.apiKeys.existingSecret }}
+- name: keys
+  secret:
+    secretName: {{ $values.apiKeys.existingSecret }}
+    items: [{key: {{ $values.apiKeys.key }}, path: keys.yaml}]
+{{- end }}
+{{- end -}}
+
 {{/*
 The pod of a role: root, role, command, ports (name -> number), service (whose health is readiness), readsModel,
 pauseSeconds (before it is told to end).
@@ -85,8 +143,6 @@ pauseSeconds (before it is told to end).
 {{- $root := .root -}}
 {{- $values := $root.Values -}}
 {{- $own := index $values .role -}}
-{{- $readsModel := and .readsModel (ne $values.model.delivery "image") -}}
-{{- $readsKeys := and (eq .role "gateway") $values.apiKeys.existingSecret -}}
 metadata:
   labels: {{- include "anabranch.selector" (dict "root" $root "component" .role) | nindent 4 }}
   annotations:
@@ -106,22 +162,8 @@ spec:
   {{- with include "anabranch.scheduling" . | trim }}
   {{- . | nindent 2 }}
   {{- end }}
-  {{- if and $readsModel (eq $values.model.delivery "fetch") }}
-  initContainers:
-    - name: model
-      image: {{ include "anabranch.image" $root }}
-      imagePullPolicy: {{ $values.image.pullPolicy }}
-      command: [anabranch, model, fetch, {{ $values.model.name | quote }}]
-      env:
-        - {name: HOME, value: /tmp}
-        - {name: ANABRANCH_CACHE, value: /models}
-      resources:
-        requests: {cpu: 250m, memory: 512Mi}
-        limits: {memory: 2Gi}
-      securityContext: {{- include "anabranch.containerSecurity" $root | nindent 8 }}
-      volumeMounts:
-        - {name: model, mountPath: /models}
-        - {name: scratch, mountPath: /tmp}
+  {{- with include "anabranch.modelFetch" . }}
+  initContainers: {{- . | nindent 4 }}
   {{- end }}
   containers:
     - name: {{ .role }}
@@ -141,34 +183,8 @@ spec:
           exec: {command: [sleep, {{ .pauseSeconds | quote }}]}
       {{- end }}
       securityContext: {{- include "anabranch.containerSecurity" $root | nindent 8 }}
-      volumeMounts:
-        - {name: config, mountPath: /etc/anabranch/config, readOnly: true}
-        - {name: scratch, mountPath: /tmp}
-        {{- if $readsModel }}
-        - {name: model, mountPath: /models, readOnly: true}
-        {{- end }}
-        {{- if $readsKeys }}
-        - {name: keys, mountPath: /etc/anabranch/keys, readOnly: true}
-        {{- end }}
-  volumes:
-    - name: config
-      configMap: {name: {{ include "anabranch.fullname" $root }}-config}
-    - name: scratch
-      emptyDir: {sizeLimit: 1Gi}
-    {{- if $readsModel }}
-    - name: model
-      {{- if eq $values.model.delivery "claim" }}
-      persistentVolumeClaim: {claimName: {{ $values.model.claim }}, readOnly: true}
-      {{- else }}
-      emptyDir: {sizeLimit: {{ $values.model.fetchSpace }}}
-      {{- end }}
-    {{- end }}
-    {{- if $readsKeys }}
-    - name: keys
-      secret:
-        secretName: {{ $values.apiKeys.existingSecret }}
-        items: [{key: {{ $values.apiKeys.key }}, path: keys.yaml}]
-    {{- end }}
+      volumeMounts: {{- include "anabranch.mounts" . | nindent 8 }}
+  volumes: {{- include "anabranch.volumes" . | nindent 4 }}
 {{- end -}}
 
 {{/* The command of a worker whose number is its ordinal: (root, role). */}}
