@@ -1,4 +1,4 @@
-"""One process that decides who lives where. The only place that knows Ray is `controller.fleet`."""
+"""One process that decides who lives where. Ray is known in `fleet` and `ray_connection` alone."""
 
 import os
 

@@ -99,7 +99,8 @@ class Controller:
             place = Placer(self._config, demands, fleet.nodes)
             if self._config.ray.address is None:
                 place.require_room(self._slots)  # no node will join: waiting for one would not help
-            self._supervisor = Supervisor(self._slots, self._limits(), place, fleet, self._on_slot)
+            slots = fleet.adopt(self._slots)
+            self._supervisor = Supervisor(slots, self._limits(), place, fleet, self._on_slot)
             fleet.listener = self._supervisor
             self._supervise(self._supervisor, stop, service, writer)
             if self._failure is not None:
@@ -121,7 +122,7 @@ class Controller:
         if self._config.ray.address is None:
             ports.require_free(self._config)
         cpus = self._config.ray.local_cpus or demands.cpus(self._slots)
-        fleet = RayFleet(self._config.ray, cpus, partial(self._order, demands), self._calls.put)
+        fleet = RayFleet(self._config, cpus, partial(self._order, demands), self._calls.put)
         try:
             yield fleet
         finally:

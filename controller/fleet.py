@@ -1,39 +1,35 @@
-"""Ray: the machines, and processes on them. The only file that imports it.
+"""Ray's machines, and processes on them.
 
-Ray places and watches small actors, the keepers; each starts one role process and reports its end.
-No token and no tensor passes through Ray.
+Ray places and watches small actors, the keepers; each starts one role process and reports its end. On a
+cluster that is joined they outlive the controller, and the next one adopts them. No token and no tensor
+passes through Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import os
 import secrets
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
 import ray
-from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
-from ray.exceptions import RayError
+from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import RayConfig
-from cluster.errors import ConfigError, Unavailable
+from cluster.config import Config
+from cluster.errors import AlreadyExists, Fenced, Unavailable
 from cluster.telemetry import logger
-from controller.keeper import Ended, Keeper, Started
-from controller.ray_folder import RayFolder
+from controller.adoption import filled, keeper_name
+from controller.keeper import Ended, Held, Keeper, Outliving, Started
+from controller.ray_connection import RayConnection, first_line
 from controller.slots import Node, Order, Slot
 
 _log = logger("fleet")
 
-_LOOPBACK = "127.0.0.1"
-_OBJECT_STORE_BYTES = 80 * 2**20  # close to the least Ray accepts; nothing of ours goes there
-_KEEPER_THREADS = 4  # start, wait, terminate, and terminate again without grace
+_KEEPER_THREADS = 16  # start, wait, adopt, terminate (again without grace), and waits nobody hears any more
 _PROBE_S = 5.0
 
 
@@ -60,46 +56,37 @@ Post = Callable[[Callable[[], None]], None]
 class RayFleet:
     """Owns the connection to Ray and one keeper per running process; implements `slots.Hands`.
 
-    Without an address a private cluster is started: on loopback, guarded by a random token, without
-    dashboard, and stopped with everything in it by `close`. With one, only the keepers are ended.
+    On a cluster that was joined keepers go on for `registry.lease_s` should this process die, in a Ray
+    namespace named for `registry.cluster`. Controller and keeper hear of each other every
+    `controller.heartbeat_ms`; one that was silent for `controller.expiry_ms` may be replaced.
 
     Not thread-safe: what Ray reports on its own threads is posted to the owner's.
     """
 
     def __init__(
         self,
-        config: RayConfig,
+        config: Config,
         cpus: int,
         order: Callable[[Slot], Order],
         post: Post,
     ) -> None:
-        """Connect. `cpus` is what a private cluster claims to have.
-
-        Raises Unavailable when no cluster answers at the address, ConfigError for an unusable one.
-        """
+        """Connect. `cpus` is what a private cluster claims to have. Raises what RayConnection raises."""
+        self._config = config
+        self._sign_s = config.controller.heartbeat_ms / 1000
+        self._silence_s = config.controller.expiry_ms / 1000
         self._order = order
         self._post = post
+        self._controller = secrets.token_hex(8)  # this life, to keepers
         self.listener: Listener | None = None
         self._keepers: dict[str, Any] = {}
-        self._folder: RayFolder | None = None
-        # On the main thread Ray would take SIGTERM for itself. The thread lives as long as Ray: the kernel
-        # ends Ray's processes with the thread that started them.
-        self._starter = futures.ThreadPoolExecutor(1, thread_name_prefix="ray")
-        try:
-            self._starter.submit(self._connect, config, cpus).result()
-        except BaseException:
-            self.close()
-            raise
+        self._connection = RayConnection(config, cpus)
 
     def close(self) -> None:
         """End all keepers, and the private cluster. Idempotent."""
         for keeper in self._keepers.values():
             _kill(keeper)
         self._keepers.clear()
-        ray.shutdown()
-        self._starter.shutdown()
-        if self._folder is not None:
-            self._folder.remove()
+        self._connection.close()
 
     @property
     def address(self) -> str:
@@ -115,8 +102,27 @@ class RayFleet:
             raise Unavailable(f"Ray does not answer: {error}") from error
         return tuple(_node(raw, available.get(raw["NodeID"], {})) for raw in described if raw["Alive"])
 
+    def adopt(self, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+        """The slots, with the processes that an earlier controller of this cluster left on Ray. What does not
+        belong into any is ended. Takes seconds where there are such processes.
+
+        Raises AlreadyExists while that controller lives.
+        """
+        if not self._is_joined:
+            return tuple(slots)
+        keepers = _named_keepers()
+        held = self._held(keepers)
+        has_registry = self._config.registry.url is not None
+        found = filled(slots, held, lambda slot: self._order(slot).launch, may_move=has_registry)
+        for slot in found:
+            if slot.has_process:
+                _log.info("adopted", worker=slot.worker_id, process=slot.process_id, node=slot.node)
+                self._take(slot, keepers.pop(keeper_name(slot)))
+        self._end_unwanted(keepers)
+        return found
+
     def launch(self, slot: Slot) -> None:
-        """Start the slot's process on its node."""
+        """Start the slot's process on its node. Raises AlreadyExists when another controller did."""
         order = self._order(slot)
         options = {
             "num_cpus": order.cpus,
@@ -127,16 +133,22 @@ class RayFleet:
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(slot.node, soft=False),
         }
-        keeper = ray.remote(Keeper).options(**options).remote()
-        self._keepers[slot.worker_id] = keeper
+        outliving = None
+        if self._is_joined:
+            options |= {"name": keeper_name(slot), "lifetime": "detached"}
+            outliving = self._outliving()
+        try:
+            keeper = ray.remote(Keeper).options(**options).remote(self._controller, slot.node, outliving)
+        except ActorAlreadyExistsError as error:
+            raise self._superseded() from error
+        self._take(slot, keeper)
         self._watch(keeper.start.remote(order.launch), functools.partial(self._started, slot))
-        self._watch(keeper.wait.remote(), functools.partial(self._ended, slot, keeper))
 
     def terminate(self, slot: Slot, grace_s: float) -> None:
         """SIGTERM, and SIGKILL after the grace; a grace of zero is SIGKILL at once."""
         keeper = self._keepers.get(slot.worker_id)
         if keeper is not None:
-            keeper.terminate.remote(grace_s)
+            keeper.terminate.remote(self._controller, grace_s)
 
     def abandon(self, slot: Slot) -> None:
         """Give up the keeper: its process, if it still runs, ends with it."""
@@ -144,12 +156,50 @@ class RayFleet:
         if keeper is not None:
             _kill(keeper)
 
-    def _connect(self, config: RayConfig, cpus: int) -> None:
-        if config.address is None:
-            self._folder = RayFolder()
-            _start_private(cpus, self._folder)
-        else:
-            _join(config.address)
+    @property
+    def _is_joined(self) -> bool:
+        return self._config.ray.address is not None
+
+    def _outliving(self) -> Outliving:
+        absence_s = max(self._config.registry.lease_s, self._silence_s)
+        return Outliving(absence_s, self._config.controller.drain_grace_s)
+
+    def _held(self, keepers: dict[str, Any]) -> dict[str, Held | None]:
+        """What each holds, now that it is this controller's. The first that can say decides whose they are:
+        they change hands all or none.
+        """
+        held: dict[str, Held | None] = {}
+        rest = dict(sorted(keepers.items()))
+        while rest and not any(held.values()):
+            name = next(iter(rest))
+            held |= self._ask({name: rest.pop(name)}, self._silence_s)
+        return held | self._ask(rest, 0.0)
+
+    def _ask(self, keepers: dict[str, Any], silence_s: float) -> dict[str, Held | None]:
+        """What each that is adopted holds; None also for those that do not answer in time."""
+        calls = {name: keeper.adopt.remote(self._controller, silence_s) for name, keeper in keepers.items()}
+        if not calls:
+            return {}
+        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=silence_s + _PROBE_S)
+        return {name: _adopted(call) if call in done else None for name, call in calls.items()}
+
+    def _end_unwanted(self, keepers: dict[str, Any]) -> None:
+        """At once, so that ports and memory are free for what is started instead."""
+        if not keepers:
+            return
+        _log.warning("not_adopted", keepers=sorted(keepers))
+        calls = [keeper.terminate.remote(self._controller, 0.0) for keeper in keepers.values()]
+        ray.wait(calls, num_returns=len(calls), timeout=_PROBE_S)
+        for keeper in keepers.values():
+            _kill(keeper)
+
+    def _take(self, slot: Slot, keeper: Any) -> None:
+        self._keepers[slot.worker_id] = keeper
+        self._await_end(slot, keeper)
+
+    def _await_end(self, slot: Slot, keeper: Any) -> None:
+        waiting = keeper.wait.remote(self._controller, self._sign_s)
+        self._watch(waiting, functools.partial(self._waited, slot, keeper))
 
     def _watch(self, ref: Any, done: Callable[[futures.Future[Any]], None]) -> None:
         ref.future().add_done_callback(lambda future: self._post(functools.partial(done, future)))
@@ -159,92 +209,63 @@ class RayFleet:
             process = future.result()
             self.listener.started(slot.worker_id, slot.attempt, process.process_id, process.log_file)
 
-    def _ended(self, slot: Slot, keeper: Any, future: futures.Future[Ended]) -> None:
-        if self._keepers.get(slot.worker_id) is keeper:
-            self.abandon(slot)
-        if self.listener is None:
+    def _waited(self, slot: Slot, keeper: Any, future: futures.Future[Ended | None]) -> None:
+        """A wait is over, and perhaps the process."""
+        error = future.exception()
+        is_ours = self._keepers.get(slot.worker_id) is keeper
+        if isinstance(error, Fenced):
+            raise self._superseded() from error
+        if error is None and future.result() is None:
+            if is_ours:
+                self._await_end(slot, keeper)
             return
+        if is_ours:
+            self.abandon(slot)
+        if self.listener is not None:
+            self._tell_end(self.listener, slot, future)
+
+    def _tell_end(self, listener: Listener, slot: Slot, future: futures.Future[Ended | None]) -> None:
         error = future.exception()
         if error is not None:
             _log.warning("keeper_lost", worker=slot.worker_id, node=slot.node, problem=str(error))
-            self.listener.lost(slot.worker_id, slot.attempt, _first_line(error))
-        else:
-            ended = future.result()
-            self.listener.ended(slot.worker_id, slot.attempt, ended.status, ended.last_line)
+            listener.lost(slot.worker_id, slot.attempt, first_line(error))
+        elif (ended := future.result()) is not None:
+            listener.ended(slot.worker_id, slot.attempt, ended.status, ended.last_line)
 
-
-def _start_private(cpus: int, folder: RayFolder) -> None:
-    """Start a cluster of this machine alone, which keeps its files in the folder."""
-    # Ray reads these once per process, so they stay; the token is in no file.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray._raylet.Config.initialize("")  # it was read when Ray was imported
-    try:
-        with _loopback_believed(), _warnings_kept_back():
-            ray.init(
-                num_cpus=cpus,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _node_ip_address=_LOOPBACK,
-                _temp_dir=str(folder.files),
-                _system_config={"prestart_worker_first_driver": False},
-            )
-    except Exception as error:  # Ray raises bare ones here
-        raise Unavailable(f"a private Ray cluster did not start: {_first_line(error)}") from error
-
-
-def _join(address: str) -> None:
-    if address.startswith("ray://"):
-        raise ConfigError(
-            "ray.address: give the cluster's own address (HOST:6379), not that of a Ray client server"
+    def _superseded(self) -> AlreadyExists:
+        """Another controller has the keepers: they are not this one's to end."""
+        self._keepers.clear()
+        return AlreadyExists(
+            f"another controller took over the processes of {self._config.registry.cluster}, which go on; "
+            "two clusters on one Ray cluster need names of their own (registry.cluster)"
         )
-    _require_listener(address)
+
+
+def _named_keepers() -> dict[str, Any]:
+    """What there is in the namespace that was joined. Raises Unavailable when Ray does not answer."""
+    found = {}
     try:
-        with _warnings_kept_back():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # Ray raises bare ones here
-        raise Unavailable(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
+        for name in ray.util.list_named_actors():
+            with contextlib.suppress(ValueError):  # it has just died
+                found[name] = ray.get_actor(name)
+    except RayError as error:
+        raise Unavailable(f"Ray does not answer: {first_line(error)}") from error
+    return found
 
 
-def _require_listener(address: str) -> None:
-    """Fail in seconds where nobody listens; Ray itself takes minutes to say so."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return  # "auto" and its like
+def _adopted(call: Any) -> Held | None:
+    """What a keeper that answered holds; None if nothing, or it is gone."""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
-    except OSError as error:
-        raise Unavailable(f"no Ray cluster answers at {address}: {error}") from error
-
-
-@contextlib.contextmanager
-def _loopback_believed() -> Iterator[None]:
-    """Let Ray stay on loopback: it replaces 127.0.0.1 by an outside address and listens on all
-    interfaces, unless it believes that clusters of several machines are not possible here.
-    """
-    believed = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = believed
-
-
-@contextlib.contextmanager
-def _warnings_kept_back() -> Iterator[None]:
-    """Ray warns, before it takes its logging level, that off the main thread it catches no SIGTERM: that
-    is what we want.
-    """
-    log = logging.getLogger("ray._private.worker")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
+        held: Held | None = ray.get(call)
+    except AlreadyExists as error:
+        raise AlreadyExists(
+            "a controller of this name lives on this Ray cluster: `anabranch down` stops it; another cluster "
+            "beside it needs a name of its own (registry.cluster)"
+        ) from error
+    except RayError as error:
+        _log.warning("keeper_lost", problem=first_line(error))
+        return None
+    return held
 
 
 def _node(raw: dict[str, Any], available: dict[str, float]) -> Node:
@@ -261,7 +282,3 @@ def _node(raw: dict[str, Any], available: dict[str, float]) -> Node:
 def _kill(keeper: Any) -> None:
     with contextlib.suppress(RayError):  # it is dead already
         ray.kill(keeper, no_restart=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

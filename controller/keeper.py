@@ -1,4 +1,4 @@
-"""Keeps one role process on the node it runs on: starts it, ends it, tells how it ended.
+"""Keeps one role process on the node it runs on: starts it, ends it, tells how it ended, and to whom.
 
 `controller.fleet` runs a Keeper as an actor; nothing here knows that. Imports are few, because every
 role costs one of these processes.
@@ -13,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+
+from cluster.errors import AlreadyExists, Fenced
 
 CONFIG_PLACE = "{config}"
 """Stands in a command for the path of the configuration file on the keeper's node."""
@@ -61,6 +64,23 @@ class Ended:
     last_line: str
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A process that a keeper holds on a node, as its next controller finds it."""
+
+    launch: Launch
+    started: Started
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outliving:
+    """How long a keeper goes on without a controller, and what its process then gets to drain in; seconds."""
+
+    absence_s: float
+    grace_s: float
+
+
 class Keeper:
     """One process of one slot, once.
 
@@ -68,27 +88,84 @@ class Keeper:
 
     The process lives in its own session, so that a Ctrl-C in the terminal reaches it as a drain and
     not directly, and gets SIGTERM from the kernel when the keeper's process dies.
+
+    It belongs to one controller, which waits for it again and again: that is how the keeper knows that this
+    controller lives. When nothing was heard for a while another one may adopt it, and the first is fenced.
+    With an `outliving` it ends itself where none came for so long; else it lives as long as who made it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, controller: str, node: str, outliving: Outliving | None = None) -> None:
+        """`controller` is a life of one, `node` is told to those that come after it."""
+        self._controller = controller
+        self._node = node
+        self._heard_s = time.monotonic()
+        self._news = threading.Condition()  # of the controller
+        self._launch: Launch | None = None
         self._started: futures.Future[Started] = futures.Future()
         self._ended: futures.Future[Ended] = futures.Future()
         self._lock = threading.Lock()
         self._group: int | None = None  # process group to signal; None once it may belong to others
         self._signalled: signal.Signals | None = None
+        if outliving is not None:
+            threading.Thread(target=self._outlive, args=(outliving,), name="outliving", daemon=True).start()
 
     def start(self, launch: Launch) -> Started:
         """Start the process. Raises OSError when it cannot be started."""
+        self._launch = launch
         # One thread starts and awaits the process: its death signal is tied to the starting thread.
         threading.Thread(target=self._keep, args=(launch,), name="keeper", daemon=True).start()
         return self._started.result()
 
-    def wait(self) -> Ended:
-        """Block until the process has ended. May be called before `start`."""
-        return self._ended.result()
+    def adopt(self, controller: str, silence_s: float) -> Held | None:
+        """Belong to another controller from now on; returns the process, if one runs.
 
-    def terminate(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL to the process and its children after the grace. Idempotent."""
+        Raises AlreadyExists when the present one gives a sign of life within `silence_s` after its last.
+        """
+        with self._news:
+            heard_s = self._heard_s
+            left_s = heard_s + silence_s - time.monotonic()
+            if self._news.wait_for(lambda: self._heard_s != heard_s, left_s):
+                raise AlreadyExists("its controller lives")
+            self._controller, self._heard_s = controller, time.monotonic()
+            self._news.notify_all()
+        if self._launch is None or self._ended.done():
+            return None
+        return Held(self._launch, self._started.result(_KILL_WAIT_S), self._node)
+
+    def wait(self, controller: str, within_s: float) -> Ended | None:
+        """How the process ended; None if it did not in this time. May be called before `start`.
+
+        Raises Fenced for a controller that another one has replaced.
+        """
+        self._hear(controller)
+        is_over = futures.wait([self._ended], within_s).done
+        self._require(controller)
+        return self._ended.result() if is_over else None
+
+    def terminate(self, controller: str, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL to the process and its children after the grace. Idempotent. Raises Fenced."""
+        self._require(controller)
+        self._end(grace_s)
+
+    def _hear(self, controller: str) -> None:
+        with self._news:
+            self._require(controller)
+            self._heard_s = time.monotonic()
+            self._news.notify_all()
+
+    def _require(self, controller: str) -> None:
+        if controller != self._controller:
+            raise Fenced("another controller has this process now")
+
+    def _outlive(self, outliving: Outliving) -> None:
+        """End with the process when no controller was heard of for too long."""
+        with self._news:
+            while (left_s := self._heard_s + outliving.absence_s - time.monotonic()) > 0:
+                self._news.wait(left_s)
+        self._end(outliving.grace_s)
+        os._exit(0)
+
+    def _end(self, grace_s: float) -> None:
         if grace_s > 0:
             self._signal(signal.SIGTERM)
             if futures.wait([self._ended], grace_s).done:
@@ -102,7 +179,7 @@ class Keeper:
             if self._group is not None:
                 os.killpg(self._group, number)
 
-    def _adopt(self, group: int) -> None:
+    def _reach(self, group: int) -> None:
         """Signals reach this group from now on; one that came too early reaches it now."""
         with self._lock:
             self._group = group
@@ -125,7 +202,7 @@ class Keeper:
             config.flush()
             began = log.tell()
             process = _spawn(launch, config.name, log)
-            self._adopt(process.pid)
+            self._reach(process.pid)
             self._started.set_result(Started(process.pid, socket.gethostname(), str(log_file)))
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             self._signal(signal.SIGKILL)  # children that outlived it; its number is still its own

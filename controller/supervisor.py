@@ -56,8 +56,8 @@ class Supervisor:
         clock: Clock = monotonic,
     ) -> None:
         self._clock = clock
-        self._slots = {slot.worker_id: replace(slot, since_s=clock()) for slot in slots}
         self._limits = limits
+        self._slots = {slot.worker_id: self._begun(slot) for slot in slots}
         self._place = place
         self._hands = hands
         self._observe = observe
@@ -177,6 +177,12 @@ class Supervisor:
             self._draining = list(DRAIN_ORDER)
             self._drain_until_s = self._clock() + grace_s
             self._drain_role()
+
+    def _begun(self, slot: Slot) -> Slot:
+        """An empty slot waits, one with a process has the time of a start to become ready."""
+        now_s = self._clock()
+        due_s = now_s + self._limits.start_timeout_s if slot.has_process else None
+        return replace(slot, since_s=now_s, due_s=due_s)
 
     def _unplaced(self) -> Slot | None:
         """A slot no node could hold for too long."""

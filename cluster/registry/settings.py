@@ -48,11 +48,14 @@ class RegistryConfig(Section):
     cluster: str = Field(
         "anabranch",
         pattern=r"^[\w.-]{1,64}$",
-        description="Clusters that share a Redis need names of their own.",
+        description="Clusters that share a Redis, or join one Ray cluster, need names of their own.",
     )
     deadline_ms: int = Field(500, ge=10, description="Longest wait for an answer.")
     lease_s: float = Field(
-        3600.0, ge=0.05, description="What no controller renews is forgotten after this time."
+        3600.0,
+        ge=0.05,
+        description="What no controller renews is forgotten after this time; processes on a Ray cluster "
+        "that was joined end.",
     )
     blocks_most: int = Field(
         1_048_576,
