@@ -6,6 +6,7 @@ a stage follows from its records and `Facts`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ FIGURES = {
     "total_cached_tokens": "prompt tokens whose KV the server had already",
     "request_throughput": "completed / duration",
     "request_goodput": "completed requests that kept every objective given / duration",
+    "goodput_share": "completed requests that kept every objective given / num_prompts",
     "output_throughput": "total_output_tokens / duration",
     "total_token_throughput": "(total_input_tokens + total_output_tokens) / duration",
     "request_rate": "sessions begun per second, as asked for",
@@ -66,9 +68,13 @@ FIGURES = {
     "max_concurrent_requests": "most requests under way at once",
     "littles_law_residual": "L / (lambda W) - 1 over the time in which requests were sent: mean requests "
     "under way, arrivals per second, mean stay of arrivals; 0 in a steady state, below it while they pile up",
+    "piled_up_share": "of the requests due in the second half of an open loop, those that piled up beyond "
+    "chance: (growth of requests under way - 2 sqrt(under way at its begin + at its end)) / due, at least 0",
     "client_cpu_share": "CPU seconds / seconds of the busiest sender, which uses hardly more than one core",
     "preemptions": "times a request lost its place and was computed again",
     "simulation": "of a simulated run: hardware, efficiencies, steps, batches, how busy each side was",
+    "is_kept": "of a point of a sweep: whether the load was borne, and the objectives attained",
+    "worth": "of a point of a sweep: the figure by which its points are compared, 0 where it was not kept",
     "warnings": "what makes figures doubtful",
 }
 
@@ -87,7 +93,7 @@ COSTS = {
     "usd_per_mtok_network": "part in which devices stood while lanes moved bytes",
     "usd_per_mtok_idle": "part in which devices did neither: the rest",
     "tokens_per_usd": "tokens in and out / allocated_usd",
-    "good_tokens_per_usd": "the same of requests that kept every objective given",
+    "good_tokens_per_usd": "tokens in and out of requests that kept every objective given / allocated_usd",
     "usd_per_mtok_at_slo": "allocated_usd / million tokens of requests that kept every objective given",
 }
 """Of `loadgen.cost`, where a shape is given."""
@@ -104,6 +110,10 @@ SETTING = {
     "scenario": "options of the load",
     "content_seed": "seed of the prompts' contents, new in each run",
     "workload": "the plan in one glance",
+    "subject": "of a point of a sweep: the cluster and what it was set to",
+    "cluster": "its shape, or its address",
+    "settings": "engine settings that differed from point to point",
+    "load": "how hard it was asked",
     "shape": "devices that are paid for, by role",
     "prices": "of one device of each kind, with date and source",
     "notes": "what was changed on the way from what was asked for",
@@ -117,6 +127,7 @@ _BUSY_SHARE = 0.7
 _BEYOND_LEAST = 10
 _OUTPUT_SHARE = 0.95
 _RATE_SHARE = 0.98
+_SURE_DEVIATIONS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +191,12 @@ def summarize(records: Sequence[Record], facts: Facts) -> Summary:
         "errors": dict(Counter(r.error.partition(":")[0] for r in measured if r.error)),
         "duration": duration_s,
         **_throughput(completed, duration_s, facts.objectives),
+        "goodput_share": _goodput_share(measured, completed, facts.objectives),
         "request_rate": facts.request_rate,
         "max_concurrency": facts.concurrency,
         **_rates(measured, is_open=facts.concurrency is None),
         **_concurrency(stage, facts.counts_from_s),
+        "piled_up_share": _piled_up_share(stage, facts) if facts.concurrency is None else None,
         "client_cpu_share": facts.client_cpu_share,
         **_latencies(measured, completed),
         **_timings(completed),
@@ -237,6 +250,14 @@ def _throughput(completed: Sequence[Record], duration_s: float, objectives: Obje
     }
 
 
+def _goodput_share(
+    measured: Sequence[Record], completed: Sequence[Record], objectives: Objectives
+) -> float | None:
+    if not objectives.bounds_ms or not measured:
+        return None
+    return sum(map(objectives.kept_by, completed)) / len(measured)
+
+
 def _rates(measured: Sequence[Record], *, is_open: bool) -> Summary:
     """Of sessions' first requests, since later ones are due when the server lets them be."""
     first = [record for record in measured if record.turn == 0] if is_open else []
@@ -272,6 +293,19 @@ def _concurrency(stage: Sequence[Record], from_s: float) -> Summary:
         "max_concurrent_requests": _most_at_once(sent),
         "littles_law_residual": inside_s / expected_s - 1 if expected_s else None,
     }
+
+
+def _piled_up_share(stage: Sequence[Record], facts: Facts) -> float | None:
+    """In a steady state requests under way at two moments differ as two Poisson counts do."""
+    until_s = max((record.intended_s for record in stage), default=facts.counts_from_s)
+    middle_s = (facts.counts_from_s + until_s) / 2
+    due = sum(middle_s < record.intended_s <= until_s for record in stage)
+    before, after = (_under_way(stage, at_s) for at_s in (middle_s, until_s))
+    return max(0.0, after - before - _SURE_DEVIATIONS * math.sqrt(before + after)) / due if due else None
+
+
+def _under_way(records: Sequence[Record], at_s: float) -> int:
+    return sum(record.sent_s is not None and record.sent_s <= at_s < record.ended_s for record in records)
 
 
 def _most_at_once(sent: Sequence[Record]) -> int:

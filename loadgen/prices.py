@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster import hardware
 from cluster.errors import InvalidRequest
+from cluster.hardware import HardwareClass
 
 
 class Price(BaseModel):
@@ -36,14 +37,16 @@ Prices: TypeAlias = Mapping[str, Price]
 
 def built_in() -> Prices:
     """Those of cluster/hardware.toml."""
-    return {
-        name: Price(
-            price_per_hour_usd=item.price_per_hour_usd,
-            price_date=item.price_date,
-            source=item.sources["price_per_hour_usd"],
-        )
-        for name, item in hardware.built_in().items()
-    }
+    return {name: of(item) for name, item in hardware.built_in().items()}
+
+
+def of(item: HardwareClass) -> Price:
+    """A catalogue's, of one kind."""
+    return Price(
+        price_per_hour_usd=item.price_per_hour_usd,
+        price_date=item.price_date,
+        source=item.sources["price_per_hour_usd"],
+    )
 
 
 def read(path: Path) -> Prices:

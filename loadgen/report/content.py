@@ -8,7 +8,7 @@ from typing import Any
 
 from loadgen.metrics import SETTING, Summary, definition
 from loadgen.report import ticks
-from loadgen.report.plot import Plot
+from loadgen.report.plot import Plot, Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class Section:
     bars: tuple[Bar, ...] = ()
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
+    tiles: tuple[Tiles, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Draws a `Plot` as SVG, in the colours of page.html (classes s0, s1, ...). The one module that draws."""
+"""Draws `Plot` and `Tiles` as SVG, in the colours of page.html (s0, s1, ...). The one module that draws."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from html import escape
 
 from loadgen.report import ticks
-from loadgen.report.plot import Line, Mark, Plot, Style
+from loadgen.report.plot import Line, Mark, Plot, Style, Tiles
 
 _WIDTH, _HEIGHT = 560.0, 250.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 28.0, 42.0
 COLOURS = 6
 _X_TICKS, _Y_TICKS = 7, 4
 _HEADROOM = 1.06
+_TILES_LEFT = 110.0
+_FAINTEST, _STRONGEST = 0.06, 0.75
+"""Opacities of a tile of 0, and of the highest one."""
 _NAME_PX = 26.0
 """Marks nearer to each other than this have their words on lines of their own."""
 
@@ -60,6 +63,29 @@ def draw(plot: Plot) -> str:
         "</svg>",
     ]
     return "\n".join(parts)
+
+
+def draw_tiles(tiles: Tiles) -> str:
+    """An `svg` element; what was not tried is left blank."""
+    width = (_WIDTH - _TILES_LEFT - _RIGHT) / len(tiles.x_names)
+    height = (_HEIGHT - _TOP - _BOTTOM) / len(tiles.y_names)
+    bottom, most = _HEIGHT - _BOTTOM, max(tiles.values.values(), default=0.0) or 1.0
+    parts = [f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(tiles.title)}">']
+    for (column, row), value in tiles.values.items():
+        x, y = _TILES_LEFT + column * width, bottom - (row + 1) * height
+        opacity = _FAINTEST + (_STRONGEST - _FAINTEST) * value / most
+        parts.append(
+            f'<rect class="tile" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+            f'fill-opacity="{opacity:.3f}"/>'
+        )
+        parts.append(_text(x + width / 2, y + height / 2 + 4, ticks.text(value), "middle", "note"))
+    for column, name in enumerate(tiles.x_names):
+        parts.append(_text(_TILES_LEFT + (column + 0.5) * width, bottom + 16, name, "middle"))
+    for row, name in enumerate(tiles.y_names):
+        parts.append(_text(_TILES_LEFT - 8, bottom - (row + 0.5) * height + 4, name, "end"))
+    parts.append(_text((_TILES_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, tiles.x_label, "middle", "label"))
+    parts.append(_text(8, _TOP - 12, tiles.y_label, "start", "label"))
+    return "\n".join([*parts, "</svg>"])
 
 
 def _grid(plot: Plot, axes: _Axes) -> list[str]:

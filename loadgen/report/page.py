@@ -7,7 +7,7 @@ from importlib.resources import files
 import jinja2
 
 from loadgen.report.content import Content
-from loadgen.report.drawing import COLOURS, draw
+from loadgen.report.drawing import COLOURS, draw, draw_tiles
 
 
 def render(content: Content) -> str:
@@ -16,4 +16,4 @@ def render(content: Content) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string((files("loadgen.report") / "page.html").read_text("utf-8"))
-    return template.render(page=content, colours=COLOURS, draw=draw)
+    return template.render(page=content, colours=COLOURS, draw=draw, draw_tiles=draw_tiles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -55,3 +56,19 @@ class Plot:
     def is_empty(self) -> bool:
         """Whether there is nothing to see."""
         return not any(line.xs for line in self.lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A picture of values over two keys, each of a few values or ranges of them: the higher, the darker."""
+
+    title: str
+    caption: str
+    x_label: str
+    y_label: str
+    x_names: tuple[str, ...]
+    """Of the columns, left to right."""
+    y_names: tuple[str, ...]
+    """Of the rows, bottom to top."""
+    values: Mapping[tuple[int, int], float]
+    """By (column, row), at least 0; a tile without a value was not tried."""

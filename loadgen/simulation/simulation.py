@@ -12,14 +12,16 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.policies.settings import placement_policy, scheduler_limits
+from loadgen import prices
 from loadgen import scenario as scenarios
+from loadgen.cost import Bill, Devices, priced
 from loadgen.metrics import Facts, Objectives, Summary, summarize
 from loadgen.plan import Plan, Stage
 from loadgen.records import Record
 from loadgen.scenario import Scenario
 from loadgen.simulation.clients import StageClients
 from loadgen.simulation.engine import AttentionQueues, SimulatedEngine, Site
-from loadgen.simulation.machines import Efficiencies, Shape
+from loadgen.simulation.machines import Efficiencies, Shape, Side
 from loadgen.simulation.models import SimulatedModel
 from loadgen.simulation.pool import ModelledPool
 from loadgen.simulation.steps import StepModel, Switches
@@ -128,7 +130,7 @@ class Simulation:
             summaries.append({**self._head(objectives), **summarize(records, facts), **figures})
             if self.was_stopped:
                 break
-        return summaries
+        return priced(records, summaries, _bill(self._cluster.shape))
 
     def _do(
         self, stage: Stage, keep: Callable[[Record], None], goes_on: Callable[[Course], bool], tally: Tally
@@ -193,3 +195,13 @@ class Simulation:
         span_s = self._timeline.now_s - begins_s
         figures = tally.figures(span_s, shape.dense_workers, is_local=shape.attention is None)
         return self._cluster.description() | figures
+
+
+def _bill(shape: Shape) -> Bill:
+    """What the catalogue asks for all devices of a shape."""
+
+    def devices(side: Side, workers: int = 1) -> Devices:
+        return Devices(workers * side.devices, side.kind.name, prices.of(side.kind))
+
+    attention = devices(shape.attention) if shape.attention else None
+    return Bill(devices(shape.dense, shape.dense_workers), attention)

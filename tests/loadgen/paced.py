@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import monotonic
@@ -38,6 +39,8 @@ class Script:
     gap_s: float = 0.02
     refuses: Callable[[int], bool] = lambda _: False
     holds_from: int | None = None
+    places: int | None = None
+    """Requests that are served at once; others wait for their first token. None: all."""
     prompts: list[Any] = field(default_factory=list)
     """What was asked, in the order of arrival."""
 
@@ -49,6 +52,9 @@ class Paced:
         self.script = script or Script()
         self._over = threading.Event()
         self._lock = threading.Lock()
+        self._places: AbstractContextManager[object] = (
+            threading.Semaphore(self.script.places) if self.script.places else nullcontext()
+        )
 
     def admit(self, prompt: Any) -> int:
         """Note a request; its number. Raises ResourceExhausted where it is to be refused."""
@@ -61,13 +67,14 @@ class Paced:
 
     def tokens(self, number: int, count: int) -> Iterator[int]:
         """Tokens 0, 1, ... at their moments."""
-        began_s = monotonic()
-        for token in range(count):
-            if token and self.script.holds_from is not None and number >= self.script.holds_from:
-                self._over.wait()
-            if self._over.wait(began_s + self.script.first_s + token * self.script.gap_s - monotonic()):
-                raise errors.Unavailable("the server ends")
-            yield token
+        with self._places:
+            began_s = monotonic()
+            for token in range(count):
+                if token and self.script.holds_from is not None and number >= self.script.holds_from:
+                    self._over.wait()
+                if self._over.wait(began_s + self.script.first_s + token * self.script.gap_s - monotonic()):
+                    raise errors.Unavailable("the server ends")
+                yield token
 
     def end(self) -> None:
         """Let no stream wait any longer."""

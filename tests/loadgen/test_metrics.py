@@ -107,6 +107,21 @@ def test_littles_law_holds_in_a_steady_state_and_tells_overload() -> None:
     assert any("the load is too high" in warning for warning in crowded["warnings"])
 
 
+def test_what_piles_up_is_told_from_chance() -> None:
+    """A queue below its capacity piles up nothing beyond chance; above it, what it cannot serve."""
+    assert summarize(_served(2.0, 5.0), FACTS)["piled_up_share"] == 0
+    assert summarize(_served(10.0, 5.0), FACTS)["piled_up_share"] == pytest.approx(0.5, abs=0.1)
+    closed = dataclasses.replace(FACTS, concurrency=1)
+    assert summarize(_served(10.0, 5.0), closed)["piled_up_share"] is None
+
+
+def test_the_share_of_good_requests_counts_failures() -> None:
+    """One of three keeps a TTFT of 700 ms: one is slower, one failed."""
+    facts = dataclasses.replace(FACTS, objectives=Objectives.parse("ttft:700"))
+    assert summarize(RECORDS, facts)["goodput_share"] == pytest.approx(1 / 3)
+    assert summarize(RECORDS, FACTS)["goodput_share"] is None
+
+
 def test_a_percentile_of_few_samples_is_called_so() -> None:
     """Ten samples must lie beyond it: 1,000 for p99."""
     assert percentile_note(99, 1000) is None

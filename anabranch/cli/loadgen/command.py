@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,25 +14,21 @@ from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import options as o
 from anabranch.cli.loadgen.concurrency import numbers
 from anabranch.cli.loadgen.planning import plan
-from anabranch.cli.loadgen.reporting import compare, report, write_page
+from anabranch.cli.loadgen.recording import Recorder, stopping
+from anabranch.cli.loadgen.reporting import compare, report
 from anabranch.cli.loadgen.simulate import simulate
+from anabranch.cli.loadgen.sweep.command import app as sweep
 from anabranch.cli.loadgen.table import WIDTH, print_summary
-from anabranch.cli.loadgen.watching import LiveLine
 from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile, reach
-from cluster.clock import monotonic
 from cluster.config import TlsConfig
-from cluster.signals import Interrupts
 from loadgen import fits, traces
 from loadgen.drivers.interface import Target
 from loadgen.measurement import Measurement, Settings
-from loadgen.members import MemberWatch
 from loadgen.metrics import Objectives, Summary
-from loadgen.pool import StopSwitch, Watcher
+from loadgen.pool import StopSwitch
 from loadgen.prompts import PromptKind
-from loadgen.results import ResultsFolder
+from loadgen.results import PAGE
 from loadgen.scenario import Scenario
-
-_ECHO_S = 1.0
 
 app = typer.Typer(
     name="loadgen",
@@ -114,6 +108,7 @@ def run(
 
 app.command()(simulate)
 app.command()(plan)
+app.add_typer(sweep, name="sweep")
 
 
 @app.command()
@@ -139,45 +134,14 @@ def _measure(measurement: Measurement, out: Path | None) -> int:
         errors.print(line, highlight=False, markup=False, soft_wrap=True)
     with (
         contextlib.closing(StopSwitch()) as stop,
-        ResultsFolder(folder) as results,
         errors.status("starting the senders") as status,
-        _stopping(stop),
+        stopping(stop),
     ):
-        with _watching(LiveLine(errors, status), measurement.target, results) as watcher:
-            summaries = measurement.run(watcher, stop, results.add)
-        results.sum_up(summaries)
+        summaries = Recorder(errors, status, stop).measure(measurement, folder)
     for summary in summaries:
         print_summary(console, summary)
-    page = write_page(folder)
-    console.print(f"\nwritten to {folder}; look at {page}", highlight=False, markup=False)
+    console.print(f"\nwritten to {folder}; look at {folder / PAGE}", highlight=False, markup=False)
     return INTERRUPTED_STATUS if measurement.was_stopped else _status(summaries)
-
-
-@contextlib.contextmanager
-def _watching(watcher: Watcher, target: Target, results: ResultsFolder) -> Iterator[Watcher]:
-    """The same watcher and, where there is a cluster to ask, samples of its members for the results."""
-    if target.url:
-        yield watcher
-        return
-    with contextlib.closing(MemberWatch.over(watcher, target, results.add_sample)) as both:
-        yield both
-
-
-def _stopping(stop: StopSwitch) -> Interrupts:
-    """Signals end the run with its report; a later one ends the process, unless it is an echo of the first:
-    `timeout`, for one, sends its signal to the process and then to its group.
-    """
-    asked_s: list[float] = []
-
-    def ask() -> None:
-        asked_s.append(monotonic())
-        stop.set()
-
-    def insist(number: int) -> None:
-        if monotonic() - asked_s[0] > _ECHO_S:
-            os._exit(128 + number)
-
-    return Interrupts(ask, insist)
 
 
 def _status(summaries: list[Summary]) -> int:

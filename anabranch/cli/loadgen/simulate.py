@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.status import Status
 
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import modelled as m
 from anabranch.cli.loadgen import options as o
 from anabranch.cli.loadgen.concurrency import numbers
 from anabranch.cli.loadgen.table import print_summary
-from anabranch.cli.pulse import PULSE_S
+from anabranch.cli.loadgen.watching import SimulationLine
 from anabranch.cli.up import parse_settings
 from cluster import config as configuration
 from cluster import hardware
-from cluster.clock import monotonic
 from cluster.config import Config
 from cluster.signals import Interrupts
 from loadgen.cost import per_mtok
@@ -27,13 +27,7 @@ from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
 from loadgen.simulation import models
 from loadgen.simulation.machines import Efficiencies, Shape, parse_side
-from loadgen.simulation.simulation import (
-    LARGE,
-    STEP_TOKENS_ELSEWHERE,
-    Course,
-    SimulatedCluster,
-    Simulation,
-)
+from loadgen.simulation.simulation import LARGE, STEP_TOKENS_ELSEWHERE, SimulatedCluster, Simulation
 from loadgen.simulation.steps import Switches
 
 _WIDTH = 100
@@ -97,7 +91,7 @@ def simulate(
     cluster = SimulatedCluster(
         models.resolve(model),
         shape,
-        _engine_config(config_file, settings or [], prompts_elsewhere),
+        engine_config(config_file, parse_settings(settings or []), prompts_elsewhere),
         Efficiencies.parse(efficiency),
         Switches(overlap, stagger),
         prompts_elsewhere,
@@ -105,12 +99,12 @@ def simulate(
     raise typer.Exit(_run(cluster, scenario, Objectives.parse(slo), timeout_s, out))
 
 
-def _engine_config(config_file: Path | None, settings: list[str], prompts_elsewhere: bool) -> Config:
-    """The file's settings, or those that suit accelerators; and what --set says."""
+def engine_config(config_file: Path | None, settings: Mapping[str, Any], prompts_elsewhere: bool) -> Config:
+    """The file's settings, or those that suit accelerators; and above them `settings`, by key."""
     overrides = dict(LARGE) if config_file is None else {}
     if prompts_elsewhere:
         overrides["dense.step_tokens"] = STEP_TOKENS_ELSEWHERE
-    return configuration.load(config_file, overrides | parse_settings(settings))
+    return configuration.load(config_file, {**overrides, **settings})
 
 
 def _run(
@@ -131,7 +125,7 @@ def _run(
     folder = out or Path(time.strftime("simulated-%Y%m%d-%H%M%S"))
     began_s = time.process_time()
     with ResultsFolder(folder) as results, errors.status("simulating") as status:
-        progress = _Progress(errors, status)
+        progress = SimulationLine(errors, status)
         with Interrupts(progress.stop, lambda _: None):
             summaries = simulation.run(results.add, progress.goes_on, objectives)
         results.sum_up(summaries)
@@ -146,35 +140,6 @@ def _run(
     if simulation.was_stopped:
         return INTERRUPTED_STATUS
     return 0 if all(summary["completed"] for summary in summaries) else 1
-
-
-class _Progress:
-    """Says how things stand, and ends the simulation when told to."""
-
-    def __init__(self, console: Console, status: Status) -> None:
-        self._console = console
-        self._status = status
-        self._told_s = monotonic()
-        self._stopped = False
-
-    def stop(self) -> None:
-        """The simulation ends with what it has."""
-        self._stopped = True
-
-    def goes_on(self, course: Course) -> bool:
-        """Called by the simulation now and then."""
-        now_s = monotonic()
-        if now_s - self._told_s >= PULSE_S:
-            self._told_s = now_s
-            line = (
-                f"{course.stage.name}: {course.now_s:,.0f} s simulated, sent {course.sent:,} of "
-                f"{course.stage.requests:,}, under way {course.under_way:,}"
-            )
-            if self._console.is_terminal:
-                self._status.update(line)
-            else:
-                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        return not self._stopped
 
 
 def _notes(cluster: SimulatedCluster, workload: object) -> list[str]:

@@ -1,0 +1,1 @@
+"""`anabranch loadgen sweep`: loads, clusters and settings, modelled or real."""
