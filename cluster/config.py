@@ -225,7 +225,9 @@ class ControllerConfig(Section):
     host: str = Field("127.0.0.1", description="Address the control server binds.")
     port: Port = Field(8600, description="0 draws a free one.")
     heartbeat_ms: int = Field(500, ge=10, description="How often each member says that it lives.")
-    expiry_ms: int = Field(2500, ge=50, description="Silence after which a member is taken for dead.")
+    expiry_ms: int = Field(
+        2500, ge=50, description="Silence after which a member, or a controller, is taken for dead."
+    )
     start_timeout_s: float = Field(120.0, gt=0, description="Time a role may take to become ready.")
     drain_grace_s: float = Field(10.0, ge=0, description="Time open streams get at shutdown.")
     restart_backoff_s: float = Field(
