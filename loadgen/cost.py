@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from cluster.errors import InvalidRequest
+from cluster.prices import Price, Prices, per_mtok
 from loadgen.metrics import Objectives, Summary
-from loadgen.prices import Price, Prices
 from loadgen.records import Outcome, Record
 
 Role: TypeAlias = Literal["dense", "attention"]
@@ -39,8 +39,6 @@ PARTS = ("dense", "attention", "network", "idle")
 """What the dollars of a cluster are split into."""
 
 _PART = re.compile(r"(dense|attention)=([1-9][0-9]*)x([\w.-]+)")
-_MILLION = 1e6
-_HOUR_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Devices:
     @property
     def usd_per_s(self) -> float:
         """Of all of them."""
-        return self.count * self.price.price_per_hour_usd / _HOUR_S
+        return self.count * self.price.usd_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +230,6 @@ def _input_share(measured: Sequence[Record]) -> float | None:
 
 def _tokens(records: Sequence[Record]) -> int:
     return sum(record.prompt_tokens + record.output_tokens for record in records)
-
-
-def per_mtok(usd: float | None, tokens: float) -> float | None:
-    """Dollars per million tokens; None where either is not known."""
-    return None if usd is None or not tokens else usd / tokens * _MILLION
 
 
 def _told(price: Price) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster import hardware
+from cluster import hardware, prices
 from cluster.config import Config
 from cluster.model_spec import ModelSpec
 from cluster.weight_files import read_stored_tensors
@@ -16,9 +16,10 @@ def require_servable(config: Config) -> None:
     hardware catalogue, as the controller will when Ray has started.
 
     Raises ModelError naming the file or tensor at fault, ConfigError for a catalogue that cannot be used or a
-    length the model does not serve.
+    length the model does not serve, InvalidRequest for a device without a price.
     """
     hardware.of(config.placement)
+    prices.in_force(config.telemetry.cost, config.placement)
     # Here, not above: tokenizers take a moment to import, which `--help` need not wait for.
     from workers.gateway.served_model import ServedModel
 

@@ -819,7 +819,9 @@ class Load(_message.Message):
     waiting_tokens: _builtins.int
     """Tokens of room that sequences waiting on a dense worker need, in all."""
     busy_seconds: _builtins.float
-    """Seconds that a dense worker's steps have computed in all, waiting left out."""
+    """Seconds of work in all, waiting left out: what a dense worker's steps computed and, where it has an arena
+    of its own, the attention in it; of an attention worker's arena, appending and attending.
+    """
     @_builtins.property
     def blocks(self) -> Global___BlockAccount:
         """Blocks of an attention worker's arena."""

@@ -87,7 +87,19 @@ def _config_schema() -> dict[str, Any]:
             key: rule for key, rule in section["properties"].items() if key not in OWNED.get(name, ())
         }
         sections[name] = {"type": "object", "additionalProperties": False, "properties": open_keys}
-    return {"type": "object", "additionalProperties": False, "properties": sections}
+    whole: dict[str, Any] = _inlined(sections, definitions)
+    return {"type": "object", "additionalProperties": False, "properties": whole}
+
+
+def _inlined(rule: Any, definitions: Mapping[str, Any]) -> Any:
+    """The same with what it refers to in its place: the configuration's definitions are not the chart's."""
+    if isinstance(rule, list):
+        return [_inlined(part, definitions) for part in rule]
+    if not isinstance(rule, dict):
+        return rule
+    referred = definitions[rule["$ref"].rpartition("/")[2]] if "$ref" in rule else {}
+    own = {key: part for key, part in rule.items() if key != "$ref"}
+    return {key: _inlined(part, definitions) for key, part in (referred | own).items()}
 
 
 def _lines(part: Part, indent: str) -> Iterator[str]:

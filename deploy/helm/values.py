@@ -266,6 +266,11 @@ class Monitoring(Part):
     pod_monitor: bool = Field(True, description="A PodMonitor, where monitoring.coreos.com/v1 is there.")
     rules: bool = Field(True, description="A PrometheusRule, where monitoring.coreos.com/v1 is there.")
     dashboard: bool = Field(False, description="A ConfigMap for Grafana's sidecar.")
+    prices: str = Field(
+        "",
+        description="Prices as TOML, a table for each kind of device; `config.telemetry.cost` says what is "
+        "paid for. Read when a gateway starts.",
+    )
     labels: Words = Field({}, description="Labels of PodMonitor and PrometheusRule, by which yours selects.")
     dashboard_labels: Words = Field({"grafana_dashboard": "1"}, description="Labels of the dashboard.")
 

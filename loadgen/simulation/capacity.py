@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from cluster.errors import InvalidRequest
 from cluster.hardware import HardwareClass
-from loadgen.cost import per_mtok
+from cluster.prices import per_mtok
 from loadgen.metrics import Objectives
 from loadgen.plan import Plan
 from loadgen.simulation.machines import Efficiencies, Shape, Side

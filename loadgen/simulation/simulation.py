@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster import prices
 from cluster.config import Config
 from cluster.policies.settings import placement_policy, scheduler_limits
-from loadgen import prices
 from loadgen import scenario as scenarios
 from loadgen.cost import Bill, Devices, priced
 from loadgen.metrics import Facts, Objectives, Summary, summarize

@@ -40,8 +40,13 @@ def manifests(text: str) -> list[Manifest]:
 
 def config_text(objects: Sequence[Manifest]) -> str:
     """The configuration file of a rendered release."""
-    (file,) = (each["data"]["config.yaml"] for each in objects if "config.yaml" in (each.get("data") or {}))
-    return str(file)
+    return config_files(objects)["config.yaml"]
+
+
+def config_files(objects: Sequence[Manifest]) -> Mapping[str, str]:
+    """All that lies in the folder of a rendered release's configuration file, by name."""
+    (files,) = (each["data"] for each in objects if "config.yaml" in (each.get("data") or {}))
+    return {name: str(text) for name, text in files.items()}
 
 
 def selects(selector: Mapping[str, str], pod: Manifest) -> bool:

@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from anabranch.gateways import HEALTH_CHECK
-from tests.helm.charts import ROOT, Manifest, config_text, selects
+from tests.helm.charts import ROOT, Manifest, config_files, selects
 from tests.system.hosts import Host
 
 _STARTED_S = 90.0
@@ -115,7 +115,9 @@ class Node:
         self._folder = folder
         self._model = model
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        (folder / "config.yaml").write_text(config_text(objects))
+        (folder / "config").mkdir(exist_ok=True)
+        for name, text in config_files(objects).items():
+            (folder / "config" / name).write_text(text)
         lines = ["127.0.0.1 localhost"]
         for service in (each for each in objects if each["kind"] == "Service"):
             chosen = (pod for pod in pods if selects(service["spec"]["selector"], pod.manifest))
@@ -137,7 +139,7 @@ class Node:
         return process
 
     def _mounts(self, pod: Pod) -> list[str]:
-        sources = {"config": self._config_volume(), "model": self._model, "scratch": self._scratch(pod)}
+        sources = {"config": self._folder / "config", "model": self._model, "scratch": self._scratch(pod)}
         found = [f"{self._folder / 'hosts'}:/etc/hosts:ro"]
         for mount in pod.container["volumeMounts"]:
             mode = "ro" if mount.get("readOnly") else "rw"
@@ -145,12 +147,6 @@ class Node:
         # Last, for a checkout may lie below a place that a volume covers, /tmp say.
         image = {Path(sys.base_prefix), ROOT, Path(sys.prefix)} - {Path("/usr")}
         return found + [f"{path}:{path}:ro" for path in sorted(image)]
-
-    def _config_volume(self) -> Path:
-        volume = self._folder / "config"
-        volume.mkdir(exist_ok=True)
-        (volume / "config.yaml").write_bytes((self._folder / "config.yaml").read_bytes())
-        return volume
 
     def _scratch(self, pod: Pod) -> Path:
         scratch = self._folder / pod.name / "scratch"

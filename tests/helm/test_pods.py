@@ -29,6 +29,10 @@ VALUES = {
         "attention": {"block_tokens": 8},
         "placement": {"shard_tokens": 32},
         "controller": {"heartbeat_ms": 100},
+        "telemetry": {"cost": {"dense": "core", "attention": "core"}},
+    },
+    "monitoring": {
+        "prices": '[core]\nprice_per_hour_usd = 0.05\nprice_date = 2026-11-01\nsource = "an example"\n'
     },
 }
 

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helm.charts import CHART, EXAMPLES, HELMS, NEWEST, OLDEST, Manifest, helm, manifests, render
+from tests.helm.charts import (
+    CHART,
+    EXAMPLES,
+    HELMS,
+    NEWEST,
+    OLDEST,
+    Manifest,
+    config_files,
+    helm,
+    manifests,
+    render,
+)
 
 pytestmark = pytest.mark.system
 
@@ -115,6 +126,17 @@ def test_an_arena_on_a_gpu_takes_no_memory_of_the_node(tmp_path: Path) -> None:
     values = {"attention": {"arena": "64GiB", "device": "cuda"}}
     spec = _named(_rendered(tmp_path, values), "StatefulSet", "-attention")["spec"]["template"]["spec"]
     assert spec["containers"][0]["resources"]["limits"] == {"memory": "512Mi", "nvidia.com/gpu": "1"}
+
+
+def test_prices_lie_beside_the_configuration_file_that_names_them(tmp_path: Path) -> None:
+    """With the devices that are paid for, as values say; without prices there is neither."""
+    cost = {"dense": "core", "attention": "core"}
+    values = {"monitoring": {"prices": "[core]\n"}, "config": {"telemetry": {"cost": cost}}}
+    files = config_files(_rendered(tmp_path, values))
+    named = yaml.safe_load(files["config.yaml"])["telemetry"]["cost"]
+    assert named == {**cost, "prices": "/etc/anabranch/config/prices.toml"}
+    assert files["prices.toml"].strip() == "[core]"
+    assert config_files(_rendered(tmp_path, {})).keys() == {"config.yaml"}
 
 
 def _checksum(objects: list[Manifest], kind: str, name: str) -> str:

@@ -237,6 +237,28 @@ async def test_metrics_count_what_happened(tmp_path: Path, caplog: pytest.LogCap
 
 
 @asynchronous
+async def test_a_gateway_tells_what_its_tokens_cost(tmp_path: Path) -> None:
+    """Where the configuration names devices: dollars grow with time, and fall on the tokens counted."""
+    cost = {"dense": "h100", "attention": "h20"}
+    async with fleet(tmp_path, [FakeDense("dense-0")], telemetry={"cost": cost}) as cluster:
+        await generate(cluster.stub(), completion())
+        registry = cluster.gateways[0].metrics.registry
+        label = {"model_name": "tiny"}
+
+        def tokens(name: str) -> float:
+            return registry.get_sample_value(f"vllm:{name}_tokens_total", label) or 0.0
+
+        before_usd = registry.get_sample_value("anabranch:allocated_usd_total", label)
+        per_mtok = registry.get_sample_value("anabranch:usd_per_mtok", label | {"basis": "allocation"})
+        after_usd = registry.get_sample_value("anabranch:allocated_usd_total", label)
+        assert before_usd is not None
+        assert per_mtok is not None
+        assert after_usd is not None
+        spent = per_mtok * (tokens("prompt") + tokens("generation")) / 1e6
+        assert 0 < before_usd <= spent <= after_usd
+
+
+@asynchronous
 async def test_refusals_are_counted_by_reason(tmp_path: Path) -> None:
     """What is refused before it becomes a stream counts as well as what fails later, each once."""
     worker = FakeDense("dense-0", refusal=errors.ResourceExhausted("queue full"))

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from anabranch.events import Timings
-from loadgen import prices
+from cluster import prices
 from loadgen.cost import Bill, priced
 from loadgen.members import Sample
 from loadgen.metrics import Facts, Objectives, summarize

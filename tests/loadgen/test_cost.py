@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from anabranch.events import Timings
+from cluster import prices
 from cluster.errors import InvalidRequest
-from loadgen import prices
 from loadgen.cost import PARTS, Bill, costs
 from loadgen.metrics import Facts, Objectives, Summary, definition, summarize
 from loadgen.records import Outcome, Record

@@ -103,7 +103,10 @@ class AttentionWorker:
         """What heartbeats report, without waiting for a turn at the store."""
         if self._core is None:
             return inference_pb2.Load()
-        return inference_pb2.Load(blocks=account_message(self._core.account, self._core.arena.geometry))
+        return inference_pb2.Load(
+            blocks=account_message(self._core.account, self._core.arena.geometry),
+            busy_seconds=self._core.busy_seconds,
+        )
 
     def drain(self) -> None:
         """Take no new sequences; those held go on."""

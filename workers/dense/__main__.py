@@ -169,7 +169,7 @@ def local_arena(local: AttentionCore) -> LocalArena:
     def blocks() -> inference_pb2.BlockAccount:
         return account_message(local.account, local.arena.geometry)
 
-    return LocalArena(member, blocks, local.peer())
+    return LocalArena(member, blocks, lambda: local.busy_seconds, local.peer())
 
 
 def _stop_when_broken(context: RoleContext, worker: DenseWorker) -> None:

@@ -37,10 +37,13 @@ _STOP_GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class LocalArena:
-    """A KV cache in this process: as a member now, its account a moment ago, and how to speak to it."""
+    """A KV cache in this process: as a member now, its account a moment ago, how long it has worked in all,
+    and how to speak to it.
+    """
 
     member: Callable[[], AttentionMember]
     blocks: Callable[[], inference_pb2.BlockAccount]
+    busy_s: Callable[[], float]
     peer: AttentionPeer
 
 
@@ -132,7 +135,7 @@ class DenseWorker:
             sequences_waiting=self.engine.sequences_waiting,
             waiting_tokens=self.engine.waiting_tokens,
             step_times=_step_times(self.engine.step_times()),
-            busy_seconds=self.engine.metrics.computed_s,
+            busy_seconds=self.engine.metrics.computed_s + (self._local.busy_s() if self._local else 0.0),
             blocks=self._local.blocks() if self._local is not None else None,
         )
 

@@ -13,6 +13,7 @@ from cluster import rpc
 from cluster.config import Config
 from cluster.telemetry import logger
 from workers.gateway.callers import CallerDirectory
+from workers.gateway.cost import CostMeter, CostMetrics
 from workers.gateway.decoding import DecodingInterceptor
 from workers.gateway.dense_link import GatewayIdentity
 from workers.gateway.desk import Desk
@@ -43,7 +44,7 @@ class Gateway:
     """
 
     def __init__(self, config: Config, identity: GatewayIdentity, model: ServedModel, index: int = 0) -> None:
-        """Must be called on the event loop. Raises ConfigError (API keys file)."""
+        """Must be called on the event loop. Raises ConfigError (API keys file), InvalidRequest (prices)."""
         self._config = config
         self._index = index
         self._membership = control_pb2.Membership()
@@ -54,6 +55,9 @@ class Gateway:
         self.desk = Desk(model, config.gateway, callers, self._router, self.metrics, self._work)
         self._topology = Topology(self.desk, lambda: self._membership, config.security.tls)
         self.metrics.watch(config, lambda: self._membership, lambda: self.desk.streams_open)
+        self._cost = CostMeter.of(config, lambda: self.metrics.tokens)
+        if self._cost is not None:
+            self.metrics.registry.register(CostMetrics(model.name, self._cost))
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._server = self._build_server()
@@ -86,6 +90,8 @@ class Gateway:
     def set_membership(self, membership: control_pb2.Membership) -> None:
         """Learn who lives."""
         self._membership = membership
+        if self._cost is not None:
+            self._cost.set_membership(membership)
         self._router.set_membership(membership)
 
     async def drain(self, grace_s: float) -> None:

@@ -69,7 +69,7 @@ class LiveRequest:
     def start(self, stopped: Sequence[str | None], taken_over: LiveRequest | None) -> None:
         """Submit. `stopped` names, per choice, the stop string that its received tokens contain."""
         metrics, plan = self._shared.metrics, self.plan
-        metrics.prompt_tokens.inc(len(plan.prompt_token_ids))
+        metrics.admitted(len(plan.prompt_token_ids))
         metrics.request_prompt_tokens.observe(len(plan.prompt_token_ids))
         started = inference_pb2.Started(
             model=plan.model,
@@ -227,7 +227,7 @@ class LiveRequest:
     def _time_tokens(self, index: int, count: int) -> None:
         now_s = monotonic()
         metrics = self._shared.metrics
-        metrics.generation_tokens.inc(count)
+        metrics.delivered(count)
         if index in self._last_token_s:
             metrics.inter_token_latency.observe((now_s - self._last_token_s[index]) / count)
         else:

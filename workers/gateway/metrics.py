@@ -36,8 +36,10 @@ class GatewayMetrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
-        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.")
-        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens delivered.")
+        self.tokens = 0
+        """All that the next two count."""
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens delivered.")
         self._success = Counter(
             "vllm:request_success",
             "Choices finished, by reason.",
@@ -97,6 +99,16 @@ class GatewayMetrics:
     ) -> None:
         """Also expose what members report of themselves, and the streams open here."""
         self.registry.register(_MemberGauges(self._model_name, config, membership, streams))
+
+    def admitted(self, prompt_tokens: int) -> None:
+        """A request was let in."""
+        self._prompt_tokens.inc(prompt_tokens)
+        self.tokens += prompt_tokens
+
+    def delivered(self, tokens: int) -> None:
+        """Tokens went to a client."""
+        self._generation_tokens.inc(tokens)
+        self.tokens += tokens
 
     def finished(
         self,

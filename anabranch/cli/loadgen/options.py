@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cluster import prices
 from cluster.errors import InvalidRequest
-from loadgen import prices
 from loadgen.cost import Bill
 from loadgen.scenario import DURATION_S, REQUESTS, ArrivalKind
 

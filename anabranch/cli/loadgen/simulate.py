@@ -20,8 +20,8 @@ from anabranch.cli.up import parse_settings
 from cluster import config as configuration
 from cluster import hardware
 from cluster.config import Config
+from cluster.prices import per_mtok
 from cluster.signals import Interrupts
-from loadgen.cost import per_mtok
 from loadgen.metrics import Objectives, Summary
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario

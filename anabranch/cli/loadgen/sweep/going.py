@@ -84,12 +84,12 @@ def _courses(
 def _finish(wishes: Wishes, courses: Sequence[Course], folder: SweepFolder) -> None:
     """Table and page."""
     console = Console()
-    console.width = max(console.width, WIDTH + 40)
-    order = ranked(courses)
-    rows = best_table(order)
+    rows = best_table(ranked(courses))
+    console.width = max(console.width, WIDTH + max(len(row[0]) for row in rows.rows[:_SHOWN]))
     table = Table(box=box.SIMPLE_HEAD)
     for place, name in enumerate(rows.head):
-        table.add_column(name, justify="left" if place in (0, *rows.wordy) else "right")
+        is_wordy = place in (0, *rows.wordy)
+        table.add_column(name, justify="left" if is_wordy else "right", no_wrap=is_wordy)
     for row in rows.rows[:_SHOWN]:
         table.add_row(*row)
     console.print(table)

@@ -42,6 +42,9 @@
 {{- $cluster := printf "%s.%s" $.Release.Namespace (include "anabranch.fullname" $) | trunc 64 -}}
 {{- $_ := set $set "registry" (dict "url" . "cluster" $cluster) -}}
 {{- end -}}
+{{- if $values.monitoring.prices -}}
+{{- $_ := set $set.telemetry "cost" (dict "prices" "/etc/anabranch/config/prices.toml") -}}
+{{- end -}}
 {{- if $values.apiKeys.existingSecret -}}
 {{- $_ := set $set.security "api_keys_file" "/etc/anabranch/keys/keys.yaml" -}}
 {{- end -}}

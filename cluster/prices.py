@@ -17,8 +17,13 @@ from typing import TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster import hardware
+from cluster.config import PlacementConfig
 from cluster.errors import InvalidRequest
 from cluster.hardware import HardwareClass
+from cluster.telemetry_settings import CostConfig
+
+_MILLION = 1e6
+_HOUR_S = 3600.0
 
 
 class Price(BaseModel):
@@ -30,6 +35,11 @@ class Price(BaseModel):
     price_date: datetime.date
     source: str = Field(min_length=1)
 
+    @property
+    def usd_per_s(self) -> float:
+        """Of one device."""
+        return self.price_per_hour_usd / _HOUR_S
+
 
 Prices: TypeAlias = Mapping[str, Price]
 """By kind of device."""
@@ -38,6 +48,27 @@ Prices: TypeAlias = Mapping[str, Price]
 def built_in() -> Prices:
     """Those of cluster/hardware.toml."""
     return {name: of(item) for name, item in hardware.built_in().items()}
+
+
+def in_force(cost: CostConfig, placement: PlacementConfig) -> Prices:
+    """Those by which a running cluster is charged: of the file named, else of the catalogue that roles are
+    placed by. Raises InvalidRequest for a kind without a price, ConfigError for an unreadable catalogue.
+    """
+    if cost.prices is not None:
+        prices = read(Path(cost.prices))
+    else:
+        prices = {name: of(item) for name, item in hardware.load(placement.hardware).items()}
+    for key, kind in (("dense", cost.dense), ("attention", cost.attention)):
+        if kind is not None and kind not in prices:
+            raise InvalidRequest(
+                f"telemetry.cost.{key}: there is no price of {kind!r}, only of {', '.join(prices)}"
+            )
+    return prices
+
+
+def per_mtok(usd: float | None, tokens: float) -> float | None:
+    """Dollars per million tokens; None where either is not known."""
+    return None if usd is None or not tokens else usd / tokens * _MILLION
 
 
 def of(item: HardwareClass) -> Price:
