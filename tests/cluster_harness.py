@@ -24,6 +24,7 @@ import torch
 from cluster.config import Config, TierConfig, TlsConfig
 from cluster.config_values import Serves
 from cluster.errors import AnabranchError
+from cluster.policies.prefixes import Find
 from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, KvGeometry, SequenceKey, ShardRef, WorkerId, draw_epoch
 from tests.models import Reference
@@ -33,7 +34,6 @@ from workers.dense.deltas import Delta, FinishReason, Handoff, Timings
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
-from workers.dense.prefixes import Find
 from workers.dense.remote_peer import RemotePeer
 from workers.dense.sequences import Submission
 from workers.kernels.select import select

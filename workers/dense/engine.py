@@ -12,6 +12,8 @@ from cluster.config_values import Serves
 from cluster.errors import Fenced, Internal, NeedFull
 from cluster.fault_points import reach
 from cluster.perfmodel import Line
+from cluster.policies.micro_batches import MicroBatches
+from cluster.policies.prefixes import Find, PrefixIndex
 from cluster.policies.scheduler import Scheduler, StepPlan
 from cluster.policies.settings import placement_policy, scheduler_limits
 from cluster.telemetry import logger
@@ -21,11 +23,9 @@ from workers.dense.inbox import Inbox
 from workers.dense.lane_set import LaneSet, StepAborted, StepUnsendable
 from workers.dense.members import AttentionMember, Connect
 from workers.dense.metrics import DenseMetrics
-from workers.dense.micro_batches import MicroBatches
 from workers.dense.model import Decoder
 from workers.dense.mover import Mover
 from workers.dense.pool import Executors, Pool
-from workers.dense.prefixes import Find, PrefixIndex
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable, TableLimits
 from workers.dense.sequences import LiveSequence, Submission

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from cluster.errors import Internal
+from cluster.policies.micro_batches import MicroBatches, work_of
 from workers.dense.lane_set import LaneSet
-from workers.dense.micro_batches import MicroBatches, work_of
 from workers.dense.model import Decoder
 from workers.dense.operators import select_operators
 from workers.dense.remote_attention import AttentionTimes, StepAttention
 from workers.dense.sampler import Sampled, Sampler, SampleRow
-from workers.dense.step_layout import Chunk, StepLayout, lay_out, workers_of
+from workers.dense.step_layout import Chunk, StepLayout, lay_out, offset_anew, workers_of
 from workers.kernels.signature import Kernel
 
 _T = TypeVar("_T")
@@ -85,6 +85,8 @@ class StepRunner:
         began_s = monotonic()
         remote = not all(map(self._lanes.is_local, workers_of(chunks)))
         halves = self._micro_batches.split(chunks, remote=remote)
+        if len(halves) > 1:
+            halves = [offset_anew(half) for half in halves]
         passes = [_Pass(self, step, index, half) for index, half in enumerate(halves)]
         hidden, busy_s = drive([one.run() for one in passes])
         sampling = [chunk for one in passes for chunk in one.sampling]

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import options as o
+from anabranch.cli.loadgen.checking import calibrate, check
 from anabranch.cli.loadgen.concurrency import numbers
 from anabranch.cli.loadgen.planning import plan
 from anabranch.cli.loadgen.reporting import compare, report, write_page
@@ -45,6 +46,8 @@ app = typer.Typer(
 )
 app.command()(report)
 app.command()(compare)
+app.command()(calibrate)
+app.command()(check)
 
 
 @app.command()
