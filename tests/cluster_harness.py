@@ -238,7 +238,14 @@ class DenseCluster:
         if shape.local_blocks:
             worker = WorkerId("dense-0-local")
             tier = TierConfig(arena=self.config.dense.local_arena)
-            self.local = AttentionCore(self.config.attention, tier, self.geometry, worker, draw_epoch())
+            self.local = AttentionCore(
+                self.config.attention,
+                tier,
+                self.geometry,
+                worker,
+                draw_epoch(),
+                emulation=self.config.emulation,
+            )
         for index in range(shape.attention_workers):
             self.start_worker(WorkerId(f"attention-{index}"))
         self.engine = self.new_engine()

@@ -125,7 +125,7 @@ def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
     geometry = decoder.spec.geometry(config.model.dtype, config.attention.block_tokens)
     tier = TierConfig(device=config.dense.device, arena=config.dense.local_arena)
     name = WorkerId(f"{context.worker_id}-local")
-    return AttentionCore(config.attention, tier, geometry, name, context.epoch)
+    return AttentionCore(config.attention, tier, geometry, name, context.epoch, emulation=config.emulation)
 
 
 def _finder(context: RoleContext, stack: contextlib.ExitStack) -> PrefixFinder | None:

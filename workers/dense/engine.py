@@ -19,6 +19,7 @@ from cluster.policies.settings import placement_policy, scheduler_limits
 from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, WorkerId
 from workers.dense.deltas import FinishReason, Handoff, Outbox, Subscriber
+from workers.dense.emulated_attention import DensePace
 from workers.dense.inbox import Inbox
 from workers.dense.lane_set import LaneSet, StepAborted, StepUnsendable
 from workers.dense.members import AttentionMember, Connect
@@ -87,7 +88,8 @@ class Engine:
         self._outbox = Outbox()
         self._lanes = LaneSet(config.lanes)
         self._micro_batches = MicroBatches(config.dense.micro_batches)
-        self._runner = StepRunner(decoder, kernel, self._lanes, self._micro_batches)
+        pace = DensePace.of(config, decoder.spec.layers)
+        self._runner = StepRunner(decoder, kernel, self._lanes, self._micro_batches, pace)
         limits = scheduler_limits(config, self.max_sequence_length, decoder.spec.window_tokens)
         self._scheduler = Scheduler(limits)
         policy, lease_ms = placement_policy(config), config.attention.lease_ms
@@ -242,6 +244,7 @@ class Engine:
         self._inbox.run(_OFFERS_MOST, _LAST_CALLS_BUDGET_S)
         self._table.hand_over_all()
         self._outbox.flush(self._step)
+        self._runner.tell()
 
     def _loop(self) -> None:
         try:

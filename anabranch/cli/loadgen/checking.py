@@ -71,7 +71,7 @@ def check(
     """Run real clusters on this machine and the simulator beside them, and say how far its figures are off.
 
     The simulator knows the calibration alone. Exit status 1 where more than one figure is off by more than a
-    fifth. `make validation` shows FILE in docs/validation.md.
+    fifth. 
 
     \b
     anabranch loadgen calibrate machine.json

@@ -82,6 +82,7 @@ def run(
     slo: o.Slo = "",
     shape: o.Shape = "",
     prices: o.PricesFile = None,
+    dilation: o.Dilation = 1.0,
     senders: o.Senders = 2,
     seed: o.LoadSeed = 0,
     out: o.Out = None,
@@ -110,8 +111,10 @@ def run(
         addresses, tls = reach(address, authority, config_file)
     else:
         addresses, tls = (), TlsConfig(authority=str(authority) if authority else None)
-    target = Target(addresses, openai or "", model, api_key, tls, timeout_s, ignore_eos=not honour_eos)
-    settings = Settings(senders, Objectives.parse(slo), vocabulary, o.bill(shape, prices))
+    target = Target(
+        addresses, openai or "", model, api_key, tls, timeout_s * dilation, ignore_eos=not honour_eos
+    )
+    settings = Settings(senders, Objectives.parse(slo), vocabulary, o.bill(shape, prices), dilation)
     raise typer.Exit(_measure(Measurement(scenario, target, settings), out))
 
 
