@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cluster.config_errors import explain
 from cluster.config_section import Section
 from cluster.config_values import Bytes, Cores, Device, Port, Serves
+from cluster.emulation_settings import EmulationConfig
 from cluster.errors import ConfigError
 from cluster.registry.settings import RegistryConfig
 from cluster.telemetry_settings import TelemetryConfig
@@ -291,6 +292,9 @@ class Config(Section):
     ray: RayConfig = RayConfig()
     security: SecurityConfig = SecurityConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    emulation: EmulationConfig | None = Field(
+        None, description="Keep the time of other devices: what `anabranch up --emulate` sets."
+    )
     state_dir: str | None = Field(
         None, description="Logs, sockets and addresses; default: a folder per user."
     )

@@ -17,6 +17,7 @@ from typing import Any
 from cluster.errors import InvalidRequest
 from loadgen import scenario as scenarios
 from loadgen.cost import Bill, priced
+from loadgen.dilation import dilated, undilated
 from loadgen.drivers.interface import Endpoint, Target
 from loadgen.drivers.opening import open_driver
 from loadgen.metrics import Facts, Objectives, Summary, summarize
@@ -37,6 +38,8 @@ class Settings:
     """Token ids to draw from, where the endpoint does not tell."""
     bill: Bill | None = None
     """What is paid for, where costs are wanted."""
+    dilation: float = 1.0
+    """How many times slower the cluster is than the one it emulates: all times are divided by it."""
 
 
 class Measurement:
@@ -60,12 +63,12 @@ class Measurement:
         records: list[Record] = []
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         pool = SenderPool(
-            self.plan,
+            dilated(self.plan, self._settings.dilation),
             self.target,
             self._source,
             senders=self._settings.senders,
             run_id=f"load-{uuid.uuid4().hex[:8]}",
-            watcher=_Keeping(watcher, records, keep),
+            watcher=_Keeping(watcher, records, keep, self._settings.dilation),
             stop=stop,
         )
         try:
@@ -88,13 +91,17 @@ class Measurement:
         stage = course.stage
         return Facts(
             stage=stage.name,
-            counts_from_s=course.begins_s + stage.warm_up_s,
+            counts_from_s=(course.begins_s + stage.warm_up_s) / self._settings.dilation,
             planned=stage.requests,
             client_cpu_share=course.client_cpu_share,
             request_rate=stage.request_rate,
             concurrency=stage.concurrency,
             objectives=self._settings.objectives,
         )
+
+    def _emulated(self) -> list[str]:
+        factor = self._settings.dilation
+        return [f"an emulated cluster: its times are divided by {factor:g}"] if factor != 1 else []
 
     def _description(self) -> dict[str, Any]:
         """What was run, beside its figures."""
@@ -113,20 +120,24 @@ class Measurement:
             "scenario": scenario,
             "content_seed": self._content_seed,
             "workload": dict(self.plan.workload),
-            "notes": list(self.plan.notes),
+            "notes": [*self.plan.notes, *self._emulated()],
         }
 
 
 class _Keeping:
     """A `Watcher` that keeps records for the figures, and passes all on."""
 
-    def __init__(self, watcher: Watcher, records: list[Record], keep: Callable[[Record], None]) -> None:
+    def __init__(
+        self, watcher: Watcher, records: list[Record], keep: Callable[[Record], None], dilation: float
+    ) -> None:
+        self._dilation = dilation
         self._watcher = watcher
         self._records = records
         self._keep = keep
 
     def heard(self, record: Record) -> None:
         """See `Watcher`."""
+        record = undilated(record, self._dilation)
         self._records.append(record)
         self._keep(record)
         self._watcher.heard(record)

@@ -47,6 +47,9 @@ class Origin(IntEnum):
     BLOCK = 1
     """Blocks of a trace."""
 
+    ANSWER = 2
+    """Answers that nobody has seen, in a simulation."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

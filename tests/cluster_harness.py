@@ -24,6 +24,7 @@ import torch
 from cluster.config import Config, TierConfig, TlsConfig
 from cluster.config_values import Serves
 from cluster.errors import AnabranchError
+from cluster.policies.prefixes import Find
 from cluster.sampling import SamplingParameters
 from cluster.types import Epoch, KvGeometry, SequenceKey, ShardRef, WorkerId, draw_epoch
 from tests.models import Reference
@@ -33,7 +34,6 @@ from workers.dense.deltas import Delta, FinishReason, Handoff, Timings
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
-from workers.dense.prefixes import Find
 from workers.dense.remote_peer import RemotePeer
 from workers.dense.sequences import Submission
 from workers.kernels.select import select
@@ -238,7 +238,14 @@ class DenseCluster:
         if shape.local_blocks:
             worker = WorkerId("dense-0-local")
             tier = TierConfig(arena=self.config.dense.local_arena)
-            self.local = AttentionCore(self.config.attention, tier, self.geometry, worker, draw_epoch())
+            self.local = AttentionCore(
+                self.config.attention,
+                tier,
+                self.geometry,
+                worker,
+                draw_epoch(),
+                emulation=self.config.emulation,
+            )
         for index in range(shape.attention_workers):
             self.start_worker(WorkerId(f"attention-{index}"))
         self.engine = self.new_engine()

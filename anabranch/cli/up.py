@@ -5,84 +5,48 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 import yaml
 from rich.console import Console
 
+from anabranch.cli import emulating
 from anabranch.cli import model as model_store
+from anabranch.cli import up_options as o
 from anabranch.cli.live import LiveView
 from anabranch.cli.preflight import require_servable
 from cluster import config as configuration
 from cluster.config import Config
-from cluster.config_text import default_of
 from cluster.errors import ConfigError
 from cluster.signals import Interrupts
 from cluster.telemetry import configure_logging, logger
 from controller import roles
 from controller.event_log import LogObserver
 from controller.events import Event
-from controller.state import StateFolder
+from controller.state import StateFolder, default_path
 
 _DEFAULT_ARENA = "1GiB"
 _GATEWAYS_MOST = 64  # gateway i adds i to both ports: this far apart they never meet
 
 
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any key: --set dense.threads=2. Repeatable.")
-]
-
-
-def about(key: str, words: str) -> str:
-    """What a flag says of the key it sets."""
-    default = default_of(key)
-    return f"{words} ({key})." if default == "null" else f"{words} ({key}; default {default})."
-
-
 def up(
-    model: Annotated[
-        str | None,
-        typer.Option(help=about("model.path", "Model folder, or a name of `anabranch model list`")),
-    ] = None,
-    config_file: Annotated[
-        Path | None,
-        typer.Option("--config", help="YAML file (`anabranch config` prints one); flags override it."),
-    ] = None,
-    gateways: Annotated[int | None, typer.Option(help=about("gateway.replicas", "Gateway processes"))] = None,
-    dense: Annotated[int | None, typer.Option(help=about("dense.replicas", "Dense workers"))] = None,
-    attention: Annotated[
-        int | None,
-        typer.Option(
-            help=about("attention.replicas", "Attention workers, 0 keeps the cache in the dense worker")
-        ),
-    ] = None,
-    arena: Annotated[
-        str | None,
-        typer.Option(help=about("attention.arena", "KV cache per worker, for example 2GiB or 2GB")),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=about("model.dtype", "float32, bfloat16 or float16"))
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help=about("gateway.port", "gRPC port of the first gateway, 0 draws one"))
-    ] = None,
-    http_port: Annotated[
-        int | None,
-        typer.Option(help=about("gateway.http_port", "HTTP port of the first gateway, 0 draws one")),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(help=about("gateway.host", "Host every server binds, for example 0.0.0.0")),
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help=about("ray.address", "Join this Ray cluster (HOST:PORT) instead of starting one")),
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", metavar="", help="Allow plain text beyond loopback.")
-    ] = False,
-    settings: Settings = None,
+    model: o.Model = None,
+    config_file: o.ConfigFile = None,
+    gateways: o.Gateways = None,
+    dense: o.Dense = None,
+    attention: o.Attention = None,
+    arena: o.Arena = None,
+    dtype: o.Dtype = None,
+    port: o.Port = None,
+    http_port: o.HttpPort = None,
+    host: o.Host = None,
+    ray_address: o.RayAddress = None,
+    insecure: o.Insecure = False,
+    emulate: o.Emulate = None,
+    model_shape: o.ModelShape = "llama3-70b",
+    dilation: o.Dilation = 40.0,
+    settings: o.Settings = None,
 ) -> None:
     """Start a cluster and show it until Ctrl-C, which drains and stops it.
 
@@ -92,6 +56,8 @@ def up(
     anabranch up --attention 0                all in the dense worker
     anabranch up --model ~/models/Qwen3-0.6B  any Hugging Face folder
     anabranch up --set dense.step_tokens=512  any key that `anabranch config` shows
+    anabranch up --emulate h100x2,h20x4       processes that keep the time of such devices, 40 times slower;
+                                              `anabranch loadgen run --dilation 40` divides it again
     """
     flags = {
         "gateway.replicas": gateways,
@@ -107,9 +73,16 @@ def up(
     }
     overrides = {key: value for key, value in flags.items() if value is not None}
     overrides |= parse_settings(settings or [])
+    if emulate is not None:
+        emulated = emulating.overrides(emulate, model_shape, dilation, default_path() / "emulated-model")
+        overrides = emulated | overrides
     config = resolve_model(compose(config_file, overrides, arena))
     require_servable(config)
-    raise typer.Exit(run(config))
+    status = run(config)
+    if emulate is not None:
+        for line in emulating.report(StateFolder.of(config).logs, config.attention.replicas):
+            print(line)
+    raise typer.Exit(status)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

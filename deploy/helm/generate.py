@@ -35,7 +35,7 @@ OWNED: Mapping[str, frozenset[str]] = {
 }
 """Keys of the configuration file that the chart sets from values of its own, or by what it is."""
 
-_NOT_HERE = frozenset({"ray", "state_dir"})
+_NOT_HERE = frozenset({"emulation", "ray", "state_dir"})
 _WIDTH = 110
 _TABLE = "## Values\n"
 

@@ -19,7 +19,8 @@ from loadgen.metrics import Objectives
 from loadgen.plan import Plan
 from loadgen.simulation.machines import Efficiencies, Shape, Side
 from loadgen.simulation.models import SimulatedModel
-from loadgen.simulation.steps import StepModel, Switches, Work
+from loadgen.simulation.steps import StepModel, Switches
+from loadgen.simulation.work import Work
 from loadgen.workload import Session
 
 _BETTER = 1.1

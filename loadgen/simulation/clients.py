@@ -13,6 +13,7 @@ from cluster.types import SequenceKey
 from loadgen.plan import Stage
 from loadgen.records import Outcome, Record
 from loadgen.simulation.engine import SimulatedEngine, SimulatedSequence
+from loadgen.simulation.prefixes import Contents
 from loadgen.simulation.timeline import Timeline
 from loadgen.workload import Session
 
@@ -41,6 +42,8 @@ class StageClients:
     call_s: float
     timeout_s: float
     keep: Callable[[Record], None]
+    contents: Contents | None
+    """None where nothing is shared."""
     sent: int = 0
     sessions_left: int = 0
     """Those that are not over yet."""
@@ -84,6 +87,8 @@ class StageClients:
             submitted_s=due_s + self.call_s,
             ended=self._ended,
         )
+        if self.contents is not None:
+            sequence.chain = self.contents.chain(session, turn)
         self.sent += 1
         self.under_way[sequence.key] = _Asked(session, turn, due_s, sequence.prompt_tokens, sequence)
         self.timeline.at(sequence.submitted_s, partial(self._submit, sequence))
@@ -131,7 +136,7 @@ class StageClients:
             asked_output_tokens=sequence.output_tokens,
             prompt_tokens=asked.prompt_tokens,
             output_tokens=len(tokens_s),
-            cached_tokens=0,
+            cached_tokens=sequence.cached_tokens,
             finish_reason="length" if outcome is Outcome.COMPLETED else "",
             error=error,
             deltas_s=tuple(tokens_s),

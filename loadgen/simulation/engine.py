@@ -14,12 +14,17 @@ from functools import partial
 from math import inf
 
 from cluster.errors import AnabranchError, DeadlineExceeded, ResourceExhausted
-from cluster.policies.scheduler import RoomRequest, Row, Scheduler, SchedulerLimits, StepPlan
+from cluster.policies.prefixes import PrefixIndex, blocks_known, go_on
+from cluster.policies.scheduler import RoomRequest, Scheduler, SchedulerLimits, StepPlan
 from cluster.types import SequenceKey, ShardRef
 from loadgen.simulation.pool import ModelledPool
-from loadgen.simulation.steps import StepModel, StepTimes, Work
+from loadgen.simulation.prefixes import KnownChain, ReportedDirectory
+from loadgen.simulation.steps import Pricing, StepTimes
 from loadgen.simulation.tally import Tally
 from loadgen.simulation.timeline import Timeline
+from loadgen.simulation.work import Places, PlannedRow
+
+_SHARES_NOTHING = KnownChain(1)
 
 
 @dataclass(slots=True, eq=False)
@@ -37,8 +42,9 @@ class SimulatedSequence:
     tokens_s: list[float] = field(default_factory=list)
     """When its client saw each token."""
     shards: list[ShardRef] = field(default_factory=list)
-    places: list[tuple[int, int, int]] = field(default_factory=list)
-    """(arena, first, end) of its shards, in order: what a step reads."""
+    places: Places = ()
+    chain: KnownChain = _SHARES_NOTHING
+    cached_tokens: int = 0
     dense_s: float = 0.0
     attention_s: float = 0.0
     lane_s: float = 0.0
@@ -46,51 +52,53 @@ class SimulatedSequence:
     preemptions: int = 0
 
 
-class AttentionQueues:
-    """When each attention worker is done with what dense workers gave it: none does more than a second of
-    work in a second. Within that, steps of several dense workers are taken to interleave without loss.
+class Queues:
+    """When each of several workers, or cores, is done with what it was given: none does more than a second of
+    work in a second. Within that, what several dense workers give it is taken to interleave without loss.
     """
 
-    def __init__(self, workers: int) -> None:
-        self._free_s = [0.0] * workers
+    def __init__(self, places: int) -> None:
+        self._free_s = [0.0] * places
 
-    def book(self, now_s: float, times: StepTimes) -> float:
-        """When a step that begins now ends."""
-        ends_s = now_s + times.wall_s
-        for worker, free_s in enumerate(self._free_s):
-            if seconds := times.attention_s[worker]:
-                self._free_s[worker] = max(free_s, now_s) + seconds
-                ends_s = max(ends_s, self._free_s[worker])
-        return ends_s
+    def book(self, now_s: float, who: int, seconds: float) -> float:
+        """When work that is given now is done, where there are any: `who` are dealt to them in turn."""
+        if not seconds or not self._free_s:
+            return now_s
+        place = who % len(self._free_s)
+        self._free_s[place] = max(self._free_s[place], now_s) + seconds
+        return self._free_s[place]
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What the dense workers of a cluster have together. `prompts_elsewhere`: chunks cost nothing here, as
-    where another cluster computes them and their cache comes in the gaps (Lamina's setting).
-    """
+    """What the dense workers of a cluster have together. `call_s`: of a call between processes."""
 
     timeline: Timeline
     pool: ModelledPool
-    steps: StepModel
-    queues: AttentionQueues
+    queues: Queues
     """Of attention workers; none where the cache is local."""
+    cores: Queues
+    """That dense workers share, dealt out in turn; none where each has its own."""
     tally: Tally
-    prompts_elsewhere: bool = False
+    call_s: float
+    directory: ReportedDirectory
 
-    @property
-    def call_s(self) -> float:
-        """Of a call between processes."""
-        return self.steps.efficiencies.call_s
+    def ends_s(self, dense: int, times: StepTimes) -> float:
+        """When a step that a dense worker begins now ends, whoever else has work on the same devices."""
+        now_s = self.timeline.now_s
+        booked = [self.queues.book(now_s, worker, s) for worker, s in enumerate(times.attention_s)]
+        return max(now_s + times.wall_s, self.cores.book(now_s, dense, times.dense_s), *booked)
 
 
 class SimulatedEngine:
     """Owns the scheduler and the live sequences of dense worker `index`."""
 
-    def __init__(self, index: int, site: Site, limits: SchedulerLimits) -> None:
+    def __init__(self, index: int, site: Site, limits: SchedulerLimits, pricing: Pricing) -> None:
         self._index = index
         self._site = site
+        self._pricing = pricing
         self._scheduler = Scheduler(limits)
+        self._index_of_prefixes = PrefixIndex()
         self._live: dict[SequenceKey, SimulatedSequence] = {}
         self._inbox: list[Callable[[], None]] = []
         self._steps = False
@@ -116,18 +124,62 @@ class SimulatedEngine:
 
     def _submit(self, sequence: SimulatedSequence) -> None:
         most = sequence.prompt_tokens + sequence.output_tokens
-        now_s = self._site.timeline.now_s
         try:
             reason = self._site.pool.inadmissible(self._index, most)
             if reason is not None:
                 raise ResourceExhausted(reason)
-            self._scheduler.submit(
-                sequence.key, sequence.prompt_tokens, 0, sequence.deadline_s, now_s, max_length=most
-            )
         except AnabranchError as error:
             sequence.ended(sequence, error)
             return
         self._live[sequence.key] = sequence
+        if sequence.chain.hashes:
+            moment_s = self._site.timeline.now_s + 2 * self._site.call_s
+            self._site.timeline.at(moment_s, partial(self._hear, partial(self._acquire, sequence)))
+        else:
+            self._schedule(sequence)
+
+    def _acquire(self, sequence: SimulatedSequence) -> None:
+        """What this worker remembers of the prefix, and what the directory knows beyond it, as it lies."""
+        pool, chain = self._site.pool, sequence.chain
+        known = self._index_of_prefixes.sources(chain, pool.may_use(self._index))
+        before = blocks_known(known, chain.block_tokens)
+        runs = self._site.directory.find(chain.hashes[before:], before)
+        sources = go_on(known, runs, chain.block_tokens, pool.may_use(self._index))
+        sequence.shards = pool.acquire(sources, chain)
+        sequence.cached_tokens = sum(shard.end - shard.first for shard in sequence.shards)
+        self._schedule(sequence)
+
+    def _schedule(self, sequence: SimulatedSequence) -> None:
+        """Queue it with what was found."""
+        self._take_places(sequence)
+        ranges = [(shard.first, shard.end) for shard in sequence.shards]
+        try:
+            self._scheduler.submit(
+                sequence.key,
+                sequence.prompt_tokens,
+                0,
+                sequence.deadline_s,
+                self._site.timeline.now_s,
+                max_length=sequence.prompt_tokens + sequence.output_tokens,
+                room=ranges,
+                computed=ranges,
+            )
+        except AnabranchError as error:
+            self._end(sequence, error)
+
+    def _take_places(self, sequence: SimulatedSequence) -> None:
+        pool = self._site.pool
+        sequence.places = [(pool.index_of(s.worker), s.first, s.end) for s in sequence.shards]
+
+    def _publish(self, sequence: SimulatedSequence, computed: int) -> None:
+        """Blocks that a step made certain may be shared, and are remembered."""
+        if sequence.chain.hashes:
+            self._site.pool.publish(sequence.shards, sequence.chain, computed)
+            for shard in sequence.shards:
+                arena = self._site.pool.arena(shard.worker)
+                self._site.directory.expect(arena.worker, arena.shared)
+            if len(sequence.tokens_s) == 1:
+                self._index_of_prefixes.remember(sequence.chain, sequence.shards)
 
     def _turn(self) -> None:
         """Plan, and begin a step or sleep."""
@@ -141,8 +193,8 @@ class SimulatedEngine:
         if not self._steps:
             self._sleep(self._scheduler.due_s())
             return
-        times = self._site.steps.times(self._work(plan))
-        ends_s = self._site.queues.book(now_s, times)
+        times = self._price(plan)
+        ends_s = self._site.ends_s(self._index, times)
         self._site.tally.step(now_s, ends_s, len(plan.rows), plan.tokens, times, self._site.pool.used_share)
         self._site.timeline.at(ends_s, partial(self._end_step, plan, times, ends_s - now_s))
 
@@ -184,39 +236,19 @@ class SimulatedEngine:
             self._scheduler.refused(request, self._site.timeline.now_s)
             return
         sequence.shards = after
-        sequence.places = [(self._site.pool.index_of(s.worker), s.first, s.end) for s in after]
+        self._take_places(sequence)
         granted = self._scheduler.granted(request, [(s.first, s.end) for s in after if s not in before])
         assert granted, "what is of this generation is awaited"
 
-    def _work(self, plan: StepPlan) -> Work:
-        """What the rows ask of both sides."""
-        workers = self._site.steps.workers
-        read, queries, appended = [0] * workers, [0] * workers, [0] * workers
-        work = Work(0, 0, read, [], queries, appended)
-        now_s = self._site.timeline.now_s
+    def _price(self, plan: StepPlan) -> StepTimes:
+        """What the plan's step takes."""
+        rows = []
         for row in plan.rows:
             sequence = self._live[row.key]
             if sequence.admitted_s is None:
-                sequence.admitted_s = now_s
-            start = row.start
-            if row.count > 1:
-                if not self._site.prompts_elsewhere:
-                    _add_chunk(work, row, sequence.places)
-                    continue
-                if not row.samples:
-                    continue
-                start += row.count - 1
-            work.tokens += 1
-            for arena, first, end in sequence.places:
-                if end > start:
-                    appended[arena] += 1
-                    if first < start:
-                        read[arena] += start - first
-                        queries[arena] += 1
-                    break
-                read[arena] += end - first
-                queries[arena] += 1
-        return work
+                sequence.admitted_s = self._site.timeline.now_s
+            rows.append(PlannedRow(row, sequence.places))
+        return self._pricing.price(rows)
 
     def _end_step(self, plan: StepPlan, times: StepTimes, wall_s: float) -> None:
         """Tokens leave, counters move, and the next step is planned."""
@@ -237,6 +269,7 @@ class SimulatedEngine:
                     ended.append(sequence)
                 else:
                     sampled[row.key] = 1
+            self._publish(sequence, row.start + row.count)
         self._scheduler.apply(plan, sampled)
         for sequence in ended:
             self._scheduler.finish(sequence.key)
@@ -250,18 +283,4 @@ class SimulatedEngine:
 
     def _give_back(self, sequence: SimulatedSequence) -> None:
         self._site.pool.release(sequence.shards)
-        sequence.shards, sequence.places = [], []
-
-
-def _add_chunk(work: Work, row: Row, places: list[tuple[int, int, int]]) -> None:
-    """A chunk reads what lies before it where it lies, attends to itself, and is appended."""
-    work.tokens += row.count
-    work.own_scores += row.count * (row.count + 1) // 2
-    for arena, first, end in places:
-        cached = min(end, row.start) - first
-        if cached > 0:
-            work.chunks.append((arena, row.count, cached))
-            work.queries[arena] += row.count
-        if end > row.start:
-            work.appended[arena] += row.count
-            return
+        sequence.shards, sequence.places = [], ()

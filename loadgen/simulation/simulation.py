@@ -19,12 +19,15 @@ from loadgen.metrics import Facts, Objectives, Summary, summarize
 from loadgen.plan import Plan, Stage
 from loadgen.records import Record
 from loadgen.scenario import Scenario
+from loadgen.simulation.calibration import Calibration
 from loadgen.simulation.clients import StageClients
-from loadgen.simulation.engine import AttentionQueues, SimulatedEngine, Site
+from loadgen.simulation.engine import Queues, SimulatedEngine, Site
 from loadgen.simulation.machines import Efficiencies, Shape, Side
+from loadgen.simulation.measured import Lanes, MeasuredSteps
 from loadgen.simulation.models import SimulatedModel
 from loadgen.simulation.pool import ModelledPool
-from loadgen.simulation.steps import StepModel, Switches
+from loadgen.simulation.prefixes import Contents, ReportedDirectory
+from loadgen.simulation.steps import Pricing, StepModel, Switches
 from loadgen.simulation.tally import Tally
 from loadgen.simulation.timeline import Timeline
 
@@ -41,7 +44,8 @@ _NO_OBJECTIVES = Objectives()
 @dataclass(frozen=True, slots=True)
 class SimulatedCluster:
     """Hardware and settings. `config`: of a cluster that runs, of which engine, attention and placement
-    count; numbers of workers and arenas follow from `shape`.
+    count; numbers of workers follow from `shape`, and arenas too, unless there is a `calibration`: of a
+    machine on whose cores such a cluster runs, one for each role, or one for several dense workers.
     """
 
     model: SimulatedModel
@@ -50,6 +54,7 @@ class SimulatedCluster:
     efficiencies: Efficiencies = field(default_factory=Efficiencies)
     switches: Switches = field(default_factory=Switches)
     prompts_elsewhere: bool = False
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest where the weights do not fit."""
@@ -59,7 +64,34 @@ class SimulatedCluster:
     def arena_tokens(self) -> int:
         """KV cache of an attention worker, or of a dense worker that has its own."""
         cache_bytes = self.shape.cache_bytes(self.model.shape, self.efficiencies)
+        if self.calibration is not None:
+            is_local = self.shape.attention is None
+            cache_bytes = self.config.dense.local_arena if is_local else self.config.attention.arena
         return int(cache_bytes // self.model.shape.kv_token_bytes)
+
+    @property
+    def shared_cores(self) -> int:
+        """Cores that dense workers share, where they have fewer than there are of them; 0 where each has its
+        own.
+        """
+        cores = self.config.dense.cores
+        is_shared = self.calibration is not None and cores != "auto" and len(cores) < self.shape.dense_workers
+        return len(cores) if is_shared else 0
+
+    def pricing(self) -> Pricing:
+        """What says how long the steps of one dense worker take."""
+        if self.calibration is None:
+            staggers = self.switches.staggers and self.config.dense.micro_batches != 1
+            switches = dataclasses.replace(self.switches, staggers=staggers)
+            return StepModel(
+                self.model.shape, self.shape, self.efficiencies, switches, self.prompts_elsewhere
+            )
+        workers = self.shape.attention.devices if self.shape.attention else 1
+        spins = self.config.lanes.spin_us != 0
+        lanes: Lanes = "local" if self.shape.attention is None else "remote" if spins else "asleep"
+        return MeasuredSteps(
+            self.calibration, lanes, workers, self.config.dense.micro_batches, self.efficiencies.call_s
+        )
 
     def description(self) -> dict[str, Any]:
         """What was simulated, for the summary."""
@@ -139,9 +171,13 @@ class Simulation:
         site = self._site(tally)
         config, shape = self._cluster.config, self._cluster.shape
         limits = scheduler_limits(config, self._cluster.model.context_tokens, None)
-        engines = tuple(SimulatedEngine(index, site, limits) for index in range(shape.dense_workers))
+        engines = tuple(
+            SimulatedEngine(index, site, limits, self._cluster.pricing())
+            for index in range(shape.dense_workers)
+        )
+        contents = Contents(config.attention.block_tokens) if config.attention.prefix_sharing else None
         clients = StageClients(
-            stage, self._timeline.now_s, self._timeline, engines, site.call_s, self._timeout_s, keep
+            stage, self._timeline.now_s, self._timeline, engines, site.call_s, self._timeout_s, keep, contents
         )
         clients.begin()
         self.was_stopped = not self._timeline.run(
@@ -164,10 +200,15 @@ class Simulation:
                 shape.dense_workers,
                 cluster.config.placement.instances,
             )
-        staggers = cluster.switches.staggers and cluster.config.dense.micro_batches != 1
-        switches = dataclasses.replace(cluster.switches, staggers=staggers)
-        steps = StepModel(cluster.model.shape, shape, cluster.efficiencies, switches)
-        return Site(self._timeline, pool, steps, AttentionQueues(workers), tally, cluster.prompts_elsewhere)
+        return Site(
+            self._timeline,
+            pool,
+            Queues(workers),
+            Queues(cluster.shared_cores),
+            tally,
+            cluster.efficiencies.call_s,
+            ReportedDirectory(self._timeline, cluster.config.controller.heartbeat_ms / 1000),
+        )
 
     def _head(self, objectives: Objectives) -> dict[str, Any]:
         """What was run, under the keys of a measurement."""

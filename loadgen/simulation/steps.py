@@ -8,8 +8,10 @@ other in the dense worker. Exchange within a dense worker of several devices is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from cluster.perfmodel import (
     DeviceSpeed,
@@ -21,6 +23,7 @@ from cluster.perfmodel import (
     staggered_step_s,
 )
 from loadgen.simulation.machines import Efficiencies, Shape
+from loadgen.simulation.work import PlannedRow, Work, work_of
 
 _STAGGERING_GAIN_LEAST = 1.03
 """As the dense worker has it: two micro-batches must promise this much."""
@@ -34,24 +37,6 @@ class Switches:
 
     overlaps: bool = True
     staggers: bool = True
-
-
-@dataclass(slots=True)
-class Work:
-    """What a step does. Lists are by attention worker (one, where the cache is local)."""
-
-    tokens: int = 0
-    """Through the dense operators: decoding rows, and the tokens of chunks."""
-    own_scores: int = 0
-    """Pairs of tokens within chunks: attention inside the dense worker."""
-    read_tokens: list[int] = field(default_factory=list)
-    """Cache read for decoding rows, each with one query."""
-    chunks: list[tuple[int, int, int]] = field(default_factory=list)
-    """(attention worker, queries, cached tokens there) of chunks."""
-    queries: list[int] = field(default_factory=list)
-    """Tokens whose queries go there, and whose partial outputs come back."""
-    appended: list[int] = field(default_factory=list)
-    """Tokens whose keys and values go there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +55,24 @@ class StepTimes:
         return max(self.attention_s)
 
 
+class Pricing(Protocol):
+    """Says what the steps of one dense worker take."""
+
+    @property
+    def workers(self) -> int:
+        """Attention workers that the dense worker uses; 1 where the cache is its own."""
+        ...
+
+    @property
+    def call_s(self) -> float:
+        """Of a call between processes."""
+        ...
+
+    def price(self, rows: Sequence[PlannedRow]) -> StepTimes:
+        """A step of these rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepModel:
     """Prices steps of one dense worker of a cluster."""
@@ -78,14 +81,27 @@ class StepModel:
     shape: Shape
     efficiencies: Efficiencies = field(default_factory=Efficiencies)
     switches: Switches = field(default_factory=Switches)
+    prompts_elsewhere: bool = False
+    """Chunks cost nothing here, as where another cluster computes them and their cache comes in the gaps
+    (Lamina's setting).
+    """
 
     @property
     def workers(self) -> int:
         """Attention workers that one dense worker uses."""
         return self.shape.attention.devices if self.shape.attention else 1
 
+    @property
+    def call_s(self) -> float:
+        """See `Pricing`."""
+        return self.efficiencies.call_s
+
+    def price(self, rows: Sequence[PlannedRow]) -> StepTimes:
+        """See `Pricing`."""
+        return self.times(work_of(rows, self.workers, prompts_elsewhere=self.prompts_elsewhere))
+
     def times(self, work: Work) -> StepTimes:
-        """A step of this work; nothing but the overhead where there is none."""
+        """A step of this work, its micro-batches equal halves; but the overhead where there is none."""
         if not work.tokens:
             return StepTimes(self.efficiencies.step_s, 0.0, (0.0,) * self.workers, 0.0, 1)
         attention_s = tuple(self._attention_s(work, worker) for worker in range(self.workers))

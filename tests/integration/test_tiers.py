@@ -42,6 +42,7 @@ def _expected(model: Path) -> Reference:
     return reference
 
 
+@pytest.mark.system
 def test_a_request_larger_than_the_best_tier_lies_in_both(
     model: Path, expected: Reference, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_blocks_move_between_tiers_while_decoding(model: Path, tmp_path: Path) -
     assert_moves_both_ways(model, tmp_path)
 
 
+@pytest.mark.system
 def test_a_killed_process_takes_both_arenas_along(model: Path, expected: Reference, tmp_path: Path) -> None:
     """SIGKILL in the middle of a stream: what both arenas held is computed again on the other worker's, no
     token is wrong, repeated or missing, and a successor joins with two new ones.
@@ -92,6 +94,7 @@ def test_a_killed_process_takes_both_arenas_along(model: Path, expected: Referen
         cluster.assert_nothing_leaks()
 
 
+@pytest.mark.system
 def test_a_drain_empties_both_arenas(model: Path, expected: Reference, tmp_path: Path) -> None:
     """SIGTERM: the blocks of both arenas move to the other worker's while the stream goes on, nothing is
     computed again, and the process leaves with status 0.

@@ -22,7 +22,8 @@ from loadgen.simulation import models
 from loadgen.simulation.machines import Efficiencies, Shape
 from loadgen.simulation.pool import ModelledPool
 from loadgen.simulation.simulation import Simulation
-from loadgen.simulation.steps import StepModel, Switches, Work
+from loadgen.simulation.steps import StepModel, Switches
+from loadgen.simulation.work import Work
 from tests.loadgen.simulated import cluster, shape, simulate
 from tests.models import tiny_model
 

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.config import AttentionConfig, LaneConfig, TierConfig
 from cluster.errors import AnabranchError, Fenced, Internal, LaneBroken, NeedFull
+from cluster.policies.micro_batches import MicroBatches
 from cluster.types import Epoch, WorkerId
 from tests.cluster_harness import DenseCluster, Listener, Shape, counted, decoder_of, request
 from tests.models import Reference, reference_tokens
@@ -17,7 +18,6 @@ from tests.oracle.test_sharding import COUNT, PROMPTS, assert_same
 from workers.attention.core import AttentionCore
 from workers.dense.lane_set import LaneSet
 from workers.dense.members import AttentionMember
-from workers.dense.micro_batches import MicroBatches
 from workers.dense.sampler import Sampled
 from workers.dense.sequences import LiveSequence, Placed
 from workers.dense.step_layout import Chunk

@@ -8,6 +8,7 @@ from typing import cast
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import sequence_key
 from cluster.config import Config
+from cluster.policies.prefixes import Find
 from cluster.types import Epoch, WorkerId
 from tests.sim.pool import Network, SimulatedPeer
 from tests.sim.sums import SumDecoder
@@ -15,7 +16,6 @@ from tests.sim.world import SimulatedExecutor, World
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember, attention_members
 from workers.dense.model import Decoder
-from workers.dense.prefixes import Find
 from workers.kernels.reference import ReferenceKernel
 from workers.peer import AttentionPeer
 

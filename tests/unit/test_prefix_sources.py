@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cluster.policies.directory import Life, Run
+from cluster.policies.prefixes import Source, go_on
 from cluster.types import Epoch, WorkerId
-from workers.dense.prefixes import Source, go_on
 
 SIZE = 4
 A, B, C = (Life(WorkerId(name), Epoch(number)) for number, name in enumerate("abc", 1))

@@ -8,13 +8,15 @@ import torch
 
 from cluster.clock import Clock, monotonic
 from cluster.config import AttentionConfig, TierConfig
+from cluster.emulation import EmulatedTimes
+from cluster.emulation_settings import EmulationConfig
 from cluster.errors import ConfigError
 from cluster.telemetry import logger
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.attention.arena import Arena
 from workers.attention.journal import Journal
 from workers.attention.local_peer import LocalPeer
-from workers.attention.session import AttendSession
+from workers.attention.session import AttendSession, AttentionPace
 from workers.attention.shard_blocks import Sharing
 from workers.attention.store import Store
 from workers.devices import open_device
@@ -47,8 +49,9 @@ class AttentionCore:
         worker: WorkerId,
         epoch: Epoch,
         clock: Clock = monotonic,
+        emulation: EmulationConfig | None = None,
     ) -> None:
-        """`tier`: the arena's size, and where it lies.
+        """`tier`: the arena's size, and where it lies; `emulation`: of another device.
 
         Raises ConfigError when the arena is smaller than a block or does not fit the device, when the
         device is not there, or when the kernel does not run on it.
@@ -67,6 +70,7 @@ class AttentionCore:
         sharing = Sharing(self.arena.copy_block, self.journal) if config.prefix_sharing else None
         self.store = Store(worker, epoch, geometry, blocks, config.lease_ms, clock, sharing)
         self._slice_rows = config.slice_rows
+        self._pace = AttentionPace(EmulatedTimes(emulation, geometry.layers)) if emulation else None
         self._pause_s = min(_LOOK_S, config.lease_ms / 8000)
         self._give_back_s = config.give_back_s
         self.account = self.store.audit()
@@ -80,7 +84,9 @@ class AttentionCore:
 
     def session(self) -> AttendSession:
         """The attention side of a new lane."""
-        return AttendSession(self.store, self.arena, self._kernel, self._slice_rows, self._count_busy)
+        return AttendSession(
+            self.store, self.arena, self._kernel, self._slice_rows, self._count_busy, self._pace
+        )
 
     def peer(self) -> LocalPeer:
         """This worker as a dense worker in the same process sees it."""
@@ -90,6 +96,8 @@ class AttentionCore:
         """End the thread. Idempotent."""
         self._closing.set()
         self._reaper.join()
+        if self._pace is not None:
+            self._pace.padding.tell("attention")
 
     def give_back(self) -> int:
         """Return the memory of blocks that have been free since the last call; how many bytes went."""

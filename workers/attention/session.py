@@ -9,6 +9,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from cluster.emulation import EmulatedTimes, Padding
 from cluster.errors import InvalidRequest, NeedFull
 from cluster.fault_points import reach
 from cluster.types import WIRE_VERSION
@@ -23,6 +24,24 @@ from workers.lanes.messages import LayerMessage, PartialReply
 from workers.lanes.plans import PlanDecoder
 from workers.lanes.sockets import SocketLink
 from workers.partials import Partial, empty
+
+
+class AttentionPace:
+    """The device of this worker, where another one is emulated: attending lasts as long as it would there."""
+
+    def __init__(self, times: EmulatedTimes) -> None:
+        self.padding = Padding()
+        self._times = times
+
+    def fill(self, spans: Sequence[Span], busy_s: float) -> None:
+        """Wait for what is left after `busy_s` of attending over spans. What takes longer by less than the
+        way of the reply is hidden by that, since the dense worker waits for a moment, not for so long.
+        """
+        wanted_s = self._times.attend_s(
+            (span.row_count, span.visible_end - span.visible_start) for span in spans
+        )
+        grace_s = self._times.lane_s([sum(span.row_count for span in spans)]) / 2
+        self.padding.until(time.monotonic() + wanted_s - busy_s, grace_s)
 
 
 class _CountedTurn:
@@ -72,7 +91,10 @@ class AttendSession:
         kernel: Kernel,
         slice_rows: int,
         on_busy: Callable[[float], None],
+        pace: AttentionPace | None = None,
     ) -> None:
+        """`pace`: of the device that is emulated, if one is."""
+        self._pace = pace
         self._store = store
         self._arena = arena
         self._kernel = kernel
@@ -84,7 +106,11 @@ class AttendSession:
         self._straight: StraightAnswers | None = None
 
     def straight(self, link: SocketLink, incarnation: int) -> StraightAnswers | None:
-        """What answers this lane's plain messages straight off its socket, where the kernel can."""
+        """What answers this lane's plain messages straight off its socket, where the kernel can, and no time
+        of another device is kept.
+        """
+        if self._pace is not None:
+            return None
         geometry = self._arena.geometry
         layers = [self._arena.layer(index) for index in range(geometry.layers)]
         lane = LaneSocket(link.fileno(), incarnation, WIRE_VERSION, link.spin_s)
@@ -107,6 +133,9 @@ class AttendSession:
                 return None
             if partial is None:
                 partial = self._attend(step, parts, message.query, message)
+            if self._pace is not None:
+                with self._turn:  # the emulated device is still at it, so nobody else's turn comes
+                    self._pace.fill(step.spans, self._turn.busy_s)
         finally:
             self._on_busy(self._turn.busy_s)
         return PartialReply(

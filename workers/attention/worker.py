@@ -73,7 +73,9 @@ class AttentionWorker:
     def start(self, geometry: KvGeometry) -> None:
         """Form the arena and serve. Raises ConfigError when the arena cannot be had."""
         attention = self._config.attention
-        self._core = AttentionCore(attention, self._tier, geometry, self._worker, self._epoch)
+        self._core = AttentionCore(
+            attention, self._tier, geometry, self._worker, self._epoch, emulation=self._config.emulation
+        )
         kv_service = KvService(self._core.store, self._core.arena, self._config.security.tls)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_service, self._server)
         offers = LaneOffers(self._listen(), rows_most(self._config, geometry))

@@ -13,6 +13,7 @@ from anabranch.wire import geometry_value
 from cluster.config import TierConfig
 from cluster.ending import leave
 from cluster.errors import VersionMismatch
+from cluster.policies.prefixes import Find
 from cluster.types import WorkerId
 from workers import role
 from workers.attention.core import AttentionCore
@@ -21,7 +22,6 @@ from workers.cores import pin
 from workers.dense.finder import CopyFinder, PrefixFinder, find_nothing
 from workers.dense.members import AttentionMember
 from workers.dense.model import Decoder
-from workers.dense.prefixes import Find
 from workers.dense.worker import DenseWorker, LocalArena
 from workers.devices import open_device
 from workers.kernels.select import select
@@ -125,7 +125,7 @@ def _local_core(context: RoleContext, decoder: Decoder) -> AttentionCore | None:
     geometry = decoder.spec.geometry(config.model.dtype, config.attention.block_tokens)
     tier = TierConfig(device=config.dense.device, arena=config.dense.local_arena)
     name = WorkerId(f"{context.worker_id}-local")
-    return AttentionCore(config.attention, tier, geometry, name, context.epoch)
+    return AttentionCore(config.attention, tier, geometry, name, context.epoch, emulation=config.emulation)
 
 
 def _finder(context: RoleContext, stack: contextlib.ExitStack) -> PrefixFinder | None:

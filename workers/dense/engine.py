@@ -12,20 +12,21 @@ from cluster.config_values import Serves
 from cluster.errors import Fenced, Internal, NeedFull
 from cluster.fault_points import reach
 from cluster.perfmodel import Line
+from cluster.policies.micro_batches import MicroBatches
+from cluster.policies.prefixes import Find, PrefixIndex
 from cluster.policies.scheduler import Scheduler, StepPlan
 from cluster.policies.settings import placement_policy, scheduler_limits
 from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, WorkerId
 from workers.dense.deltas import FinishReason, Handoff, Outbox, Subscriber
+from workers.dense.emulated_attention import DensePace
 from workers.dense.inbox import Inbox
 from workers.dense.lane_set import LaneSet, StepAborted, StepUnsendable
 from workers.dense.members import AttentionMember, Connect
 from workers.dense.metrics import DenseMetrics
-from workers.dense.micro_batches import MicroBatches
 from workers.dense.model import Decoder
 from workers.dense.mover import Mover
 from workers.dense.pool import Executors, Pool
-from workers.dense.prefixes import Find, PrefixIndex
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable, TableLimits
 from workers.dense.sequences import LiveSequence, Submission
@@ -87,7 +88,8 @@ class Engine:
         self._outbox = Outbox()
         self._lanes = LaneSet(config.lanes)
         self._micro_batches = MicroBatches(config.dense.micro_batches)
-        self._runner = StepRunner(decoder, kernel, self._lanes, self._micro_batches)
+        pace = DensePace.of(config, decoder.spec.layers)
+        self._runner = StepRunner(decoder, kernel, self._lanes, self._micro_batches, pace)
         limits = scheduler_limits(config, self.max_sequence_length, decoder.spec.window_tokens)
         self._scheduler = Scheduler(limits)
         policy, lease_ms = placement_policy(config), config.attention.lease_ms
@@ -242,6 +244,7 @@ class Engine:
         self._inbox.run(_OFFERS_MOST, _LAST_CALLS_BUDGET_S)
         self._table.hand_over_all()
         self._outbox.flush(self._step)
+        self._runner.tell()
 
     def _loop(self) -> None:
         try:

@@ -20,11 +20,11 @@ from cluster.clock import Clock, monotonic
 from cluster.config import TlsConfig
 from cluster.errors import AnabranchError
 from cluster.policies.directory import Life, Run, runs_of
+from cluster.policies.prefixes import Find
 from cluster.registry.opening import open_registry
 from cluster.registry.settings import RegistryConfig
 from cluster.telemetry import logger
 from cluster.types import Epoch, WorkerId
-from workers.dense.prefixes import Find
 
 _log = logger("dense.finder")
 

@@ -13,11 +13,11 @@ from typing import Protocol, TypeVar
 from cluster.clock import Clock, monotonic
 from cluster.errors import AnabranchError, Fenced, Internal
 from cluster.policies.placement import PlacementPolicy, inadmissible
+from cluster.policies.prefixes import Find, blocks_known, go_on
 from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, ShardRef, WorkerId
 from workers.dense.holders import Holders
 from workers.dense.members import AttentionMember, Connect, MemberTable
-from workers.dense.prefixes import Find, blocks_known, go_on
 from workers.dense.rooms import Adopted, PrefixWanted, PullWanted, Rooms, RoomWanted
 from workers.dense.sequences import Placed
 from workers.lanes.messages import Lane

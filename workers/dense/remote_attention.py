@@ -71,6 +71,15 @@ class StepAttention:
         self._gathered: tuple[Tensor, Tensor] | None = None
         """Of the shards: out [parts x rows, query_heads, head_size], lse [parts x rows, query_heads]."""
 
+    @property
+    def asked(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """(rows, cached tokens that they see) of each sequence, by worker that is asked about any."""
+        return tuple(
+            tuple((row.count, row.visible_end - row.visible_first) for row in part.plan)
+            for part in self._layout.workers
+            if part.queries is not None
+        )
+
     def send_query(self, layer: int, query: Tensor) -> None:
         """See `AttentionPort`. Carries the keys and values of the layer before along."""
         self._query = query

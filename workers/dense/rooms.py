@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
 from cluster.fault_points import reach
 from cluster.policies.placement import Allotment, PlacementPolicy, place
+from cluster.policies.prefixes import Source
 from cluster.policies.ranges import Range
 from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.dense.holders import Held, Holders
 from workers.dense.members import MemberTable
-from workers.dense.prefixes import BlockChain, Source
+from workers.dense.prefixes import BlockChain
 from workers.dense.sequences import Placed
 from workers.peer import AttentionPeer, HeldShard, PullSource, ShardPrefix
 

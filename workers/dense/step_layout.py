@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cluster.model_spec import ModelSpec, widest_window
-from cluster.types import WorkerId
+from cluster.types import SequenceKey, WorkerId
 from workers.dense.sequences import LiveSequence, Placed
 from workers.lanes.messages import PlanRow
 
@@ -29,6 +30,11 @@ class Chunk:
     count: int
     samples: bool
     offset: int
+
+    @property
+    def key(self) -> SequenceKey:
+        """The sequence's."""
+        return self.sequence.key
 
     @property
     def rows(self) -> range:
@@ -114,6 +120,12 @@ def lay_out(
     is_direct = len(workers) == 1 and workers[0].places.tolist() == list(range(rows))
     sizes = tuple(chunk.count for chunk in chunks)
     return StepLayout(tuple(chunks), sizes, rows, parts_most, workers, is_direct)
+
+
+def offset_anew(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The same chunks as a step of their own: rows counted from the first of them."""
+    offsets = itertools.accumulate((chunk.count for chunk in chunks), initial=0)
+    return [replace(chunk, offset=offset) for chunk, offset in zip(chunks, offsets, strict=False)]
 
 
 def workers_of(chunks: Iterable[Chunk]) -> set[WorkerId]:

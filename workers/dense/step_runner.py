@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from cluster.errors import Internal
+from cluster.policies.micro_batches import MicroBatches, work_of
+from workers.dense.attention_port import AttentionPort
+from workers.dense.emulated_attention import DensePace, EmulatedAttention
 from workers.dense.lane_set import LaneSet
-from workers.dense.micro_batches import MicroBatches, work_of
 from workers.dense.model import Decoder
 from workers.dense.operators import select_operators
 from workers.dense.remote_attention import AttentionTimes, StepAttention
 from workers.dense.sampler import Sampled, Sampler, SampleRow
-from workers.dense.step_layout import Chunk, StepLayout, lay_out, workers_of
+from workers.dense.step_layout import Chunk, StepLayout, lay_out, offset_anew, workers_of
 from workers.kernels.signature import Kernel
 
 _T = TypeVar("_T")
@@ -69,7 +71,16 @@ class StepOutcome:
 class StepRunner:
     """Holds the model, the kernel for chunks over themselves, the lanes, and who is in which micro-batch."""
 
-    def __init__(self, decoder: Decoder, kernel: Kernel, lanes: LaneSet, micro_batches: MicroBatches) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kernel: Kernel,
+        lanes: LaneSet,
+        micro_batches: MicroBatches,
+        pace: DensePace | None = None,
+    ) -> None:
+        """`pace`: of the device that is emulated, if one is."""
+        self.pace = pace
         self._decoder = decoder
         self._kernel = kernel
         self._lanes = lanes
@@ -83,8 +94,12 @@ class StepRunner:
         StepUnsendable.
         """
         began_s = monotonic()
+        if self.pace is not None:
+            self.pace.begin()
         remote = not all(map(self._lanes.is_local, workers_of(chunks)))
         halves = self._micro_batches.split(chunks, remote=remote)
+        if len(halves) > 1:
+            halves = [offset_anew(half) for half in halves]
         passes = [_Pass(self, step, index, half) for index, half in enumerate(halves)]
         hidden, busy_s = drive([one.run() for one in passes])
         sampling = [chunk for one in passes for chunk in one.sampling]
@@ -101,19 +116,25 @@ class StepRunner:
             _times(monotonic() - began_s, head_s, [one.times for one in passes]),
         )
 
+    def tell(self) -> None:
+        """Log how well an emulated device's time was kept."""
+        if self.pace is not None:
+            self.pace.padding.tell("dense")
+
     def lay_out(self, chunks: Sequence[Chunk]) -> StepLayout:
         """Who attends which rows of one micro-batch."""
         order = self._lanes.in_sending_order(workers_of(chunks))
         return lay_out(chunks, self._decoder.spec.sliding_windows, order, self._decoder.device)
 
-    def attention(self, layout: StepLayout, step: int, micro_batch: int) -> StepAttention:
+    def attention(self, layout: StepLayout, step: int, micro_batch: int) -> StepAttention | EmulatedAttention:
         """The attention of one micro-batch."""
-        return StepAttention(
+        attention = StepAttention(
             self._decoder.spec, layout, self._lanes, self._kernel, self._decoder.operators, step, micro_batch
         )
+        return attention if self.pace is None else EmulatedAttention(attention, self.pace, layout.chunk_sizes)
 
     def forward(
-        self, layout: StepLayout, attention: StepAttention, sampling: Sequence[Chunk]
+        self, layout: StepLayout, attention: AttentionPort, sampling: Sequence[Chunk]
     ) -> Generator[None, None, Tensor]:
         """The layers: hidden states of the rows that sample, [sampling, hidden]."""
         device = self._decoder.device

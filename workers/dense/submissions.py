@@ -8,6 +8,7 @@ from functools import partial
 
 from cluster.clock import Clock
 from cluster.errors import AlreadyExists, AnabranchError, Fenced, ResourceExhausted, Unavailable
+from cluster.policies.prefixes import PrefixIndex, Source, sources_of
 from cluster.policies.ranges import Range
 from cluster.policies.scheduler import Scheduler
 from cluster.telemetry import logger
@@ -15,7 +16,6 @@ from cluster.types import Epoch, KvGeometry, SequenceKey, WorkerId
 from workers.dense.deltas import Delta, FinishReason, Outbox, Subscriber
 from workers.dense.metrics import DenseMetrics
 from workers.dense.pool import Pool
-from workers.dense.prefixes import PrefixIndex, Source, sources_of
 from workers.dense.rooms import Adopted, PrefixWanted
 from workers.dense.sampler import Sampled
 from workers.dense.sequence_table import SequenceTable

@@ -15,12 +15,12 @@ from cluster.config import Config
 from cluster.config_values import Serves
 from cluster.perfmodel import Line
 from cluster.policies.instances import slot_number
+from cluster.policies.prefixes import Find
 from cluster.types import Epoch, KvGeometry, WorkerId
 from workers.dense.admission import AdmissionLimits
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember, attention_members
 from workers.dense.model import Decoder
-from workers.dense.prefixes import Find
 from workers.dense.remote_peer import RemotePeer
 from workers.dense.service import DenseService, Identity
 from workers.kernels.select import select

@@ -34,6 +34,7 @@ class StepSettings:
     step_tokens: int = 256
     prefix_sharing: bool = True
     shard_tokens: int = 2**20
+    spins: bool = True
 
     @property
     def attention_worker(self) -> WorkerId:
@@ -68,6 +69,7 @@ class StepSettings:
                     "prefix_sharing": self.prefix_sharing,
                 },
                 "placement": {"shard_tokens": self.shard_tokens},
+                "lanes": {} if self.spins else {"spin_us": 0},
             }
         )
 

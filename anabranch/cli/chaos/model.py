@@ -25,7 +25,6 @@ _CONFIG = {
     "num_attention_heads": _HEADS,
     "num_key_value_heads": _KV_HEADS,
     "vocab_size": VOCABULARY_SIZE,
-    "max_position_embeddings": 2048,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
@@ -35,10 +34,11 @@ _CONFIG = {
 }
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, context_tokens: int = 2048) -> None:
     """Write config.json, model.safetensors and the tokenizer's files."""
     generator = np.random.default_rng(0)
-    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    told = _CONFIG | {"max_position_embeddings": context_tokens}
+    (folder / "config.json").write_text(json.dumps(told))
     save_file(
         {name: _drawn(generator, name, shape) for name, shape in _shapes()}, folder / "model.safetensors"
     )

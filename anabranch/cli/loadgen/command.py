@@ -12,6 +12,7 @@ from rich.console import Console
 
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import options as o
+from anabranch.cli.loadgen.checking import calibrate, check
 from anabranch.cli.loadgen.concurrency import numbers
 from anabranch.cli.loadgen.planning import plan
 from anabranch.cli.loadgen.recording import Recorder, stopping
@@ -39,6 +40,8 @@ app = typer.Typer(
 )
 app.command()(report)
 app.command()(compare)
+app.command()(calibrate)
+app.command()(check)
 
 
 @app.command()
@@ -73,6 +76,7 @@ def run(
     slo: o.Slo = "",
     shape: o.Shape = "",
     prices: o.PricesFile = None,
+    dilation: o.Dilation = 1.0,
     senders: o.Senders = 2,
     seed: o.LoadSeed = 0,
     out: o.Out = None,
@@ -101,8 +105,10 @@ def run(
         addresses, tls = reach(address, authority, config_file)
     else:
         addresses, tls = (), TlsConfig(authority=str(authority) if authority else None)
-    target = Target(addresses, openai or "", model, api_key, tls, timeout_s, ignore_eos=not honour_eos)
-    settings = Settings(senders, Objectives.parse(slo), vocabulary, o.bill(shape, prices))
+    target = Target(
+        addresses, openai or "", model, api_key, tls, timeout_s * dilation, ignore_eos=not honour_eos
+    )
+    settings = Settings(senders, Objectives.parse(slo), vocabulary, o.bill(shape, prices), dilation)
     raise typer.Exit(_measure(Measurement(scenario, target, settings), out))
 
 

@@ -181,6 +181,13 @@ PricesFile = Annotated[
         rich_help_panel=_COST,
     ),
 ]
+Dilation = Annotated[
+    float,
+    typer.Option(
+        help="Of a cluster that emulates another (`anabranch up --emulate`): times are divided by it.",
+        min=1.0,
+    ),
+]
 Senders = Annotated[int, typer.Option(help="Processes that send.", min=1, max=64, rich_help_panel=_MEASURE)]
 LoadSeed = Annotated[
     int,

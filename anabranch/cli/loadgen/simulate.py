@@ -70,7 +70,7 @@ def simulate(
     """Run this project's scheduler and placement over modelled hardware, on a virtual clock.
 
     The same results as of `run`. Steps take what rooflines say: throughput is what cannot be beaten, unless
-    --efficiency says what your devices reach. Shared prefixes are computed anew, and nothing ever fails.
+    --efficiency says what your devices reach. Nothing ever fails.
 
     \b
     anabranch loadgen simulate --dense h100x2 --attention h20x4 --trace azure-conv
@@ -119,7 +119,7 @@ def _run(
     for line in (
         head,
         planned,
-        *(f"note: {note}" for note in (*plan.notes, *_notes(cluster, plan.workload))),
+        *(f"note: {note}" for note in (*plan.notes, *_notes(cluster))),
     ):
         errors.print(line, highlight=False, markup=False, soft_wrap=True)
     folder = out or Path(time.strftime("simulated-%Y%m%d-%H%M%S"))
@@ -142,13 +142,10 @@ def _run(
     return 0 if all(summary["completed"] for summary in summaries) else 1
 
 
-def _notes(cluster: SimulatedCluster, workload: object) -> list[str]:
-    notes = []
-    if not cluster.shape.is_deployable:
-        notes.append("this project cannot deploy the shape yet: a dense worker is one device today")
-    if isinstance(workload, dict) and workload.get("ideal_prefix_share"):
-        notes.append("prompts share prefixes, which the simulation computes anew")
-    return notes
+def _notes(cluster: SimulatedCluster) -> list[str]:
+    if cluster.shape.is_deployable:
+        return []
+    return ["this project cannot deploy the shape yet: a dense worker is one device today"]
 
 
 def _cluster_line(summary: Summary) -> str:

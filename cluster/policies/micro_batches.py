@@ -1,15 +1,35 @@
-"""Which micro-batch each sequence of a step belongs to, and whether there are two at all."""
+"""Which micro-batch each sequence of a step belongs to, and whether there are two at all. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from cluster.perfmodel import Line, MicroBatch, SideTimes, staggering_gain
 from cluster.types import SequenceKey
-from workers.dense.step_layout import Chunk
+
+
+class NewTokens(Protocol):
+    """One sequence's part of a step: `count` tokens from position `start` on."""
+
+    @property
+    def key(self) -> SequenceKey:
+        """The sequence."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """Its tokens before the step."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Tokens that the step computes."""
+        ...
+
+
+_Chunk = TypeVar("_Chunk", bound=NewTokens)
 
 MICRO_BATCHES = 2
 """Most of a step: with two, nothing has to migrate between replicas (Lamina's rotation, n = 2)."""
@@ -71,17 +91,17 @@ class MicroBatches:
         self._looked_at: tuple[int, int] = (0, 0)
         """Chunks of the batch for which the choice was made, and steps until it is looked at again."""
 
-    def split(self, chunks: Sequence[Chunk], *, remote: bool) -> list[list[Chunk]]:
-        """The chunks by micro-batch, in the plan's order, offsets counted within each; none is empty.
+    def split(self, chunks: Sequence[_Chunk], *, remote: bool) -> list[list[_Chunk]]:
+        """The chunks by micro-batch, in the plan's order; none is empty.
 
         `remote`: whether attention runs elsewhere, so that there is something to hide.
         """
         assert chunks, "a step has a chunk"
         self._assign(chunks)
-        halves = [[chunk for chunk in chunks if self._place[chunk.sequence.key] == side] for side in (0, 1)]
+        halves = [[chunk for chunk in chunks if self._place[chunk.key] == side] for side in (0, 1)]
         if not remote or not all(halves) or not self._pays(halves):
             return [list(chunks)]
-        return [_offset_anew(half) for half in halves]
+        return halves
 
     def note(self, work: MicroBatch, dense_s: float, attention_s: float, lane_s: float) -> None:
         """What a micro-batch with remote attention took on both sides and between them."""
@@ -96,7 +116,7 @@ class MicroBatches:
         dense, attention = self._dense.line(), self._attention.line()
         return (dense, attention) if dense is not None and attention is not None else None
 
-    def _pays(self, halves: Sequence[Sequence[Chunk]]) -> bool:
+    def _pays(self, halves: Sequence[Sequence[NewTokens]]) -> bool:
         if self._setting != "auto":
             return self._setting == 2
         count, steps_left = self._looked_at
@@ -112,55 +132,42 @@ class MicroBatches:
             self._is_split = staggering_gain(times, first, second) >= _GAIN_LEAST
         return self._is_split
 
-    def _assign(self, chunks: Sequence[Chunk]) -> None:
+    def _assign(self, chunks: Sequence[NewTokens]) -> None:
         """Keep who was there, forget who left, put newcomers on the lighter side, level large differences."""
         known = self._place
-        self._place = {
-            chunk.sequence.key: known[chunk.sequence.key] for chunk in chunks if chunk.sequence.key in known
-        }
+        self._place = {chunk.key: known[chunk.key] for chunk in chunks if chunk.key in known}
         weights = [0, 0]
         for chunk in chunks:
-            side = self._place.get(chunk.sequence.key)
+            side = self._place.get(chunk.key)
             if side is not None:
                 weights[side] += _weight(chunk)
-        newcomers = [chunk for chunk in chunks if chunk.sequence.key not in self._place]
+        newcomers = [chunk for chunk in chunks if chunk.key not in self._place]
         for chunk in sorted(newcomers, key=_weight, reverse=True):
             side = 0 if weights[0] <= weights[1] else 1
-            self._place[chunk.sequence.key] = side
+            self._place[chunk.key] = side
             weights[side] += _weight(chunk)
         self._level(chunks, weights)
 
-    def _level(self, chunks: Sequence[Chunk], weights: Sequence[int]) -> None:
+    def _level(self, chunks: Sequence[NewTokens], weights: Sequence[int]) -> None:
         """Move the chunk that levels best from the much heavier side, if one does."""
         difference = abs(weights[0] - weights[1])
         if difference <= _IMBALANCE_MOST * sum(weights):
             return
         heavy = 0 if weights[0] > weights[1] else 1
         movable = [
-            chunk
-            for chunk in chunks
-            if self._place[chunk.sequence.key] == heavy and _weight(chunk) < difference
+            chunk for chunk in chunks if self._place[chunk.key] == heavy and _weight(chunk) < difference
         ]
         if movable:
             best = min(movable, key=lambda chunk: abs(difference - 2 * _weight(chunk)))
-            self._place[best.sequence.key] = 1 - heavy
+            self._place[best.key] = 1 - heavy
 
 
-def work_of(chunks: Sequence[Chunk]) -> MicroBatch:
+def work_of(chunks: Sequence[NewTokens]) -> MicroBatch:
     """What chunks ask of both sides, windows left out."""
     return MicroBatch(
         sum(chunk.count for chunk in chunks), sum(chunk.count * chunk.start for chunk in chunks)
     )
 
 
-def _weight(chunk: Chunk) -> int:
+def _weight(chunk: NewTokens) -> int:
     return chunk.count * (chunk.start + _ROW_TOKENS)
-
-
-def _offset_anew(chunks: Sequence[Chunk]) -> list[Chunk]:
-    placed: list[Chunk] = []
-    offset = 0
-    for chunk in chunks:
-        placed.append(replace(chunk, offset=offset))
-        offset += chunk.count
-    return placed

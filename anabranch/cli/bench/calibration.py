@@ -1,0 +1,56 @@
+"""`anabranch loadgen calibrate`: the parts of a step on this machine, each in a process on its own core."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from anabranch.cli.bench import calibration_attention, calibration_dense, results_file, step_attention
+from anabranch.cli.bench.children import start
+from anabranch.cli.bench.step_settings import StepSettings
+from cluster.errors import ConfigError
+from loadgen.simulation.calibration import Calibration
+
+_ARENA_BYTES = 4 * 2**30
+"""All that is filled for the calibration; pages are touched only when used."""
+
+
+def measure(model: Path, dtype: str, say: Callable[[str], None]) -> Calibration:
+    """Some two minutes. `say` hears what is measured. Raises ConfigError on one core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise ConfigError("a calibration needs two cores: one for each side")
+    alone = StepSettings(
+        str(model), (cores[0],), dtype=_checked(dtype), prefix_sharing=False, arena_bytes=_ARENA_BYTES
+    )
+    split = replace(alone, attention_cores=(cores[1],))
+    say("dense work: steps without attention, and their parts")
+    told: dict[str, Any] = _ask(calibration_dense.__name__, alone)
+    say("attention in the dense process")
+    told["local"] = _ask(calibration_attention.__name__, alone)
+    for name, is_spinning in (("remote", True), ("asleep", False)):
+        say(f"attention in another process, lanes {'spinning' if is_spinning else 'asleep'}")
+        told[name] = _remote(replace(split, spins=is_spinning))
+    return Calibration.from_json(told | {"model": model.name, "machine": results_file.machine()})
+
+
+def _remote(settings: StepSettings) -> Any:
+    with contextlib.ExitStack() as stack:
+        _, port = start(stack, step_attention.__name__, settings)
+        return _ask(calibration_attention.__name__, replace(settings, attention_port=int(port)))
+
+
+def _ask(module: str, settings: StepSettings) -> Any:
+    with contextlib.ExitStack() as stack:
+        return json.loads(start(stack, module, settings)[1])
+
+
+def _checked(dtype: str) -> Any:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype {dtype!r}: float32, bfloat16 or float16")
+    return dtype

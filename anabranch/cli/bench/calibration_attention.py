@@ -1,0 +1,141 @@
+"""The attention side of `anabranch loadgen calibrate`: layers asked over a lane, with no dense work between.
+
+    python -m anabranch.cli.bench.calibration_attention SETTINGS
+
+SETTINGS is the JSON of `StepSettings`; with an attention port the worker is another process, else it is
+here. Before each layer this side reads as much memory as a layer has weights, as a dense worker does, so
+that caches are as cold, and the other side as sound asleep, as in a step; and what is appended is written
+to memory that was not touched before, as in an arena that fills.
+
+Prints a line of JSON, [[sequences, rows, cached, attend_s, sent_s, lane_s], ...]: seconds over all layers of
+a step in which so many sequences ask with so many rows each over so many cached tokens each: attending,
+handing messages over, and whatever else there was until the reply.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from statistics import median
+from time import monotonic
+
+import torch
+
+from anabranch.cli.bench.filling import FIRST_GENERATION, Filler
+from anabranch.cli.bench.remote import remote_peer
+from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, LOCAL_WORKER, StepSettings
+from cluster.config import TierConfig
+from cluster.model_spec import ModelSpec
+from cluster.types import KvGeometry, SequenceKey, ShardRef
+from workers.attention.core import AttentionCore
+from workers.cores import keep_to
+from workers.dense.sequences import wire_generation
+from workers.lanes.codec import torch_dtype
+from workers.lanes.messages import LayerMessage, PlanRow
+from workers.lanes.plans import PlanEncoder
+from workers.peer import AttentionPeer
+
+_DEADLINE_MS = 60_000
+_STEPS = 9
+_PASSED_OVER = 2
+_SHAPES = (
+    *((sequences, 1, cached) for sequences in (1, 4, 16) for cached in (64, 512, 2048)),
+    (32, 1, 64),
+    (32, 1, 512),
+    (1, 1, 8192),
+    (8, 1, 4096),
+    *((1, rows, cached) for rows in (32, 128, 256) for cached in (128, 1024, 4096)),
+)
+
+Found = list[tuple[int, int, int, float, float, float]]
+
+
+class AttentionParts:
+    """A lane to an attention worker, and sequences there."""
+
+    def __init__(
+        self, peer: AttentionPeer, geometry: KvGeometry, layer_bytes: int, *, is_remote: bool
+    ) -> None:
+        self._is_remote = is_remote
+        self._lane = peer.open_lane()
+        self._geometry = geometry
+        self._weights = torch.ones(geometry.layers, layer_bytes // 4)
+        self._filler = Filler(peer, geometry)
+        self._numbers = itertools.count(1)
+        self._generation = wire_generation(FIRST_GENERATION, 0)
+
+    def measure(self) -> Found:
+        """Medians by shape."""
+        return [(*shape, *self._shape(*shape)) for shape in _SHAPES]
+
+    def close(self) -> None:
+        """Close the lanes."""
+        self._filler.close()
+        self._lane.close()
+
+    def _shape(self, sequences: int, rows: int, cached: int) -> tuple[float, float, float]:
+        """Attending, handing over, and what is left: the medians of some steps."""
+        keys = [SequenceKey(f"calibration-{next(self._numbers)}") for _ in range(sequences)]
+        shards = self._filler.fill(keys, cached, _STEPS * rows)
+        encoder = PlanEncoder()
+        steps = [
+            self._step(encoder, shards, rows, cached, cached + number * rows) for number in range(_STEPS)
+        ][_PASSED_OVER:]
+        attend_s, sent_s, lane_s = map(median, zip(*steps, strict=True))
+        return attend_s, sent_s, lane_s
+
+    def _step(
+        self, encoder: PlanEncoder, shards: Sequence[ShardRef], rows: int, cached: int, start: int
+    ) -> tuple[float, float, float]:
+        sizes, number = self._geometry, next(self._numbers)
+        dtype, asked = torch_dtype(sizes), rows * len(shards)
+        query = torch.randn(asked, sizes.query_heads, sizes.head_size).to(dtype)
+        key, value = (torch.randn(asked, sizes.kv_heads, sizes.head_size).to(dtype) for _ in range(2))
+        plan = [PlanRow(s.shard, self._generation, start, rows, 0, cached, (7,) * rows) for s in shards]
+        attended_s = sent_s = spent_s = 0.0
+        for layer in range(sizes.layers):
+            self._weights[layer].sum()
+            began_s = monotonic()
+            difference = encoder.encode(number, 0, plan) if layer == 0 else None
+            fresh = (key, value) if layer else (None, None)
+            self._lane.send(LayerMessage(number, 0, layer, _DEADLINE_MS, difference, query, *fresh))
+            sent_s += monotonic() - began_s
+            reply = self._lane.receive(number, 0, layer, monotonic() + _DEADLINE_MS / 1000)
+            spent_s += monotonic() - began_s
+            attended_s += reply.compute_seconds
+        self._lane.send(LayerMessage(number, 0, sizes.layers, _DEADLINE_MS, None, None, key, value))
+        if not self._is_remote:  # it attends while it is sent to
+            sent_s = 0.0
+        return attended_s, sent_s, spent_s - attended_s - sent_s
+
+
+def main(settings: StepSettings) -> None:
+    """Measure once, and tell."""
+    cores = settings.dense_cores
+    keep_to(cores)
+    torch.set_num_threads(len(cores))
+    config = settings.config()
+    spec = ModelSpec.from_folder(settings.model)
+    geometry = spec.geometry(settings.dtype, config.attention.block_tokens)
+    layer_bytes = spec.parameters * torch_dtype(geometry).itemsize // spec.layers
+    core = None
+    if settings.attention_port:
+        peer: AttentionPeer = remote_peer(settings, geometry)
+    else:
+        tier = TierConfig(arena=settings.arena_bytes)
+        core = AttentionCore(config.attention, tier, geometry, LOCAL_WORKER, ATTENTION_EPOCH)
+        peer = core.peer()
+    parts = AttentionParts(peer, geometry, layer_bytes, is_remote=core is None)
+    try:
+        with torch.inference_mode():
+            print(json.dumps(parts.measure()), flush=True)
+    finally:
+        parts.close()
+        if core is not None:
+            core.close()
+
+
+if __name__ == "__main__":
+    main(StepSettings.from_json(sys.argv[1]))

@@ -1,0 +1,108 @@
+"""What a plan's rows ask of both sides. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from cluster.policies.scheduler import Row
+from cluster.types import SequenceKey
+
+Places: TypeAlias = Sequence[tuple[int, int, int]]
+"""(arena, first, end) of a sequence's shards, in order: what a step reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """A row of a plan, and where its sequence lies."""
+
+    row: Row
+    places: Places
+
+    @property
+    def key(self) -> SequenceKey:
+        """The sequence."""
+        return self.row.key
+
+    @property
+    def start(self) -> int:
+        """Its tokens before the step."""
+        return self.row.start
+
+    @property
+    def count(self) -> int:
+        """Tokens that the step computes."""
+        return self.row.count
+
+
+@dataclass(slots=True)
+class Work:
+    """What a step does. Lists are by attention worker (one, where the cache is local)."""
+
+    tokens: int = 0
+    """Through the dense operators: decoding rows, and the tokens of chunks."""
+    own_scores: int = 0
+    """Pairs of tokens within chunks: attention inside the dense worker."""
+    read_tokens: list[int] = field(default_factory=list)
+    """Cache read for decoding rows, each with one query."""
+    chunks: list[tuple[int, int, int]] = field(default_factory=list)
+    """(attention worker, tokens, cached tokens there) of chunks; 0 cached where one is only appended."""
+    queries: list[int] = field(default_factory=list)
+    """Tokens whose queries go there, and whose partial outputs come back."""
+    appended: list[int] = field(default_factory=list)
+    """Tokens whose keys and values go there."""
+    sequences: int = 0
+    samples: int = 0
+    """Rows that go through the head."""
+    chunk_tokens: list[int] = field(default_factory=list)
+    """Of chunks of more than one token."""
+
+
+def work_of(rows: Sequence[PlannedRow], workers: int, *, prompts_elsewhere: bool = False) -> Work:
+    """All that a step's rows ask for; `prompts_elsewhere`: chunks cost nothing but their last row."""
+    work = Work(0, 0, [0] * workers, [], [0] * workers, [0] * workers)
+    for planned in rows:
+        row, places = planned.row, planned.places
+        if row.count == 1:
+            _add_row(work, row.start, places)
+        elif not prompts_elsewhere:
+            _add_chunk(work, row, places)
+        elif row.samples:
+            _add_row(work, row.start + row.count - 1, places)
+        else:
+            continue
+        work.sequences += 1
+        work.samples += row.samples
+    return work
+
+
+def _add_row(work: Work, start: int, places: Places) -> None:
+    """One token reads all before it, and is appended."""
+    work.tokens += 1
+    for arena, first, end in places:
+        if end > start:
+            work.appended[arena] += 1
+            if first < start:
+                work.read_tokens[arena] += start - first
+                work.queries[arena] += 1
+            return
+        work.read_tokens[arena] += end - first
+        work.queries[arena] += 1
+
+
+def _add_chunk(work: Work, row: Row, places: Places) -> None:
+    """A chunk reads what lies before it where it lies, attends to itself, and is appended."""
+    work.tokens += row.count
+    work.own_scores += row.count * (row.count + 1) // 2
+    work.chunk_tokens.append(row.count)
+    for arena, first, end in places:
+        cached = min(end, row.start) - first
+        if cached > 0:
+            work.queries[arena] += row.count
+        is_tail = end > row.start
+        if cached > 0 or is_tail:
+            work.chunks.append((arena, row.count, max(0, cached)))
+        if is_tail:
+            work.appended[arena] += row.count
+            return
