@@ -156,6 +156,25 @@ def test_a_sweep_of_nothing_that_can_be_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / PAGE).exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["up", "--dense", ","], "no cluster is named"),
+        (["up", "--attention", "few"], "--attention 'few'"),
+        (["up", "--kinds", "h100"], "write dense=h100,attention=h20"),
+        (["up", "--rates", "1", "--concurrency", "1"], "give one of --rates"),
+        (["simulate", "--search", "3"], "--search needs a space"),
+        (["simulate", "--vary", "dense.max_batch=1..9"], "only --search"),
+        (["simulate", "--attention", "h20", "--rates", "1", "--maximise", "luck"], "luck"),
+    ],
+)
+def test_wrong_options_are_refused(arguments: list[str], words: str, tmp_path: Path) -> None:
+    """In one sentence, before anything is started."""
+    done = CliRunner().invoke(app, ["sweep", *arguments, "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, InvalidRequest)
+    assert words in done.exception.message
+
+
 def test_a_search_finds_better_settings_than_those_configured(tmp_path: Path) -> None:
     """Among few trials of a fixed seed, which repeat; the landscape is in the page."""
 

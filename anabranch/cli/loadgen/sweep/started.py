@@ -130,6 +130,8 @@ def up(
         for d in numbers(dense, "--dense")
         for a in numbers(attention, "--attention")
     }
+    if not clusters:
+        raise InvalidRequest("no cluster is named: give numbers of workers, like --dense 1 --attention 0,1,2")
     raise typer.Exit(sweep_real(wishes, scenario, clusters))
 
 
