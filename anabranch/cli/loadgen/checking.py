@@ -71,7 +71,7 @@ def check(
     """Run real clusters on this machine and the simulator beside them, and say how far its figures are off.
 
     The simulator knows the calibration alone. Exit status 1 where more than one figure is off by more than a
-    fifth.
+    fifth. `make validation` shows FILE in docs/validation.md.
 
     \b
     anabranch loadgen calibrate machine.json
@@ -122,13 +122,14 @@ def _checked(
         "others_share": others.share,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": results_file.commit(),
-        "calibration": json.loads(calibration.to_json()),
     }
 
 
 def _keep(json_file: Path, calibration: Calibration, found: dict[str, Any]) -> None:
     cases = json.loads(json_file.read_text("utf-8"))["cases"] if json_file.exists() else {}
-    told = {"machine": calibration.machine, "model": calibration.model, "cases": cases | found}
+    parts = json.loads(calibration.to_json())
+    told = {"machine": calibration.machine, "model": calibration.model, "calibration": parts}
+    told["cases"] = cases | found
     json_file.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
 
 
