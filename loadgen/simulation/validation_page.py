@@ -96,8 +96,8 @@ _BECAUSE = [
     "  for each other at every layer, while the simulator books a core by step.",
     "* `1x1, 8 x 4096`: attending was calibrated at 3.0 us a cached token; earlier calibrations of this",
     "  machine gave 2.0, with which the five figures of another such run were within a tenth.",
-    "* Azure-Conv at 0.5 and 0.9 of saturation is not in the table: four runs were 14 to 88 % off, but others",
-    "  took much of the machine or were not measured, so they say nothing of the simulator yet.",
+    "* Azure-Conv at 0.5 and 0.9 of saturation is not in the table: four runs were 14 to 88 % off, but",
+    "  others took much of the machine or were not measured, so they say nothing of the simulator yet.",
 ]
 """The causes of figures that are further off, and what is missing."""
 
