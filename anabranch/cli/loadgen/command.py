@@ -20,8 +20,7 @@ from anabranch.cli.loadgen.reporting import compare, report
 from anabranch.cli.loadgen.simulate import simulate
 from anabranch.cli.loadgen.sweep.command import app as sweep
 from anabranch.cli.loadgen.table import WIDTH, print_summary
-from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile, reach
-from cluster.config import TlsConfig
+from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile
 from loadgen import fits, traces
 from loadgen.drivers.interface import Target
 from loadgen.measurement import Measurement, Settings
@@ -101,10 +100,7 @@ def run(
         trace_from_s=trace_from, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think, prompts=PromptKind.TEXT if is_text else PromptKind.TOKENS,
     )  # fmt: skip
-    if openai is None:
-        addresses, tls = reach(address, authority, config_file)
-    else:
-        addresses, tls = (), TlsConfig(authority=str(authority) if authority else None)
+    addresses, tls = o.endpoints(address, authority, config_file, openai)
     target = Target(
         addresses, openai or "", model, api_key, tls, timeout_s * dilation, ignore_eos=not honour_eos
     )

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from anabranch.cli.options import reach
 from cluster import prices
+from cluster.config import TlsConfig
 from cluster.errors import InvalidRequest
 from loadgen.cost import Bill
 from loadgen.scenario import DURATION_S, REQUESTS, ArrivalKind
@@ -208,6 +210,15 @@ Out = Annotated[
         rich_help_panel=_MEASURE,
     ),
 ]
+
+
+def endpoints(
+    address: str | None, authority: Path | None, config_file: Path | None, openai: str | None
+) -> tuple[tuple[str, ...], TlsConfig]:
+    """Gateways to send to, none where --openai names the server; raises what `reach` raises."""
+    if openai is None:
+        return reach(address, authority, config_file)
+    return (), TlsConfig(authority=str(authority) if authority else None)
 
 
 def bill(shape: str, prices_file: Path | None) -> Bill | None:

@@ -105,12 +105,29 @@ class Wishes:
     folder: Path
 
 
-def folder(out: Path | None) -> Path:
-    """The one given, or one named after the moment."""
-    return out or Path(time.strftime("sweep-%Y%m%d-%H%M%S"))
+def wishes(
+    load: tuple[str, str, LoadKind | None, float, float],
+    judgement: tuple[str, float, str],
+    seed: int,
+    out: Path | None,
+    vary: Sequence[str] | None = None,
+    trials: int | None = None,
+) -> Wishes:
+    """`load`: --rates, --concurrency, --saturate, --from and --precision; `judgement`: --slo, --attain and
+    --maximise. Raises InvalidRequest for what does not go together.
+    """
+    slo, attain, maximise = judgement
+    return Wishes(
+        _loads(*load),
+        Standard(Objectives.parse(slo), attained=attain, maximise=maximise),
+        _dimensions(vary, trials),
+        trials,
+        seed,
+        out or Path(time.strftime("sweep-%Y%m%d-%H%M%S")),
+    )
 
 
-def loads(
+def _loads(
     rate_list: str, concurrency: str, saturate: LoadKind | None, first: float, precision: float
 ) -> Loads:
     """Raises InvalidRequest where it is not one of the three ways."""
@@ -123,12 +140,7 @@ def loads(
     return Loads(saturate or LoadKind.RATE, (first,), searches=True, precision=precision)
 
 
-def standard(slo: str, attain: float, maximise: str) -> Standard:
-    """Raises InvalidRequest for other objectives than there are."""
-    return Standard(Objectives.parse(slo), attained=attain, maximise=maximise)
-
-
-def dimensions(vary: Sequence[str] | None, search: int | None) -> tuple[Dimension, ...]:
+def _dimensions(vary: Sequence[str] | None, search: int | None) -> tuple[Dimension, ...]:
     """Raises InvalidRequest for a search of nothing, or a key that is named twice."""
     found = tuple(map(parse, vary or ()))
     if search is not None and not found:

@@ -15,8 +15,7 @@ from anabranch.cli.loadgen import options as o
 from anabranch.cli.loadgen.recording import Recorder, stopping
 from anabranch.cli.loadgen.sweep import options as s
 from anabranch.cli.loadgen.sweep.going import go_through
-from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile, reach
-from cluster.config import TlsConfig
+from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile
 from loadgen.drivers.interface import Target
 from loadgen.measurement import Measurement, Settings
 from loadgen.metrics import Summary
@@ -77,12 +76,9 @@ def run(
         trace_file=trace_file, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think, prompts=PromptKind.TEXT if is_text else PromptKind.TOKENS,
     )  # fmt: skip
-    loads = s.loads(rates, concurrency, saturate, first, precision)
-    wishes = s.Wishes(loads, s.standard(slo, attain, maximise), (), None, seed, s.folder(out))
-    if openai is None:
-        addresses, tls = reach(address, authority, config_file)
-    else:
-        addresses, tls = (), TlsConfig(authority=str(authority) if authority else None)
+    load = (rates, concurrency, saturate, first, precision)
+    wishes = s.wishes(load, (slo, attain, maximise), seed, out)
+    addresses, tls = o.endpoints(address, authority, config_file, openai)
     target = Target(addresses, openai or "", model, api_key, tls, timeout_s, ignore_eos=not honour_eos)
     how = Settings(senders, wishes.standard.objectives, vocabulary, o.bill(shape, prices))
     cluster = RealCluster(lambda _settings, _console: nullcontext(target), how)

@@ -96,9 +96,8 @@ def simulate(
         trace_file=trace_file, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think,
     )  # fmt: skip
-    loads = s.loads(rates, concurrency, saturate, first, precision)
-    standard = s.standard(slo, attain, maximise)
-    wishes = s.Wishes(loads, standard, s.dimensions(vary, search), search, seed, s.folder(out))
+    load = (rates, concurrency, saturate, first, precision)
+    wishes = s.wishes(load, (slo, attain, maximise), seed, out, vary, search)
     shapes = _shapes(dense, attention, dense_workers, hardware.load(str(prices) if prices else None))
     modelled = _Modelled(
         models.resolve(model),

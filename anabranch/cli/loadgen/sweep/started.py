@@ -113,9 +113,8 @@ def up(
         trace_file=trace_file, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think,
     )  # fmt: skip
-    loads = s.loads(rates, concurrency, saturate, first, precision)
-    standard = s.standard(slo, attain, maximise)
-    wishes = s.Wishes(loads, standard, s.dimensions(vary, search), search, seed, s.folder(out))
+    load = (rates, concurrency, saturate, first, precision)
+    wishes = s.wishes(load, (slo, attain, maximise), seed, out, vary, search)
     started = _Started(
         config_file,
         parse_settings(settings or []) | ({"model.path": model} if model else {}),
@@ -125,7 +124,7 @@ def up(
     clusters = {
         f"{d} dense + {a} attention": RealCluster(
             partial(started.reached, d, a),
-            Settings(senders, standard.objectives, bill=_bill(kinds, d, a, prices)),
+            Settings(senders, wishes.standard.objectives, bill=_bill(kinds, d, a, prices)),
         )
         for d in numbers(dense, "--dense")
         for a in numbers(attention, "--attention")
