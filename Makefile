@@ -33,7 +33,7 @@ demo-long: $(DEMO_STAMP)  ## one request that no worker could hold, over eight o
 	$(BIN)/anabranch demo --long
 
 test: $(STAMP)  ## all tests that need no root
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n 2 --dist loadfile
 
 test-system: $(STAMP)  ## tests with network namespaces and servers (root; installs what it needs)
 	.ci/install-system
