@@ -234,6 +234,25 @@ def test_a_take_over_back_finds_what_came_since(folder: Path) -> None:
         assert computed_tokens(first) - before <= COUNT - len(back.output) + 2
 
 
+def test_a_take_over_with_a_map_from_before_a_move_finds_what_moved(
+    folder: Path, expected: list[int]
+) -> None:
+    """A shard moved, and the dense worker died before its gateway heard where to: the next one finds it."""
+    with DenseCluster(folder, Shape(attention_workers=6)) as cluster:
+        submission = started(cluster)
+        before = cluster.listener.output(submission).maps[-1]
+        target = next(iter(set(cluster.workers) - {shard.worker for shard in before}))
+        cluster.engine.move(submission.key, before[0].worker, target)
+        wait_until(lambda: counted(cluster.engine, "anabranch_dense_moves", outcome="done") == 1)
+        cluster.engine.stop()
+        seen = list(cluster.listener.output(submission).token_ids)
+        cluster.engine = cluster.new_engine()
+        cluster.attach(cluster.engine)
+        resumed = request(PROMPT, COUNT, key=submission.key, generation=2, output=seen, shard_map=before)
+        assert cluster.listener.wait(cluster.submit(resumed)).token_ids == expected
+        assert computed_tokens(cluster.engine) <= COUNT - len(seen) + 2
+
+
 def test_a_take_over_without_a_map_finds_the_shards(folder: Path, expected: list[int]) -> None:
     """Without a map every attention worker is asked."""
     with DenseCluster(folder, Shape(attention_workers=3)) as cluster:

@@ -162,6 +162,20 @@ def test_what_a_resubmission_found_less_than_the_prompt_was_computed_again() -> 
     assert report["failures"] == ["2 prompt tokens were computed again without an attention worker's loss"]
 
 
+@pytest.mark.parametrize(("second", "recomputed"), [("11.5", 2), ("12.2", 0), ("12.8", 0)])
+def test_what_an_attention_worker_had_lost_is_no_failure_of_a_take_over(second: str, recomputed: int) -> None:
+    """A dense worker is struck while a sequence is silent because shards of it were lost; a loss before the
+    last token that came was made good by then.
+    """
+    request = _request(0)
+    calm = _answer(request, [1, 2, 3, 4])
+    course = _course(calm, _answer(request, [11, 12, 15, 16]), _struck("dense", "kill", 12.5))
+    lost = {"time": f"1970-01-01T00:00:{second}Z", "event": "shards_lost", "request_id": "chaos-0-0-chaos"}
+    admitted = {**lost, "time": "1970-01-01T00:00:13Z", "event": "admitted", "tokens": 5, "found": 1}
+    course.logs = {"dense-0": [{**lost, "peer": "attention-1"}], "dense-1": [admitted]}
+    assert verdict(course, _never, TIE)["faults"][0]["prompt_tokens_recomputed"] == recomputed
+
+
 def test_a_summary_counts_and_ranks() -> None:
     """Faults per role and kind, and nearest-rank percentiles over the streams of all seeds."""
     fault: dict[str, Any] = {"role": "dense", "kind": "kill", "point": "append-apply"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import pytest
 
 from cluster.clock import ManualClock
-from cluster.errors import Fenced, Unavailable
+from cluster.errors import DeadlineExceeded, Fenced, Unavailable
 from cluster.policies.placement import PlacementPolicy
+from cluster.policies.ranges import join
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, WorkerId
 from workers.attention.local_peer import LocalPeer
 from workers.attention.session import AttendSession
@@ -20,7 +22,7 @@ from workers.dense.members import AttentionMember, MemberTable
 from workers.dense.prefixes import BlockChain
 from workers.dense.rooms import PullWanted, Rooms, RoomWanted
 from workers.dense.sequences import Placed, wire_generation
-from workers.peer import ShardPrefix
+from workers.peer import Adoption, ShardPrefix
 
 GEOMETRY = KvGeometry(
     layers=1, query_heads=1, kv_heads=1, head_size=8, dtype="float32", block_tokens=4, digest="tiny"
@@ -52,6 +54,13 @@ class Workers:
     ) -> tuple[Placed, ...]:
         """Reserve positions for `KEY`."""
         return self.rooms.reserve(RoomWanted(KEY, generation, BlockChain(GEOMETRY, ""), first, end, shards))
+
+    def computed(self, shards: Iterable[Placed]) -> None:
+        """All positions of these shards are appended and committed."""
+        for placed in shards:
+            (store,) = (store for store in self.stores if store.worker == placed.shard.worker)
+            with store.turns:
+                store.fill(store.shard(placed.shard.shard, ONE), range(placed.shard.first, placed.shard.end))
 
     def taken(self, worker: WorkerId) -> Held:
         """What a worker holds of `KEY`, which the holders forget."""
@@ -192,13 +201,56 @@ def test_a_difference_at_one_worker_voids_what_lies_behind_it_at_others(
     they lie, and given back.
     """
     workers = Workers(4, 4)
-    for placed, store in zip(workers.reserve(0, 16), workers.stores, strict=True):
-        assert placed.shard.worker == store.worker
-        with store.turns:
-            store.fill(store.shard(placed.shard.shard, ONE), range(placed.shard.first, placed.shard.end))
+    workers.computed(workers.reserve(0, 16))
     token_ids = [-1 if position == differs_at else position for position in range(16)]
     assert list(workers.rooms.adopt(KEY, Generation(2), token_ids, None).committed) == kept
     assert [store.holdings() != () for store in workers.stores] == [len(kept) > 0, len(kept) > 1]
+
+
+class LatePeer(LocalPeer):
+    """Adopts, and its answer comes too late, so many times."""
+
+    def __init__(self, store: Store, late: int) -> None:
+        super().__init__(store, _no_session)
+        self.late = late
+
+    def adopt(self, key: SequenceKey, generation: Generation, token_ids: Sequence[int]) -> Adoption:
+        """See `AttentionPeer.adopt`."""
+        adoption = super().adopt(key, generation, token_ids)
+        self.late -= 1
+        if self.late >= 0:
+            raise DeadlineExceeded("no answer within 3 s")
+        return adoption
+
+
+@pytest.mark.parametrize(("late", "kept"), [(1, [(0, 8), (8, 16)]), (2, [(8, 16)])])
+def test_a_worker_that_is_late_is_asked_once_more(late: int, kept: list[tuple[int, int]]) -> None:
+    """What a worker has may be most of a prompt: one answer that is late is not taken for nothing."""
+    workers = Workers(4, 4)
+    workers.computed(workers.reserve(0, 16))
+    member = AttentionMember(WorkerId("w0"), Epoch(1), "", 4, 4)
+    workers.members.connected(member, LatePeer(workers.stores[0], late))
+    assert list(workers.rooms.adopt(KEY, Generation(2), range(16), None).committed) == kept
+
+
+@pytest.mark.parametrize("split", [None, 4], ids=["whole", "its beginning"])
+def test_a_shard_that_moved_since_the_map_is_found(split: int | None) -> None:
+    """A map from before a move names the source, which has nothing of it any more, or the rest: every worker
+    is asked, and all that was computed is found.
+    """
+    workers = Workers(4, 4, 4)
+    before = workers.reserve(0, 16)
+    workers.computed(before)
+    (first, _), target = before, workers.stores[2]
+    moved_end = first.shard.end if split is None else split
+    workers.computed([Placed(target.reserve(KEY, ONE, 0, moved_end).shard, ONE)])
+    if split is None:
+        workers.rooms.release_shard(KEY, first)
+    else:
+        workers.rooms.trim(KEY, [first.shard.worker], split)
+    adopted = workers.rooms.adopt(KEY, Generation(2), range(16), [placed.shard for placed in before])
+    assert join(adopted.committed) == ((0, 16),)
+    assert workers.held() == [0 if split is None else 1, 2, 2 if split is None else 1]
 
 
 def test_a_new_life_replaces_the_old_one() -> None:

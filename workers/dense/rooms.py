@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
-from cluster.errors import AnabranchError, Fenced, InvalidRequest, ResourceExhausted, Unavailable
+from cluster.errors import (
+    AnabranchError,
+    DeadlineExceeded,
+    Fenced,
+    InvalidRequest,
+    ResourceExhausted,
+    Unavailable,
+)
 from cluster.fault_points import reach
 from cluster.policies.placement import Allotment, PlacementPolicy, place
 from cluster.policies.prefixes import Source
@@ -16,7 +24,7 @@ from workers.dense.holders import Held, Holders
 from workers.dense.members import MemberTable
 from workers.dense.prefixes import BlockChain
 from workers.dense.sequences import Placed
-from workers.peer import AttentionPeer, HeldShard, PullSource, ShardPrefix
+from workers.peer import Adoption, AttentionPeer, HeldShard, PullSource, ShardPrefix
 
 _log = logger("dense.rooms")
 
@@ -120,52 +128,50 @@ class Rooms:
         token_ids: Sequence[int],
         shard_map: Sequence[ShardRef] | None,
     ) -> Adopted:
-        """Take over what lies at the workers of a map, or without one at every worker. A worker that
-        cannot be reached counts as having nothing. Raises Fenced.
+        """Take over what lies at the workers of a map, and where an earlier life here had any; at every other
+        worker too where that is not all the map names, for a shard may have moved since, or where there is no
+        map. A worker that cannot be reached counts as having nothing. Raises Fenced.
 
         Each worker confirms the tokens of its own shards. What lies behind a token that differs at any of
         them is given back, wherever it is.
         """
-        self._give_up_earlier_life(key, shard_map)
-        found: list[HeldShard] = []
-        differences: list[int] = []
-        named = None if shard_map is None else {(shard.worker, shard.epoch) for shard in shard_map}
-        for peer in self._members.peers():
-            if named is not None and (peer.worker, peer.epoch) not in named:
-                continue
+        named = {(held.worker, held.epoch) for held in self._holders.take(key)}
+        named |= {(shard.worker, shard.epoch) for shard in shard_map or ()}
+        peers = self._members.peers()
+        first = [peer for peer in peers if shard_map is None or (peer.worker, peer.epoch) in named]
+        adoptions = [self._adopt_at(peer, key, generation, token_ids) for peer in first]
+        if not _has_all(adoptions, shard_map or (), len(token_ids)):
+            rest = [peer for peer in peers if peer not in first]
+            adoptions += [self._adopt_at(peer, key, generation, token_ids) for peer in rest]
+        found = [held for adoption in adoptions for held in adoption.shards]
+        differences = (adoption.first_difference for adoption in adoptions)
+        differs_at = min((at for at in differences if at is not None), default=inf)
+        for held in found:
+            if held.committed_end > differs_at:
+                self.release_shard(key, Placed(held.shard, held.generation))
+        return _without_overlaps(held for held in found if held.committed_end <= differs_at)
+
+    def _adopt_at(
+        self, peer: AttentionPeer, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
+    ) -> Adoption:
+        """Nothing where the worker does not answer. One that is only late is asked twice, while it is a
+        member: what it has may be most of a long prompt. Raises Fenced.
+        """
+        for _ in range(2):
             try:
                 adoption = peer.adopt(key, generation, token_ids)
             except Fenced:
                 raise
             except AnabranchError as error:
-                _log.warning(
-                    "adopt_failed", request_id=key.request_id, peer=peer.worker, problem=error.message
-                )
-                continue
-            if adoption.shards:
-                self._holders.put(key, Held(peer.worker, peer.epoch, generation))
-                found += adoption.shards
-            if adoption.first_difference is not None:
-                differences.append(adoption.first_difference)
-        void = [held for held in found if differences and held.committed_end > min(differences)]
-        for held in void:
-            self.release_shard(key, Placed(held.shard, held.generation))
-        return _without_overlaps(held for held in found if held not in void)
-
-    def _give_up_earlier_life(self, key: SequenceKey, shard_map: Sequence[ShardRef] | None) -> None:
-        """Forget what an earlier life of a sequence, here, is known to hold: its generation is over, and
-        nothing may be asked for under it. What lies at workers that a map does not name is given back.
-        """
-        named = {shard.worker for shard in shard_map or ()}
-        for held in self._holders.take(key):
-            if shard_map is None or held.worker in named:
-                continue
-            try:
-                self._release_at(key, held)
-            except AnabranchError as error:  # another life holds it, or its lease ends by itself
-                _log.info(
-                    "release_failed", request_id=key.request_id, peer=held.worker, problem=error.message
-                )
+                is_late = isinstance(error, DeadlineExceeded)
+                _tell("adopt_failed", key, peer.worker, error)
+                if not is_late or self._members.peer(peer.worker, peer.epoch) is not peer:
+                    break
+            else:
+                if adoption.shards:
+                    self._holders.put(key, Held(peer.worker, peer.epoch, generation))
+                return adoption
+        return Adoption()
 
     def pull(self, wanted: PullWanted) -> Placed | None:
         """Let the target copy from the source; the copy with all it has by now, None where nothing came.
@@ -213,9 +219,7 @@ class Rooms:
             if not peer.locate(key):
                 self._holders.take_one(key, shard.worker)
         except AnabranchError as error:  # its lease ends by itself
-            _log.warning(
-                "release_failed", request_id=key.request_id, peer=shard.worker, problem=error.message
-            )
+            _tell("release_failed", key, shard.worker, error)
             return
         self._members.add_free(shard.worker, shard.epoch, blocks)
 
@@ -225,9 +229,7 @@ class Rooms:
             try:
                 self._release_at(key, held, computed_end)
             except AnabranchError as error:  # its lease ends by itself
-                _log.warning(
-                    "release_failed", request_id=key.request_id, peer=held.worker, problem=error.message
-                )
+                _tell("release_failed", key, held.worker, error)
 
     def trim(self, key: SequenceKey, workers: Iterable[WorkerId], keep_from: int) -> None:
         """Give back what lies at these workers before a position. What a worker keeps because it does not
@@ -240,9 +242,7 @@ class Rooms:
             try:
                 blocks = peer.trim(key, held.generation, keep_from)
             except AnabranchError as error:
-                _log.warning(
-                    "trim_failed", request_id=key.request_id, peer=held.worker, problem=error.message
-                )
+                _tell("trim_failed", key, held.worker, error)
             else:
                 self._members.add_free(held.worker, held.epoch, blocks)
 
@@ -257,7 +257,7 @@ class Rooms:
         except Fenced:
             raise
         except AnabranchError as error:
-            _log.warning("release_failed", request_id=key.request_id, peer=held.worker, problem=error.message)
+            _tell("release_failed", key, held.worker, error)
 
     def _next(
         self, first: int, end: int, shards: Iterable[Placed], refusing: set[WorkerId]
@@ -285,7 +285,7 @@ class Rooms:
             self._members.set_free(allotment.worker, allotment.epoch, 0)
             return None
         except InvalidRequest as error:
-            _log.warning("strays", request_id=wanted.key.request_id, peer=peer.worker, problem=error.message)
+            _tell("strays", wanted.key, peer.worker, error)
             self._release_strays(wanted.key, peer, shards)
             return None
         except Fenced:
@@ -295,9 +295,7 @@ class Rooms:
             # otherwise nobody is placed there, for each attempt may take its whole deadline.
             self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
             self._members.set_free(allotment.worker, allotment.epoch, 0)
-            _log.warning(
-                "reserve_failed", request_id=wanted.key.request_id, peer=peer.worker, problem=error.message
-            )
+            _tell("reserve_failed", wanted.key, peer.worker, error)
             return None
         self._members.set_free(allotment.worker, allotment.epoch, reservation.blocks_available)
         self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
@@ -313,7 +311,7 @@ class Rooms:
                 if (peer.worker, peer.epoch, held.shard.shard) not in named:
                     peer.release_shard(key, held.generation, held.shard.shard)
         except AnabranchError as error:
-            _log.warning("release_failed", request_id=key.request_id, peer=peer.worker, problem=error.message)
+            _tell("release_failed", key, peer.worker, error)
 
     def _generation_at(self, key: SequenceKey, worker: WorkerId, epoch: Epoch, new: Generation) -> Generation:
         """A worker knows one generation of a sequence: the one of what it holds, or else a new one."""
@@ -334,9 +332,7 @@ class Rooms:
             raise
         except AnabranchError as error:
             self._holders.put(wanted.key, Held(peer.worker, peer.epoch, wanted.generation))
-            _log.warning(
-                "acquire_failed", request_id=wanted.key.request_id, peer=peer.worker, problem=error.message
-            )
+            _tell("acquire_failed", wanted.key, peer.worker, error)
             return None
         self._members.set_free(source.worker, source.epoch, found.blocks_available)
         if found.shard is not None:
@@ -348,6 +344,10 @@ class Rooms:
         if peer is not None:
             blocks = peer.release(key, held.generation, computed_end)
             self._members.add_free(held.worker, held.epoch, blocks)
+
+
+def _tell(event: str, key: SequenceKey, worker: WorkerId, error: AnabranchError) -> None:
+    _log.warning(event, request_id=key.request_id, peer=worker, problem=error.message)
 
 
 def _grown_by(shards: Iterable[Placed], allotment: Allotment) -> Placed | None:
@@ -370,6 +370,15 @@ def _known_start(grown: Placed | None, allotment: Allotment) -> int:
 def _is_meant(reserved: ShardRef, grown: Placed | None, allotment: Allotment) -> bool:
     """Whether the worker gave the room to the shard that the map means."""
     return reserved.first == allotment.first if grown is None else reserved.shard == grown.shard.shard
+
+
+def _has_all(adoptions: Sequence[Adoption], shard_map: Iterable[ShardRef], known: int) -> bool:
+    """Whether every shard that a map names of the first `known` positions begins where one was found. Their
+    ends tell nothing: what was not certain yet is given up.
+    """
+    found = [(held.shard.first, held.shard.end) for adoption in adoptions for held in adoption.shards]
+    begins = (shard.first for shard in shard_map if shard.first < known)
+    return all(any(first <= begin < end for first, end in found) for begin in begins)
 
 
 def _without_overlaps(found: Iterable[HeldShard]) -> Adopted:

@@ -67,6 +67,10 @@ class Answer:
         times = [self.sent_s, *self.arrivals_s]
         return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
 
+    def heard_before(self, moment_s: float) -> float:
+        """When its last token before a moment arrived; when it was sent where none did."""
+        return max((arrival_s for arrival_s in self.arrivals_s if arrival_s <= moment_s), default=self.sent_s)
+
     def silence_at(self, moment_s: float) -> tuple[float, bool] | None:
         """The silence around a moment while it was open: how long, and whether the stream was opened anew in
         it. None where it was not open, or no token came after it.

@@ -129,7 +129,7 @@ def _fault(course: Course, struck: Struck) -> dict[str, Any]:
     until_s = struck.at_s + struck.whole_again_s
     events = _events_between(course, struck.at_s, until_s)
     touched = _touched(course, struck, events)
-    recomputed = 0 if struck.fault.role == "attention" else _recomputed(course, events)
+    recomputed = 0 if struck.fault.role == "attention" else _recomputed(course, struck, events)
     return {
         "at": datetime.fromtimestamp(struck.at_s + course.clock_offset_s, UTC).isoformat(),
         "role": struck.fault.role,
@@ -173,26 +173,39 @@ def _touched(course: Course, struck: Struck, events: Sequence[Mapping[str, Any]]
     return [extra_s for extra_s, _ in found]
 
 
-def _recomputed(course: Course, events: Sequence[Mapping[str, Any]]) -> int:
-    """Prompt tokens that a take-over did not find though an output token shows that they were computed."""
-    prompts = {f"{answer.request.name}-chaos": len(answer.request.prompt) for answer in course.disturbed}
-    lost = {event["request_id"] for event in events if event["event"] == "shards_lost"}
+def _recomputed(course: Course, struck: Struck, events: Sequence[Mapping[str, Any]]) -> int:
+    """Prompt tokens that a take-over did not find though an output token shows that they were computed. What
+    an attention worker had lost is computed again in any case, even if that was before the fault: until then
+    no further token comes.
+    """
+    answers = {f"{answer.request.name}-chaos": answer for answer in course.disturbed}
+    heard_s = {name: answer.heard_before(struck.at_s) for name, answer in answers.items()}
+    lost = {
+        event["request_id"]
+        for event in _events_between(course, -math.inf, struck.at_s + struck.whole_again_s)
+        if event["event"] == "shards_lost"
+        and _moment(course, event) >= heard_s.get(event["request_id"], math.inf)
+    }
+    prompts = {name: len(answer.request.prompt) for name, answer in answers.items() if name not in lost}
     return sum(
         max(0, prompts[event["request_id"]] - event["found"])
         for event in events
         if event["event"] == "admitted"
         and event["request_id"] in prompts
-        and event["request_id"] not in lost
         and event["tokens"] > prompts[event["request_id"]] + 1
     )
 
 
+def _moment(course: Course, event: Mapping[str, Any]) -> float:
+    """When an event was logged, in monotonic seconds."""
+    return datetime.fromisoformat(event["time"]).timestamp() - course.clock_offset_s
+
+
 def _events_between(course: Course, from_s: float, until_s: float) -> list[Mapping[str, Any]]:
     """What any process logged in a stretch of monotonic time."""
-    offset_s = course.clock_offset_s
     return [
         event
         for events in course.logs.values()
         for event in events
-        if from_s <= datetime.fromisoformat(event["time"]).timestamp() - offset_s <= until_s
+        if from_s <= _moment(course, event) <= until_s
     ]
