@@ -6,8 +6,9 @@ request takes 80 % of an arena while clients in a closed loop bring short ones, 
 of the Azure conversation trace (fitted: nine quantiles of prompts and of outputs, joined by lines), clipped.
 Tokens per second of all streams with `placement.instances: borrowing` over those of `separate`, where the
 better of waiting (a sequence begins when there is room for all of it) and preempting (room grows, the last
-gives way) counts; three caps of the arenas, three seeds. And with short requests alone, where borrowing can
-only cost.
+gives way) counts; three caps of the arenas, three seeds. There are as many clients as what both arenas have
+beside the long request holds of short ones, each at the mean of what it holds while it runs. And with short
+requests alone, where borrowing can only cost.
 
 Beside it what DistKV-LLM's model says: batches by memory, steps by T(b) = base + each x b, fitted to short
 requests alone at two batch sizes, prefill included.
@@ -41,7 +42,7 @@ from tests.processes import process_cluster
 SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 PROMPTS = (2, 181, 207, 396, 1020, 1189, 2735, 4083, 14050)
 OUTPUTS = (1, 41, 54, 85, 129, 395, 424, 451, 1000)
-PROMPT_MOST, OUTPUT_LEAST, OUTPUT_MOST = 256, 16, 256
+PROMPT_MOST, OUTPUT_LEAST, OUTPUT_MOST = 128, 16, 256
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -86,6 +87,12 @@ def short(generator: random.Random) -> tuple[int, int]:
     prompt = min(PROMPT_MOST, round(drawn(PROMPTS, generator)))
     output = min(OUTPUT_MOST, max(OUTPUT_LEAST, round(drawn(OUTPUTS, generator))))
     return prompt, output
+
+
+def held(requests: Sequence[tuple[int, int]]) -> float:
+    """Mean tokens of a running short request: it grows from its prompt on, and long outputs run longer."""
+    steps = sum(output for _, output in requests)
+    return sum(output * (prompt + output / 2) for prompt, output in requests) / steps
 
 
 def rate(client: Client, load: Load, seed: int, seconds: float) -> float:
@@ -140,15 +147,15 @@ def settings(cap: int, token_bytes: int, mode: str) -> dict[str, Any]:
     }
 
 
-def predicted(cap: int, clients: int, step: Line, tokens_each: float) -> float:
+def predicted(cap: int, clients: int, step: Line, held_each: float) -> float:
     """Gain of borrowing: clients are halved between instances, memory says how many of them run."""
-    half, spare = clients / 2, (1 - LONG_SHARE) * cap / tokens_each
+    half, spare = clients / 2, (1 - LONG_SHARE) * cap / held_each
 
     def tokens_per_s(batch: float) -> float:
         return batch / step.at(batch) if batch else 0.0
 
-    separate = tokens_per_s(1 + min(half, spare)) + tokens_per_s(min(half, cap / tokens_each))
-    fitting = min(clients, (2 - LONG_SHARE) * cap / tokens_each) / 2
+    separate = tokens_per_s(1 + min(half, spare)) + tokens_per_s(min(half, cap / held_each))
+    fitting = min(clients, (2 - LONG_SHARE) * cap / held_each) / 2
     return (tokens_per_s(1 + fitting) + tokens_per_s(fitting)) / separate
 
 
@@ -185,7 +192,7 @@ def main() -> None:
 def compare(model: Path, seconds: float) -> dict[str, Any]:
     """Every cell, measured and predicted."""
     generator = random.Random(0)
-    tokens_each = statistics.mean(sum(short(generator)) for _ in range(10_000))
+    held_each = held([short(generator) for _ in range(10_000)])
     few, many = Load(2), Load(12)
     alone = measure(model, 8192, "borrowing", [few, many], seconds)
     separate = measure(model, 8192, "preempting", [many], seconds)[0]
@@ -196,11 +203,11 @@ def compare(model: Path, seconds: float) -> dict[str, Any]:
     step = Line.through(points, is_fixed=True)
     cells = []
     for cap in CAPS:
-        load = Load(int((2 - LONG_SHARE) * cap / tokens_each), int(LONG_SHARE * cap))
+        load = Load(int((2 - LONG_SHARE) * cap / held_each), int(LONG_SHARE * cap))
         rates = {mode: measure(model, cap, mode, [load], seconds)[0] for mode in MODES}
         better = max(statistics.median(rates["waiting"]), statistics.median(rates["preempting"]))
         gain = statistics.median(rates["borrowing"]) / better
-        expected = predicted(cap, load.clients, step, tokens_each)
+        expected = predicted(cap, load.clients, step, held_each)
         cells.append({"cap": cap, **asdict(load), "rates": rates, "gain": gain, "predicted": expected})
         print(f"arenas of {cap} tokens, {load}: {gain:.2f} x (predicted {expected:.2f})", flush=True)
     cost = 1 - statistics.median(alone[1]) / statistics.median(separate)
@@ -210,7 +217,7 @@ def compare(model: Path, seconds: float) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m tests.borrowing --json bench/borrowing.json",
         "model": SHAPE,
-        "tokens_each": tokens_each,
+        "held_each": held_each,
         "step": asdict(step),
         "cells": cells,
         "short_alone": {"borrowing": alone[1], "separate": separate, "cost": cost},
