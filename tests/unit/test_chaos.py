@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,6 +174,18 @@ def test_what_an_attention_worker_had_lost_is_no_failure_of_a_take_over(second: 
     lost = {"time": f"1970-01-01T00:00:{second}Z", "event": "shards_lost", "request_id": "chaos-0-0-chaos"}
     admitted = {**lost, "time": "1970-01-01T00:00:13Z", "event": "admitted", "tokens": 5, "found": 1}
     course.logs = {"dense-0": [{**lost, "peer": "attention-1"}], "dense-1": [admitted]}
+    assert verdict(course, _never, TIE)["faults"][0]["prompt_tokens_recomputed"] == recomputed
+
+
+@pytest.mark.parametrize(("moment", "recomputed"), [("15.9", 2), ("16.1", 0)])
+def test_a_take_over_that_comes_when_its_client_has_everything_is_none(moment: str, recomputed: int) -> None:
+    """A gateway was cut off with a resubmission on its way, while the client went on elsewhere to the end."""
+    request = _request(0)
+    calm = _answer(request, [1, 2, 3, 4])
+    struck = replace(_struck("gateway", "cut", 12.5), whole_again_s=9.0)
+    course = _course(calm, _answer(request, [11, 12, 15, 16]), struck)
+    admitted = {"event": "admitted", "request_id": "chaos-0-0-chaos", "tokens": 5, "found": 1}
+    course.logs = {"dense-1": [{"time": f"1970-01-01T00:00:{moment}Z", **admitted}]}
     assert verdict(course, _never, TIE)["faults"][0]["prompt_tokens_recomputed"] == recomputed
 
 

@@ -174,9 +174,11 @@ def _touched(course: Course, struck: Struck, events: Sequence[Mapping[str, Any]]
 
 
 def _recomputed(course: Course, struck: Struck, events: Sequence[Mapping[str, Any]]) -> int:
-    """Prompt tokens that a take-over did not find though an output token shows that they were computed. What
-    an attention worker had lost is computed again in any case, even if that was before the fault: until then
-    no further token comes.
+    """Prompt tokens that a take-over did not find though an output token shows that they were computed.
+
+    Two take-overs are passed over. What an attention worker had lost is computed again in any case, even if
+    that was before the fault: until then no further token comes. And a gateway that was cut off may have sent
+    one on its way that arrives once its client has everything: nothing of it is computed, nobody claims it.
     """
     answers = {f"{answer.request.name}-chaos": answer for answer in course.disturbed}
     heard_s = {name: answer.heard_before(struck.at_s) for name, answer in answers.items()}
@@ -186,13 +188,15 @@ def _recomputed(course: Course, struck: Struck, events: Sequence[Mapping[str, An
         if event["event"] == "shards_lost"
         and _moment(course, event) >= heard_s.get(event["request_id"], math.inf)
     }
-    prompts = {name: len(answer.request.prompt) for name, answer in answers.items() if name not in lost}
-    return sum(
-        max(0, prompts[event["request_id"]] - event["found"])
+    open_s = {name: answer.ended_s for name, answer in answers.items() if name not in lost}
+    taken_over = [
+        (len(answers[event["request_id"]].request.prompt), event)
         for event in events
         if event["event"] == "admitted"
-        and event["request_id"] in prompts
-        and event["tokens"] > prompts[event["request_id"]] + 1
+        and _moment(course, event) < open_s.get(event["request_id"], -math.inf)
+    ]
+    return sum(
+        max(0, prompt - event["found"]) for prompt, event in taken_over if event["tokens"] > prompt + 1
     )
 
 
