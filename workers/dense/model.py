@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cluster.model_spec import ModelSpec
 from workers.dense.attention_port import AttentionPort
+from workers.dense.layers import Tables, decoder_layer
 from workers.dense.operators import select_operators
 from workers.dense.rope import RotaryEmbedding
-from workers.dense.weights import DecoderWeights, LayerWeights, Progress, Projection, load_weights
+from workers.dense.weights import DecoderWeights, Progress, Projection, load_weights
 
 
 class Decoder:
@@ -32,6 +33,9 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self._weights = weights
         self.operators = select_operators(self.dtype, self.device)
+        self._layers = tuple(
+            decoder_layer(layer, self.operators, spec.head_size, spec.rms_epsilon) for layer in weights.layers
+        )
         self._rope = RotaryEmbedding(spec.rope, spec.head_size, self.dtype, self.device)
 
     @classmethod
@@ -55,13 +59,16 @@ class Decoder:
         layer's query, key and value have left and before their answer is awaited: run another
         micro-batch there. Returns the final-normed hidden states [rows, hidden_size].
         """
-        layers = self._weights.layers
+        weights = self._weights
         hidden, normed, tables = self._begin(token_ids, positions)
-        next_norms = [*(layer.input_norm for layer in layers[1:]), self._weights.final_norm]
-        for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
-            self._send(index, layer, normed, tables if self.spec.uses_rope[index] else None, attention)
+        next_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.final_norm]
+        for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
+            turns = tables if self.spec.uses_rope[index] else None
+            # q leaves before k and v are computed (Lamina, arXiv 2405.01814).
+            attention.send_query(index, layer.query(normed, turns))
+            attention.send_key_value(index, *layer.key_value(normed, turns))
             yield
-            hidden, normed = self._absorb(layer, hidden, attention.receive(index), next_norm)
+            hidden, normed = layer.absorb(hidden, attention.receive(index), next_norm)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -72,46 +79,13 @@ class Decoder:
         """Every matrix product of a step, in order: what remains of it without attention and all else."""
         return self._weights.projections()
 
-    def _begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def _begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tables]:
         """Embeddings [rows, hidden], normed for the first layer, and the tables of rope for all layers."""
         assert token_ids.shape == positions.shape, (
             f"{tuple(token_ids.shape)} tokens, {tuple(positions.shape)} positions"
         )
         assert token_ids.ndim == 1, "rows are flat: one entry per token"
         hidden = torch.nn.functional.embedding(token_ids, self._weights.embedding)
-        normed = self._norm(hidden, self._weights.layers[0].input_norm)
+        first_norm = self._weights.layers[0].input_norm
+        normed = self.operators.rms_norm(hidden, first_norm, self.spec.rms_epsilon)
         return hidden, normed, self._rope.tables(positions)
-
-    def _send(
-        self,
-        index: int,
-        layer: LayerWeights,
-        normed: Tensor,
-        tables: tuple[Tensor, Tensor] | None,
-        attention: AttentionPort,
-    ) -> None:
-        """Projections; q leaves before k and v are computed (Lamina, arXiv 2405.01814)."""
-        rows, head_size = normed.shape[0], self.spec.head_size
-        query = layer.query(normed).view(rows, -1, head_size)
-        attention.send_query(index, self._turn(query, layer.query_norm, tables))
-        keys, values = layer.key_value(normed).view(rows, 2, -1, head_size).unbind(1)
-        attention.send_key_value(index, self._turn(keys, layer.key_norm, tables), values)
-
-    def _turn(self, heads: Tensor, norm: Tensor | None, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[rows, heads, head_size], normed per head and rotated if asked; rows may be strided."""
-        if norm is not None:
-            heads = self._norm(heads, norm)
-        return heads if tables is None else self.operators.rotate(heads, *tables)
-
-    def _absorb(
-        self, layer: LayerWeights, hidden: Tensor, attended: Tensor, next_norm: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Output projection and MLP with their residuals: [rows, hidden], also normed for what is next."""
-        hidden, normed = self._add_norm(hidden, layer.output(attended.flatten(1)), layer.post_attention_norm)
-        return self._add_norm(hidden, layer.down(layer.gated(normed)), next_norm)
-
-    def _norm(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return self.operators.rms_norm(rows, weight, self.spec.rms_epsilon)
-
-    def _add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return self.operators.add_rms_norm(hidden, update, weight, self.spec.rms_epsilon)

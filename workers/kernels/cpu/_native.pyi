@@ -157,3 +157,40 @@ class RowOperators:
     def best(
         self, numbers: int, place: int, best: int, second: int, rows: int, size: int, threads: int, /
     ) -> None: ...
+
+PackedWeights = tuple[int, int, int, int, bool]
+"""Addresses of weights and bias, inputs, outputs, whether gated."""
+
+class DecoderLayer:
+    """A layer between two attentions, of bfloat16 at addresses, which the caller vouches for."""
+
+    def __init__(
+        self,
+        level: str,
+        query: PackedWeights,
+        key_value: PackedWeights,
+        output: PackedWeights,
+        gated: PackedWeights,
+        down: PackedWeights,
+        query_norm: int,
+        key_norm: int,
+        attended_norm: int,
+        head_size: int,
+        epsilon: float,
+        /,
+    ) -> None: ...
+    def query(self, normed: int, cos: int, sin: int, out: int, rows: int, threads: int, /) -> None: ...
+    def key_value(
+        self, normed: int, cos: int, sin: int, out: int, keys: int, rows: int, threads: int, /
+    ) -> None: ...
+    def absorb(
+        self,
+        hidden: int,
+        attended: int,
+        next_norm: int,
+        kept: int,
+        normed: int,
+        rows: int,
+        threads: int,
+        /,
+    ) -> None: ...

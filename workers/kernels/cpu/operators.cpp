@@ -3,8 +3,10 @@
 #include "operators.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "boundary.h"
 #include "pool.h"
@@ -83,7 +85,6 @@ class RowOperators {
              std::to_string(outputs) + " outputs over " + std::to_string(threads) + " threads");
     const Product work{at(rows), at(weights), at(bias), at(out), count, inputs, outputs, gated};
     const int64_t pairs = work.pairs();
-    nb::gil_scoped_release released;
     if (count >= own_rows * threads) {
       const int64_t blocks = (count + row_block - 1) / row_block;
       return Pool::get().run(threads, [&](int part) {
@@ -122,7 +123,6 @@ class RowOperators {
            int threads) const {
     if (rows < 0 || row < 1 || threads < 1 || threads > 1024)
       refuse(std::to_string(rows) + " rows of " + std::to_string(row) + " over " + std::to_string(threads) + " threads");
-    nb::gil_scoped_release released;
     const int64_t parts = std::min<int64_t>({threads, rows, rows * row / part_numbers});
     if (parts < 2) return operate(type_, work, 0, rows);
     Pool::get().run(static_cast<int>(parts), [&](int part) {
@@ -134,18 +134,95 @@ class RowOperators {
   Operators code_;
 };
 
+// Weights of a product: addresses of weights and bias, inputs, outputs, whether it is gated.
+using PackedWeights = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, bool>;
+
+// A decoder's layer between two attentions, over packed weights: what RowOperators do one after the other, in one call.
+// Between two calls from Python most of what it needs has left the caches, and threads fall asleep.
+class DecoderLayer {
+ public:
+  // Norms are addresses of their weights; 0 where heads have none.
+  DecoderLayer(const std::string& level, PackedWeights query, PackedWeights key_value, PackedWeights output,
+               PackedWeights gated, PackedWeights down, uintptr_t query_norm, uintptr_t key_norm,
+               uintptr_t attended_norm, int64_t head_size, float epsilon)
+      : operators_("bfloat16", level), query_(query), key_value_(key_value), output_(output), gated_(gated),
+        down_(down), query_norm_(query_norm), key_norm_(key_norm), attended_norm_(attended_norm),
+        head_size_(head_size), epsilon_(epsilon) {
+    if (head_size < 1 || std::get<3>(query) % head_size != 0 || std::get<3>(key_value) % (2 * head_size) != 0)
+      refuse("no heads of " + std::to_string(head_size));
+  }
+
+  // normed [rows, inputs] -> out [rows, heads, head size], normed where heads are, turned where there are tables.
+  void query(uintptr_t normed, uintptr_t cos, uintptr_t sin, uintptr_t out, int64_t rows, int threads) const {
+    const int64_t outputs = std::get<3>(query_), heads = outputs / head_size_;
+    multiply(query_, normed, out, rows, threads);
+    if (query_norm_ != 0) norm_heads(out, query_norm_, out, rows, heads, outputs, threads);
+    if (cos != 0) operators_.rotate(out, cos, sin, rows, heads, head_size_, outputs, threads);
+  }
+
+  // normed [rows, inputs] -> out [rows, 2, heads, head size], keys and values; the keys as above, and where heads are
+  // normed in memory of their own, keys [rows, heads, head size].
+  void key_value(uintptr_t normed, uintptr_t cos, uintptr_t sin, uintptr_t out, uintptr_t keys, int64_t rows,
+                 int threads) const {
+    const int64_t outputs = std::get<3>(key_value_), heads = outputs / (2 * head_size_);
+    multiply(key_value_, normed, out, rows, threads);
+    if (key_norm_ != 0) norm_heads(out, key_norm_, keys, rows, heads, outputs, threads);
+    if (cos == 0) return;
+    if (key_norm_ != 0)
+      operators_.rotate(keys, cos, sin, rows, heads, head_size_, heads * head_size_, threads);
+    else
+      operators_.rotate(out, cos, sin, rows, heads, head_size_, outputs, threads);
+  }
+
+  // attended [rows, heads x head size], hidden [rows, outputs], which becomes the layer's result -> normed, the same
+  // normed for what is next; kept [rows, gated outputs] is memory for what lies between.
+  void absorb(uintptr_t hidden, uintptr_t attended, uintptr_t next_norm, uintptr_t kept, uintptr_t normed,
+              int64_t rows, int threads) const {
+    const int64_t size = std::get<3>(output_);
+    multiply(output_, attended, normed, rows, threads);
+    operators_.norm(hidden, normed, attended_norm_, normed, rows, 1, size, size, epsilon_, threads);
+    multiply(gated_, normed, kept, rows, threads);
+    multiply(down_, kept, normed, rows, threads);
+    operators_.norm(hidden, normed, next_norm, normed, rows, 1, size, size, epsilon_, threads);
+  }
+
+ private:
+  void multiply(const PackedWeights& weights, uintptr_t rows, uintptr_t out, int64_t count, int threads) const {
+    const auto& [places, bias, inputs, outputs, gated] = weights;
+    operators_.product(rows, places, bias, out, count, inputs, outputs, gated, threads);
+  }
+
+  void norm_heads(uintptr_t heads, uintptr_t norm, uintptr_t out, int64_t rows, int64_t count, int64_t stride,
+                  int threads) const {
+    operators_.norm(heads, 0, norm, out, rows, count, head_size_, stride, epsilon_, threads);
+  }
+
+  RowOperators operators_;
+  PackedWeights query_, key_value_, output_, gated_, down_;
+  uintptr_t query_norm_, key_norm_, attended_norm_;
+  int64_t head_size_;
+  float epsilon_;
+};
+
 }  // namespace
 
 void bind_operators(nb::module_& module) {
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<RowOperators>(module, "RowOperators")
       .def(nb::init<const std::string&, const std::string&>(), nb::arg("number_type"), nb::arg("level"))
-      .def("norm", &RowOperators::norm)
-      .def("rotate", &RowOperators::rotate)
-      .def("gate", &RowOperators::gate)
-      .def("own", &RowOperators::own)
-      .def("merge", &RowOperators::merge)
-      .def("best", &RowOperators::best)
-      .def("product", &RowOperators::product);
+      .def("norm", &RowOperators::norm, released)
+      .def("rotate", &RowOperators::rotate, released)
+      .def("gate", &RowOperators::gate, released)
+      .def("own", &RowOperators::own, released)
+      .def("merge", &RowOperators::merge, released)
+      .def("best", &RowOperators::best, released)
+      .def("product", &RowOperators::product, released);
+  nb::class_<DecoderLayer>(module, "DecoderLayer")
+      .def(nb::init<const std::string&, PackedWeights, PackedWeights, PackedWeights, PackedWeights, PackedWeights,
+                    uintptr_t, uintptr_t, uintptr_t, int64_t, float>())
+      .def("query", &DecoderLayer::query, released)
+      .def("key_value", &DecoderLayer::key_value, released)
+      .def("absorb", &DecoderLayer::absorb, released);
 }
 
 }  // namespace anabranch

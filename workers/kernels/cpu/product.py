@@ -43,10 +43,14 @@ class PackedProduct:
         self.outputs, self.inputs = outputs // 2 if gated else outputs, inputs
         self._is_gated = gated
         self._threads = threads
-        self._native = _native.RowOperators("bfloat16", level or _native.levels()[0])
+        self.level = level or _native.levels()[0]
+        self._native = _native.RowOperators("bfloat16", self.level)
         self._weights = _packed(weight, slabs, gated=gated)
         self.bias = None if bias is None else bias.contiguous()
-        self._places = (self._weights.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+        bias_place = 0 if self.bias is None else self.bias.data_ptr()
+        self.native: _native.PackedWeights = (
+            *(self._weights.data_ptr(), bias_place, self.inputs, self.outputs, gated),
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -64,14 +68,9 @@ class PackedProduct:
             raise ValueError(f"{inputs.dtype} {list(shape)} on {inputs.device} for {self.inputs} inputs")
         rows = inputs.contiguous()
         out = torch.empty((shape[0], self.outputs), dtype=torch.bfloat16)
+        weights, bias, inputs_each, outputs, gated = self.native
         self._native.product(
-            rows.data_ptr(),
-            *self._places,
-            out.data_ptr(),
-            shape[0],
-            self.inputs,
-            self.outputs,
-            self._is_gated,
+            *(rows.data_ptr(), weights, bias, out.data_ptr(), shape[0], inputs_each, outputs, gated),
             self._threads or torch.get_num_threads(),
         )
         return out
