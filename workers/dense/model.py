@@ -33,7 +33,7 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self._weights = weights
         self.operators = select_operators(self.dtype, self.device)
-        self._layers = tuple(
+        self.layers = tuple(
             decoder_layer(layer, self.operators, spec.head_size, spec.rms_epsilon) for layer in weights.layers
         )
         self._rope = RotaryEmbedding(spec.rope, spec.head_size, self.dtype, self.device)
@@ -62,7 +62,7 @@ class Decoder:
         weights = self._weights
         hidden, normed, tables = self._begin(token_ids, positions)
         next_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.final_norm]
-        for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
+        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             turns = tables if self.spec.uses_rope[index] else None
             # q leaves before k and v are computed (Lamina, arXiv 2405.01814).
             attention.send_query(index, layer.query(normed, turns))

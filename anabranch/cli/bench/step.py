@@ -43,7 +43,7 @@ class ModeSamples:
 
     steps: list[dict[str, float]] = field(default_factory=list)
     products_s: list[float] = field(default_factory=list)
-    operators_s: list[float] = field(default_factory=list)
+    computed_s: list[float] = field(default_factory=list)
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def of(self, *parts: str) -> list[float]:
@@ -91,7 +91,7 @@ def _take_turns(modes: Mapping[str, Answer], repeats: int, say: Say) -> Samples:
                 kept = samples.setdefault((mode, turn.name), ModeSamples())
                 kept.steps += found["steps"]
                 kept.products_s += found["products_s"]
-                kept.operators_s += found["operators_s"]
+                kept.computed_s += found["computed_s"]
                 kept.trace = found["trace"]
     return samples
 
@@ -110,8 +110,7 @@ def _results(samples: Samples, settings: Mapping[str, Any], floors: Floors) -> R
     split, whole = samples["split", _LARGE.name], samples["monolithic", _LARGE.name]
     one_core = samples["one_core", _LARGE.name]
     small = samples["one_core", _OVERHEAD.name]
-    kernels = (small.products_s, small.operators_s, small.of("attention_s"))
-    spent = [sum(parts) for parts in zip(*kernels, strict=True)]
+    spent = [sum(parts) for parts in zip(small.computed_s, small.of("attention_s"), strict=True)]
     return {
         "step": {
             "seconds": steps,
@@ -130,7 +129,7 @@ def _results(samples: Samples, settings: Mapping[str, Any], floors: Floors) -> R
             ),
             "tax_predicted": _predicted(split, whole, "tax"),
             "overhead_share": ratio(
-                ("matrix products, operators and attention", spent),
+                ("layers, head and attention", spent),
                 ("step", small.of("wall_s")),
                 "s",
                 complement=True,

@@ -130,8 +130,8 @@ class DenseBench:
         self._filler = Filler(self._peer(), self._geometry)
 
     def run(self, turn: Turn) -> dict[str, Any]:
-        """Steps of a batch, without the first ones; and the seconds of its matrix products, and of its other
-        operators over rows, alone.
+        """Steps of a batch, without the first ones; and the seconds of its matrix products, and of all that
+        it computes beside attention, alone.
         """
         keys = [SequenceKey(f"bench-{next(self._numbers)}") for _ in range(turn.batch)]
         steps = turn.steps + _WARM_UP_STEPS
@@ -143,9 +143,9 @@ class DenseBench:
         found = self._steps.found[_WARM_UP_STEPS:]
         rows = max(1, round(turn.batch / (found[-1]["micro_batches"] if found else 1)))
         products = [self._products_s(rows) * turn.batch / rows for _ in found]
-        operators = [self._operators_s(rows) * turn.batch / rows for _ in found]
+        computed = [self._computed_s(rows) * turn.batch / rows for _ in found]
         spans = self._steps.trace.last_steps(_TRACED_STEPS) if turn.traced else []
-        return {"steps": found, "products_s": products, "operators_s": operators, "trace": spans}
+        return {"steps": found, "products_s": products, "computed_s": computed, "trace": spans}
 
     def close(self) -> None:
         """End the engine, and the cache if it is here."""
@@ -166,23 +166,21 @@ class DenseBench:
                 linear(inputs[linear.inputs])
             return monotonic() - began_s
 
-    def _operators_s(self, rows: int) -> float:
-        """Seconds of what the layers of one decoding step do to `rows` rows between their products."""
-        operators, sizes, dtype = self._decoder.operators, self._geometry, self._decoder.dtype
-        hidden, update = (torch.ones(rows, self._decoder.spec.hidden_size, dtype=dtype) for _ in range(2))
-        weight = torch.ones(self._decoder.spec.hidden_size, dtype=dtype)
-        query = torch.ones(rows, sizes.query_heads, sizes.head_size, dtype=dtype)
-        key, value = (torch.ones(rows, sizes.kv_heads, sizes.head_size, dtype=dtype) for _ in range(2))
+    def _computed_s(self, rows: int) -> float:
+        """Seconds of what one decoding step computes over `rows` beside attention: layers, merges, head."""
+        decoder, sizes, dtype = self._decoder, self._geometry, self._decoder.dtype
+        hidden, normed = (torch.ones(rows, decoder.spec.hidden_size, dtype=dtype) for _ in range(2))
+        norm = torch.ones(decoder.spec.hidden_size, dtype=dtype)
         angles = torch.ones(rows, 1, sizes.head_size // 2, dtype=dtype)
         shard = torch.ones(rows, sizes.query_heads, sizes.head_size), torch.ones(rows, sizes.query_heads)
         with torch.inference_mode():
             began_s = monotonic()
-            for _ in range(sizes.layers):
-                operators.rotate(query, angles, angles)
-                operators.rotate(key, angles, angles)
-                operators.merge_own(query, key, value, 1.0, shard)
-                operators.add_rms_norm(hidden, update, weight, 1e-5)
-                operators.add_rms_norm(hidden, update, weight, 1e-5)
+            for layer in decoder.layers:
+                query = layer.query(normed, (angles, angles))
+                own = layer.key_value(normed, (angles, angles))
+                attended = decoder.operators.merge_own(query, *own, 1.0, shard)
+                hidden, normed = layer.absorb(hidden, attended, norm)
+            decoder.logits(normed)
             return monotonic() - began_s
 
     def _find_member(self) -> AttentionMember:
