@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from cluster.config import TlsConfig
-from tests.helm.charts import Manifest, config_text, manifests, render
+from tests.helm.charts import CHART, NAMESPACE, RELEASE, Manifest, config_text, helm, manifests, render
 
 pytestmark = pytest.mark.system
 
@@ -104,3 +105,15 @@ def test_no_probe_needs_a_certificate(mode: str, tmp_path: Path) -> None:
                 assert probe["httpGet"]["path"].startswith("/health")
                 assert probe["httpGet"]["port"] in {port["name"] for port in _own(pod)["ports"]}
     assert probed == (MEMBERS if mode == "statefulset" else {"controller", "gateway"})
+
+
+def test_notes_and_readme_ask_the_same_names_of_a_certificate(tmp_path: Path) -> None:
+    """Those of the Services that speak TLS, and the one that members show."""
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump({"tls": TLS}))
+    install = ("install", RELEASE, str(CHART), "-n", NAMESPACE, "-f", str(file), "--dry-run=client")
+    told = set(re.findall(r"^   (demo-[\w.-]+)", helm(4, *install).stdout, re.MULTILINE))
+    table = re.findall(r"^\| `river-([\w.-]+)`", (CHART / "README.md").read_text(), re.MULTILINE)
+    assert told == {f"demo-{name}" for name in table}
+    services = {"demo-anabranch-controller", "demo-anabranch-gateway", "demo-anabranch-gateway-headless"}
+    assert told == {f"{name}.llm.svc" for name in services | {"demo-anabranch"}}
