@@ -263,7 +263,7 @@ class DisruptionBudget(Part):
 
 
 class NetworkPolicy(Part):
-    """Who may connect to what. Without TLS it is all that fences the pods: leave it on."""
+    """Who may connect to what. Without mutual TLS nothing else keeps strangers from joining: leave it on."""
 
     enabled: bool = Field(True, description="Fence internal ports; the network must enforce policies.")
     clients_from: Peers = Field([], description="Peers that may reach gateways, as in `from`; []: everybody.")
