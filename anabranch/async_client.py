@@ -12,13 +12,14 @@ import grpc
 from anabranch.answers import Health, Model, Tokenized, Topology
 from anabranch.async_stream import AsyncStream, ResponseCall, wait
 from anabranch.failover import Failover, next_pause_s
-from anabranch.gateways import HEALTH_CHECK, HEALTH_TIMEOUT_S, SILENCE_S, Gateways, health_of, health_request
+from anabranch.gateways import HEALTH_TIMEOUT_S, SILENCE_S, Gateways, health_of, health_request
 from anabranch.requests import ChatMessages, GenerateOptions, generate_request, tokenize_request
 from anabranch.resume import Generation
 from anabranch.v1 import inference_pb2, inference_pb2_grpc
 from cluster import rpc
 from cluster.config import TlsConfig
 from cluster.errors import NotFound, Unavailable
+from cluster.health import HEALTH_CHECK
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")

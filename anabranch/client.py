@@ -11,7 +11,7 @@ import grpc
 
 from anabranch.answers import Health, Model, Tokenized, Topology
 from anabranch.failover import Failover, next_pause_s
-from anabranch.gateways import HEALTH_CHECK, HEALTH_TIMEOUT_S, SILENCE_S, Gateways, health_of, health_request
+from anabranch.gateways import HEALTH_TIMEOUT_S, SILENCE_S, Gateways, health_of, health_request
 from anabranch.requests import ChatMessages, GenerateOptions, generate_request, tokenize_request
 from anabranch.resume import Generation
 from anabranch.stream import ResponseCall, Stream
@@ -19,6 +19,7 @@ from anabranch.v1 import inference_pb2, inference_pb2_grpc
 from cluster import rpc
 from cluster.config import TlsConfig
 from cluster.errors import NotFound, Unavailable
+from cluster.health import HEALTH_CHECK
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")

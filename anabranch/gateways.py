@@ -17,13 +17,6 @@ from cluster.rpc import DEFAULT_MESSAGE_BYTES
 
 _INFERENCE_SERVICE = "anabranch.v1.InferenceService"
 
-HEALTH_CHECK = (
-    "/grpc.health.v1.Health/Check",
-    health_pb2.HealthCheckRequest.SerializeToString,
-    health_pb2.HealthCheckResponse.FromString,
-)
-"""Method, serializer and deserializer: health's own stub does not tell its methods' types."""
-
 SILENCE_S = 3.0
 """Longer than a large prompt keeps a slow network's pings waiting. A stream that is left too early costs a
 resumption, of which a request has some two hundred.

@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cluster.config import PlacementConfig
 from cluster.errors import ConfigError
 from cluster.perfmodel import DeviceSpeed
+from cluster.placement_settings import PlacementConfig
 
 
 class HardwareClass(BaseModel):

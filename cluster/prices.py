@@ -17,9 +17,9 @@ from typing import TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster import hardware
-from cluster.config import PlacementConfig
 from cluster.errors import InvalidRequest
 from cluster.hardware import HardwareClass
+from cluster.placement_settings import PlacementConfig
 from cluster.telemetry_settings import CostConfig
 
 _MILLION = 1e6

@@ -7,6 +7,7 @@ server allows gets a quiet call killed (`ENHANCE_YOUR_CALM`).
 from __future__ import annotations
 
 import functools
+import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -50,7 +51,7 @@ def _sizes(message_bytes: int) -> list[tuple[str, Any]]:
 
 
 def channel_options(
-    message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+    address: str, tls: TlsConfig, message_bytes: int, silence_ms: int
 ) -> list[tuple[str, Any]]:
     """Options every channel of ours uses. The peer is asked after a third of the silence it is allowed; where
     that is often, only while a call is open.
@@ -65,7 +66,21 @@ def channel_options(
         ("grpc.keepalive_timeout_ms", answer_ms),
         ("grpc.http2.ping_timeout_ms", answer_ms),
     ]
-    return [*_CHANNEL_OPTIONS, *keepalive, *_sizes(message_bytes)]
+    return [*_CHANNEL_OPTIONS, *keepalive, *_sizes(message_bytes), *_expected_name(address, tls)]
+
+
+def _expected_name(address: str, tls: TlsConfig) -> list[tuple[str, Any]]:
+    """Whose name the peer's certificate must carry, where that is not the host of `address`."""
+    is_member = tls.member_name is not None and _is_ip_address(address.rpartition(":")[0].strip("[]"))
+    return [("grpc.ssl_target_name_override", tls.member_name)] if is_member else []
+
+
+def _is_ip_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def server_options(message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[tuple[str, Any]]:
@@ -102,7 +117,7 @@ def channel(
 ) -> grpc.Channel:
     """A synchronous channel to host:port; its calls break when the peer has been silent for `silence_ms`."""
     credentials = channel_credentials(tls)
-    options = channel_options(message_bytes, silence_ms)
+    options = channel_options(address, tls, message_bytes, silence_ms)
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, credentials, options)
@@ -113,7 +128,7 @@ def aio_channel(
 ) -> grpc.aio.Channel:
     """An asyncio channel to host:port; its calls break when the peer has been silent for `silence_ms`."""
     credentials = channel_credentials(tls)
-    options = channel_options(message_bytes, silence_ms)
+    options = channel_options(address, tls, message_bytes, silence_ms)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options)
     return grpc.aio.secure_channel(address, credentials, options)

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -88,12 +88,15 @@ def configure_logging(config: TelemetryConfig, **bound: Any) -> None:
     root.setLevel(config.log_level.upper())
 
 
-def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> int:
-    """Serve a registry for Prometheus on its own thread; returns the port."""
+def serve_metrics(registry: CollectorRegistry, host: str, port: int, problem: Callable[[str], str]) -> int:
+    """Serve a registry for Prometheus, and health for the kubelet, on its own thread; returns the port.
+
+    GET /health/SERVICE is 200, or 503 with the `problem` of that service; /health asks for the service "".
+    """
     server, _ = start_http_server(port, host, registry)
     app = server.get_app()
     assert app is not None
-    server.set_app(_in_plain_text(app))
+    server.set_app(_beside_health(_in_plain_text(app), problem))
     return int(server.server_port)
 
 
@@ -104,5 +107,20 @@ def _in_plain_text(app: WSGIApplication) -> WSGIApplication:
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return app(environ | {"HTTP_ACCEPT": ""}, start_response)
+
+    return answer
+
+
+def _beside_health(app: WSGIApplication, problem: Callable[[str], str]) -> WSGIApplication:
+    """The same app, but for /health and what lies below it."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        first, _, service = environ["PATH_INFO"].strip("/").partition("/")
+        if first != "health":
+            return app(environ, start_response)
+        found = problem(service)
+        status = "503 Service Unavailable" if found else "200 OK"
+        start_response(status, [("content-type", "text/plain; charset=utf-8")])
+        return [f"{found or 'serving'}\n".encode()]
 
     return answer

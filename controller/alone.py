@@ -18,6 +18,7 @@ from controller.balancer import BalancerSettings
 from controller.membership import MembershipTable, Terms
 from controller.metrics import serve_metrics
 from controller.registry_writer import registry_writer
+from controller.roles import is_wildcard
 from controller.service import ControlServer, ControlService
 
 _log = logger("controller")
@@ -37,8 +38,10 @@ def run_alone(config: Config, address: str, stop: threading.Event) -> None:
         table, draw_epoch(), geometry_message(geometry), tuple, _refuse, balancing=BalancerSettings.of(config)
     )
     with registry_writer(config, table, service.directory, on_taken=service.step_down) as writer:
-        serve_metrics(config, writer.metrics)
         server = ControlServer(config, service)
+        # Itself, not the address for others: those are led here once this is healthy.
+        own = "127.0.0.1" if is_wildcard(controller.host) else controller.host
+        serve_metrics(config, writer.metrics, f"{own}:{server.port}")
         writer.claim(service.welcome(), address, config.digest)
         writer.start()
         _log.info("controller_serving", port=server.port, address=address)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -137,6 +137,7 @@ class Controller:
         server = ControlServer(self._config, service)
         try:
             self.address = f"{fleet.address if roles.is_wildcard(host) else host}:{server.port}"
+            serve_metrics(self._config, writer.metrics, self.address)
             writer.claim(service.welcome(), self.address, self._config.digest)
             writer.start()
             self._observe(Opened(self.address, len(nodes)))
@@ -144,15 +145,12 @@ class Controller:
         finally:
             server.stop()
 
-    @contextmanager
-    def _registry(self, service: ControlService) -> Iterator[RegistryWriter]:
+    def _registry(self, service: ControlService) -> AbstractContextManager[RegistryWriter]:
         # The processes of a private Ray cluster ended with the controller that started it.
         inherits = self._config.ray.address is not None
-        with registry_writer(
+        return registry_writer(
             self._config, self._table, service.directory, inherits=inherits, on_taken=service.step_down
-        ) as writer:
-            serve_metrics(self._config, writer.metrics)
-            yield writer
+        )
 
     def _require_safe_hosts(self) -> None:
         """What each role would refuse to bind is refused before anything starts."""

@@ -1,7 +1,8 @@
-"""A certificate authority of the tests, and certificates it signs for loopback."""
+"""A certificate authority of the tests, and certificates it signs, for loopback unless told otherwise."""
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from cryptography.x509.oid import NameOID
 
 from cluster.config import TlsConfig
 
+LOOPBACK = ("localhost", "127.0.0.1")
+
 
 @dataclass(frozen=True)
 class Authority:
@@ -21,12 +24,10 @@ class Authority:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
-    def tls(self, name: str, mutual: bool = False) -> TlsConfig:
-        """A certificate for 127.0.0.1 and localhost, as configuration."""
+    def tls(self, name: str, mutual: bool = False, hosts: Sequence[str] = LOOPBACK) -> TlsConfig:
+        """A certificate for names and addresses, as configuration."""
         key = ec.generate_private_key(ec.SECP256R1())
-        alternatives = x509.SubjectAlternativeName(
-            [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        )
+        alternatives = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
         certificate = _builder(name, self.certificate.subject, key).add_extension(
             alternatives, critical=False
         )
@@ -48,6 +49,13 @@ def authority(folder: Path) -> Authority:
     )
     _write(folder / "authority.pem", certificate)
     return Authority(folder, key, certificate)
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
 def _name(common_name: str) -> x509.Name:

@@ -21,6 +21,7 @@ from cluster import config as configuration
 from cluster import fault_points
 from cluster.config import Config
 from cluster.errors import AnabranchError, ConfigError, ModelError, Unavailable, VersionMismatch
+from cluster.health import OwnHealth
 from cluster.signals import Interrupts
 from cluster.telemetry import EventLogger, configure_logging, logger, serve_metrics
 from cluster.types import Epoch, WorkerId, draw_epoch
@@ -69,19 +70,22 @@ class RoleContext:
             host = _address_towards(self.controller)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def serve_metrics(self, registry: CollectorRegistry, host: str) -> str:
-        """Serve Prometheus if telemetry.metrics_port says so; returns the address for others, or nothing.
+    def serve_metrics(self, registry: CollectorRegistry, host: str, grpc_port: int) -> str:
+        """Serve Prometheus if telemetry.metrics_port says so, and there the health of the gRPC server that
+        is bound to `host` and `grpc_port`; returns the address for others, or nothing.
 
-        A port that is taken (by another cluster on this machine, say) is replaced by a free one.
+        A port that is taken (by another cluster on this machine, say) is replaced by a free one. Raises
+        Unavailable as `reachable` does.
         """
         base = self.config.telemetry.metrics_port
         if base is None:
             return ""
+        health = OwnHealth(self.reachable(host, grpc_port), self.config.security.tls)
         wanted = self.config.port(base, _METRICS_OFFSET[self.role] + self.index)
         try:
-            port = serve_metrics(registry, host, wanted)
+            port = serve_metrics(registry, host, wanted, health.problem)
         except (OSError, OverflowError):  # taken, or beyond the last port
-            port = serve_metrics(registry, host, 0)
+            port = serve_metrics(registry, host, 0, health.problem)
         self.log.info("metrics", host=host, port=port)
         return self.reachable(host, port)
 

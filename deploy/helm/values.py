@@ -190,6 +190,19 @@ class Registry(Part):
     password_secret: PasswordSecret = Field(PasswordSecret(), description="Its password, by reference.")
 
 
+class Tls(Part):
+    """TLS between pods, and of gateways to clients, with one certificate for all pods."""
+
+    existing_secret: Name | None = Field(
+        None,
+        description="A Secret that exists, with tls.crt, tls.key and ca.crt, as cert-manager makes it; null: "
+        "plain text. The README says which names the certificate must carry.",
+    )
+    mutual: bool = Field(
+        False, description="Ask for a certificate that ca.crt has signed, of pods and of clients of gateways."
+    )
+
+
 class ApiKeys(Part):
     """Keys that clients must show, and their tenants and limits: `security.api_keys_file`."""
 
@@ -235,7 +248,7 @@ class Autoscaler(Part):
 
 
 class Probes(Part):
-    """gRPC health, asked by the kubelet."""
+    """Health, which the kubelet asks at the port of the metrics."""
 
     startup_seconds: Annotated[int, Field(ge=10)] = Field(
         600, description="Time a pod may take to load the model and to meet the controller."
@@ -250,7 +263,7 @@ class DisruptionBudget(Part):
 
 
 class NetworkPolicy(Part):
-    """Who may connect to what. Between pods of the release is plain text: leave it on."""
+    """Who may connect to what. Without mutual TLS nothing else keeps strangers from joining: leave it on."""
 
     enabled: bool = Field(True, description="Fence internal ports; the network must enforce policies.")
     clients_from: Peers = Field([], description="Peers that may reach gateways, as in `from`; []: everybody.")
@@ -297,6 +310,7 @@ class Values(Part):
     attention: Attention = Attention()
     kuberay: KubeRay = KubeRay()
     registry: Registry = Registry()
+    tls: Tls = Tls()
     api_keys: ApiKeys = ApiKeys()
     drain: Drain = Drain()
     autoscaler: Autoscaler = Autoscaler()

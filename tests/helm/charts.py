@@ -16,6 +16,9 @@ HELMS = {version: ROOT / ".venv" / "helm" / f"helm-{version}" for version in (3,
 OLDEST, NEWEST = "1.28", "1.37"
 """Versions of Kubernetes the manifests are checked against; the first is Chart.yaml's least."""
 
+NAMESPACE, RELEASE = "llm", "demo"
+"""Where `render` puts the chart, and as what."""
+
 Manifest = dict[str, Any]
 
 
@@ -29,7 +32,8 @@ def helm(version: int, *words: str) -> subprocess.CompletedProcess[str]:
 def render(version: int, values: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Render the chart as the release `demo` in the namespace `llm`, where all operators are there."""
     known = ("--kube-version", OLDEST, "-a", "monitoring.coreos.com/v1", "-a", "ray.io/v1")
-    return helm(version, "template", "demo", str(CHART), "-n", "llm", "-f", str(values), *known, *words)
+    release = (RELEASE, str(CHART), "-n", NAMESPACE)
+    return helm(version, "template", *release, "-f", str(values), *known, *words)
 
 
 def manifests(text: str) -> list[Manifest]:

@@ -12,16 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health_pb2
-
-from anabranch.gateways import HEALTH_CHECK
-from tests.helm.charts import ROOT, Manifest, config_files, selects
+from tests.helm.charts import NAMESPACE, ROOT, Manifest, config_files, selects
 from tests.system.hosts import Host
 
 _STARTED_S = 90.0
@@ -70,9 +68,18 @@ class Pod:
         return dict(container)
 
     @property
+    def role(self) -> str:
+        """Which component of the release it is."""
+        return str(self.manifest["metadata"]["labels"]["app.kubernetes.io/component"])
+
+    @property
     def grace_s(self) -> int:
         """What it gets from preStop to SIGKILL."""
         return int(self.manifest["spec"]["terminationGracePeriodSeconds"])
+
+    def port(self, name: str) -> int:
+        """The number of one of its ports."""
+        return next(int(port["containerPort"]) for port in self.container["ports"] if port["name"] == name)
 
     def environment(self) -> dict[str, str]:
         """Its variables, references resolved as the kubelet does."""
@@ -110,10 +117,12 @@ def pods_of(objects: Sequence[Manifest], hosts: Sequence[Host]) -> list[Pod]:
 class Node:
     """Starts pods, and ends them as Kubernetes does. Belongs to a process that reaches the pods' network."""
 
-    def __init__(self, folder: Path, objects: Sequence[Manifest], pods: Sequence[Pod], model: Path) -> None:
-        """`model`: the folder that the claim holds, below its name."""
+    def __init__(
+        self, folder: Path, objects: Sequence[Manifest], pods: Sequence[Pod], volumes: Mapping[str, Path]
+    ) -> None:
+        """`volumes`: by name, what claims and Secrets hold."""
         self._folder = folder
-        self._model = model
+        self._volumes = volumes
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "config").mkdir(exist_ok=True)
         for name, text in config_files(objects).items():
@@ -121,7 +130,8 @@ class Node:
         lines = ["127.0.0.1 localhost"]
         for service in (each for each in objects if each["kind"] == "Service"):
             chosen = (pod for pod in pods if selects(service["spec"]["selector"], pod.manifest))
-            lines += [f"{pod.host.address} {service['metadata']['name']}" for pod in chosen]
+            name = service["metadata"]["name"]
+            lines += [f"{pod.host.address} {name} {name}.{NAMESPACE}.svc" for pod in chosen]
         (folder / "hosts").write_text("\n".join(lines) + "\n")
 
     def start(self, pod: Pod) -> subprocess.Popen[bytes]:
@@ -139,7 +149,8 @@ class Node:
         return process
 
     def _mounts(self, pod: Pod) -> list[str]:
-        sources = {"config": self._folder / "config", "model": self._model, "scratch": self._scratch(pod)}
+        own = {"config": self._folder / "config", "scratch": self._scratch(pod)}
+        sources = {**self._volumes, **own}
         found = [f"{self._folder / 'hosts'}:/etc/hosts:ro"]
         for mount in pod.container["volumeMounts"]:
             mode = "ro" if mount.get("readOnly") else "rw"
@@ -164,15 +175,16 @@ class Node:
 
     def probe(self, pod: Pod, kind: str) -> bool:
         """Ask a probe once."""
-        asked: Mapping[str, Any] = pod.container[kind]["grpc"]
-        with grpc.insecure_channel(f"{pod.host.address}:{asked['port']}") as channel:
-            check = channel.unary_unary(*HEALTH_CHECK)
-            request = health_pb2.HealthCheckRequest(service=asked.get("service", ""))
-            try:
-                answer = check(request, timeout=pod.container[kind]["timeoutSeconds"])
-            except grpc.RpcError:
-                return False
-            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        asked: Mapping[str, Any] = pod.container[kind]["httpGet"]
+        url = f"http://{pod.host.address}:{pod.port(asked['port'])}{asked['path']}"
+        try:
+            urllib.request.urlopen(url, timeout=pod.container[kind]["timeoutSeconds"]).close()
+        except urllib.error.HTTPError as refusal:
+            refusal.close()
+            return False
+        except OSError:  # not yet listening
+            return False
+        return True
 
     def delete(self, pod: Pod) -> int:
         """preStop, SIGTERM, SIGKILL after the grace; returns the exit status."""

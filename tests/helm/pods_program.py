@@ -35,7 +35,7 @@ def main(rendered: str, model: str, folder: str, *hosts: str) -> None:
     """
     objects = manifests(Path(rendered).read_text())
     pods = pods_of(objects, [Host(*each.split("=")) for each in hosts])
-    node = Node(Path(folder), objects, pods, Path(model))
+    node = Node(Path(folder), objects, pods, {"model": Path(model)})
     test, serving = _part(pods)
     prometheus = Prometheus(Path(folder), objects, serving)
     try:
@@ -60,17 +60,13 @@ def main(rendered: str, model: str, folder: str, *hosts: str) -> None:
 
 
 def _part(pods: Sequence[Pod]) -> tuple[Pod, list[Pod]]:
-    (test,) = (pod for pod in pods if _role(pod) == "test")
+    (test,) = (pod for pod in pods if pod.role == "test")
     return test, [pod for pod in pods if pod is not test]
-
-
-def _role(pod: Pod) -> str:
-    return str(pod.manifest["metadata"]["labels"]["app.kubernetes.io/component"])
 
 
 def _leaving_order(pods: Sequence[Pod]) -> list[Pod]:
     order = ("gateway", "dense", "attention", "controller")
-    return sorted(pods, key=lambda pod: order.index(_role(pod)))
+    return sorted(pods, key=lambda pod: order.index(pod.role))
 
 
 def _holder_of_the_tail(found: Topology) -> str:
@@ -85,7 +81,7 @@ _VICTIMS: dict[str, Victim] = {"attention": _holder_of_the_tail, "dense": _who_c
 
 
 def _gateway(pods: Sequence[Pod]) -> Client:
-    gateway = next(pod for pod in pods if _role(pod) == "gateway")
+    gateway = next(pod for pod in pods if pod.role == "gateway")
     return Client(f"{gateway.host.address}:8650")
 
 

@@ -16,11 +16,8 @@ from typing import Any
 
 import yaml
 
-from tests.helm.charts import CHART, Manifest, selects
+from tests.helm.charts import CHART, NAMESPACE, RELEASE, Manifest, selects
 from tests.helm.pods import Pod
-
-NAMESPACE, RELEASE = "llm", "demo"
-"""Where `charts.render` puts the chart, and as what."""
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 MISSING = "no Prometheus: .ci/install-system installs Debian's"

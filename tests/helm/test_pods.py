@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.config import TlsConfig
+from tests.certificates import authority
+from tests.helm import tls_program
 from tests.helm.charts import manifests, render
 from tests.helm.pods import pods_of
 from tests.helm.pods_program import PROMPT, TOKENS
@@ -36,6 +39,14 @@ VALUES = {
     },
 }
 
+TLS_VALUES = VALUES | {
+    "dense": {"replicas": 1},
+    "attention": {"arena": "16MiB", "replicas": 1},
+    "tls": {"existingSecret": "certificates", "mutual": True},
+}
+NAMES = ("demo-anabranch.llm.svc", "demo-anabranch-controller.llm.svc", "demo-anabranch-gateway.llm.svc")
+"""What the chart's README asks of the certificate."""
+
 
 @pytest.fixture(scope="module")
 def claim(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,22 +58,45 @@ def claim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return claim
 
 
-@pytest.fixture(scope="module")
-def outcome(claim: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """What came of the program: see `tests.helm.pods_program`."""
-    folder = tmp_path_factory.mktemp("pods")
-    (folder / "values.yaml").write_text(yaml.safe_dump(VALUES))
+def _run(program: str, values: Mapping[str, Any], folder: Path, *given: str) -> Mapping[str, Any]:
+    """What a program says of a release with these values, told what was given."""
+    (folder / "values.yaml").write_text(yaml.safe_dump(values))
     rendered = render(4, folder / "values.yaml")
     assert rendered.returncode == 0, rendered.stderr
     (folder / "rendered.yaml").write_text(rendered.stdout)
     needed = len(pods_of(manifests(rendered.stdout), [Host("", "")] * 100))
     with network(needed + 1) as (node, *hosts):
         words = [f"{host.namespace}={host.address}" for host in hosts]
-        program = [sys.executable, "-m", "tests.helm.pods_program", str(folder / "rendered.yaml"), str(claim)]
-        process = node.start([*program, str(folder), *words], stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", f"tests.helm.{program}", str(folder / "rendered.yaml"), *given]
+        process = node.start([*command, str(folder), *words], stdout=subprocess.PIPE)
         output, _ = process.communicate(timeout=220)
     assert process.returncode == 0
     return dict(json.loads(output.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def outcome(claim: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """What came of the program: see `tests.helm.pods_program`."""
+    return _run("pods_program", VALUES, tmp_path_factory.mktemp("pods"), str(claim))
+
+
+@pytest.fixture(scope="module")
+def encrypted(claim: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """The same of a small release with mutual TLS: see `tests.helm.tls_program`."""
+    folder = tmp_path_factory.mktemp("tls")
+    signer = authority(folder)
+    client = signer.tls("client").model_copy(update={"member_name": NAMES[0]})
+    secret = _secret(folder / "secret", signer.tls("pods", hosts=NAMES))
+    return _run("tls_program", TLS_VALUES, folder, str(claim), str(secret), client.model_dump_json())
+
+
+def _secret(folder: Path, tls: TlsConfig) -> Path:
+    """A Secret as the kubelet mounts it."""
+    folder.mkdir()
+    for name, path in (("tls.crt", tls.certificate), ("tls.key", tls.key), ("ca.crt", tls.authority)):
+        assert path is not None
+        (folder / name).write_bytes(Path(path).read_bytes())
+    return folder
 
 
 @pytest.mark.parametrize("role", ["attention", "dense"])
@@ -103,3 +137,30 @@ def test_prometheus_takes_every_rule(outcome: Mapping[str, Any]) -> None:
     """It evaluates the release's alerts over real series without an error."""
     assert len(outcome["rules"]) > 5
     assert set(outcome["rules"].values()) == {"ok"}
+
+
+def test_with_tls_the_charts_own_test_passes(encrypted: Mapping[str, Any]) -> None:
+    """Members meet by addresses that no certificate knows, and a client's request is answered at the
+    Service's name, all with certificates on both sides.
+    """
+    status, answer = encrypted["test"]
+    assert status == 0, answer
+    assert json.loads(answer.splitlines()[-1])["usage"]["completion_tokens"] > 0
+
+
+def test_with_tls_every_token_is_the_references(encrypted: Mapping[str, Any], claim: Path) -> None:
+    """Over gRPC lanes, which TLS covers, as over those in plain text."""
+    (reference,) = reference_tokens(claim / "tiny", [tls_program.PROMPT], tls_program.TOKENS)
+    assert min(reference.gaps) > NEAR_TIE
+    assert tuple(encrypted["tokens"]) == reference.tokens
+
+
+def test_with_mutual_tls_who_has_no_certificate_is_refused(encrypted: Mapping[str, Any]) -> None:
+    """By every role, and by the gateway's HTTP; plain text is refused too, and who has one is answered."""
+    assert encrypted["https"] == [200, None]
+    problems = encrypted["problems"]
+    assert problems.keys() == {"gateway", "dense", "attention", "controller"}
+    for trusted, anonymous, plain in problems.values():
+        assert trusted == ""
+        assert anonymous
+        assert plain

@@ -189,7 +189,7 @@ def test_metrics_are_served_even_if_the_port_is_taken() -> None:
         taken.listen()
         wanted = taken.getsockname()[1]
         telemetry = TelemetryConfig(metrics_port=wanted - 100)
-        address = context_of(Config(telemetry=telemetry)).serve_metrics(registry, "127.0.0.1")
+        address = context_of(Config(telemetry=telemetry)).serve_metrics(registry, "127.0.0.1", 1)
     assert address not in ("", f"127.0.0.1:{wanted}")
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=DEADLINE_S) as page:
         assert b"words_total 3.0" in page.read()
@@ -203,12 +203,12 @@ def test_each_role_and_index_has_a_metrics_port_of_its_own(given: str, offset: i
         wanted = free.getsockname()[1]
     config = Config(telemetry=TelemetryConfig(metrics_port=wanted - offset - 5))
     context = RoleContext(given, config, WorkerId("x"), 5, draw_epoch(), "127.0.0.1:1")
-    assert context.serve_metrics(CollectorRegistry(), "127.0.0.1") == f"127.0.0.1:{wanted}"
+    assert context.serve_metrics(CollectorRegistry(), "127.0.0.1", 1) == f"127.0.0.1:{wanted}"
 
 
 def test_metrics_are_off_unless_asked_for() -> None:
     """No port, no server."""
-    assert context_of(Config()).serve_metrics(CollectorRegistry(), "127.0.0.1") == ""
+    assert context_of(Config()).serve_metrics(CollectorRegistry(), "127.0.0.1", 1) == ""
 
 
 def test_memory_is_read_from_the_kernel(tmp_path: Path) -> None:

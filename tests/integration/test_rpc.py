@@ -61,8 +61,8 @@ def _serve(error: errors.AnabranchError | None, security: SecurityConfig = PLAIN
     return server, port
 
 
-def _ask(port: int, tls: TlsConfig) -> control_pb2.GetFleetResponse:
-    with rpc.channel(f"localhost:{port}", tls) as channel:
+def _ask(port: int, tls: TlsConfig, host: str = "localhost") -> control_pb2.GetFleetResponse:
+    with rpc.channel(f"{host}:{port}", tls) as channel:
         stub = control_pb2_grpc.ControlServiceStub(channel)
         return stub.GetFleet(control_pb2.GetFleetRequest(), timeout=10)
 
@@ -154,6 +154,26 @@ def test_mutual_tls_demands_a_certificate(tmp_path: Path, closing: list[grpc.Ser
     assert _ask(port, signer.tls("client")).stopping
     with pytest.raises(grpc.RpcError):
         _ask(port, TlsConfig(authority=str(tmp_path / "authority.pem")))
+
+
+def test_a_member_that_is_reached_by_address_shows_its_name(
+    tmp_path: Path, closing: list[grpc.Server]
+) -> None:
+    """`member_name` stands for an address that is not in the certificate, and for nothing else: another name
+    is refused, and so is a host that is dialled by a name which the certificate lacks.
+    """
+    signer = authority(tmp_path)
+    tls = signer.tls("server", hosts=["members.test"])
+    server, port = _serve(None, SecurityConfig(tls=tls))
+    closing.append(server)
+    trusting = TlsConfig(authority=tls.authority)
+    named = trusting.model_copy(update={"member_name": "members.test"})
+    assert _ask(port, named, "127.0.0.1").stopping
+    other = trusting.model_copy(update={"member_name": "others.test"})
+    for wrong, host in ((trusting, "127.0.0.1"), (other, "127.0.0.1"), (named, "localhost")):
+        with pytest.raises(grpc.RpcError) as caught:
+            _ask(port, wrong, host)
+        assert type(rpc.from_rpc(caught.value)) is errors.Unavailable
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "::"])

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import AttentionConfig, Config, DenseConfig, PlacementConfig, TierConfig
+from cluster.config import AttentionConfig, Config, DenseConfig, TierConfig
 from cluster.hardware import built_in
+from cluster.placement_settings import PlacementConfig
 from cluster.policies.node_placement import (
     PROCESS_BYTES,
     Assignment,

@@ -43,7 +43,7 @@ def test_metrics_are_served() -> None:
     """A registry is readable over HTTP."""
     registry = CollectorRegistry()
     Counter("anabranch_test", "A test.", registry=registry).inc()
-    port = telemetry.serve_metrics(registry, "127.0.0.1", 0)
+    port = telemetry.serve_metrics(registry, "127.0.0.1", 0, str)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         assert b"anabranch_test_total 1.0" in answer.read()
 
@@ -52,7 +52,7 @@ def test_names_with_a_colon_reach_prometheus_as_they_are() -> None:
     """Whatever format is preferred: Prometheus asks for OpenMetrics first."""
     registry = CollectorRegistry()
     Counter("vllm:tokens", "A test.", registry=registry).inc()
-    port = telemetry.serve_metrics(registry, "127.0.0.1", 0)
+    port = telemetry.serve_metrics(registry, "127.0.0.1", 0, str)
     accepted = {"accept": "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5"}
     asked = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=accepted)
     with urllib.request.urlopen(asked, timeout=5) as answer:

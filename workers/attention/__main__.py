@@ -25,10 +25,12 @@ _USERS = (inference_pb2.ROLE_GATEWAY, inference_pb2.ROLE_DENSE)
 class _Arena:
     """One arena of this process: a worker with servers of its own, and a member."""
 
-    def __init__(self, context: RoleContext, tier: int, spin_s: float, metrics_address: str) -> None:
-        config, self._stop = context.config, context.stop
-        self.worker = AttentionWorker(config, context.worker_id, context.epoch, spin_s, tier)
-        self.address = context.reachable(config.attention.host, self.worker.port)
+    def __init__(
+        self, context: RoleContext, worker: AttentionWorker, tier: int, metrics_address: str
+    ) -> None:
+        self._stop = context.stop
+        self.worker = worker
+        self.address = context.reachable(context.config.attention.host, worker.port)
         self.membership = MembershipClient(
             context,
             inference_pb2.ROLE_ATTENTION,
@@ -62,12 +64,16 @@ def serve(context: RoleContext) -> None:
     config = context.config
     spin_s = pin(config, "attention", context.index)
     torch.set_num_threads(config.attention.threads)
+    workers = [
+        AttentionWorker(config, context.worker_id, context.epoch, spin_s, tier)
+        for tier in range(len(config.attention.every_tier))
+    ]
     registry = CollectorRegistry()  # empty until the controller has said how the cache is shaped
-    metrics_address = context.serve_metrics(registry, config.attention.host)
+    metrics_address = context.serve_metrics(registry, config.attention.host, workers[0].port)
     with contextlib.ExitStack() as stack:
         arenas = []
-        for tier in range(len(config.attention.every_tier)):
-            arenas.append(_Arena(context, tier, spin_s, metrics_address))
+        for tier, worker in enumerate(workers):
+            arenas.append(_Arena(context, worker, tier, metrics_address))
             stack.callback(arenas[-1].close)
         _join(context, arenas)
         registry.register(AttentionMetrics([arena.worker for arena in arenas]))

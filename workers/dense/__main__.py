@@ -62,7 +62,8 @@ def _join_and_serve(
     def on_change(membership: control_pb2.Membership) -> None:
         worker.set_members(membership.members)
 
-    address = context.reachable(context.config.dense.host, worker.port)
+    host = context.config.dense.host
+    address = context.reachable(host, worker.port)
     worker.start()
     membership = MembershipClient(
         context,
@@ -71,7 +72,7 @@ def _join_and_serve(
         worker.load,
         on_change,
         context.stop.set,
-        context.serve_metrics(worker.engine.metrics.registry, context.config.dense.host),
+        context.serve_metrics(worker.engine.metrics.registry, host, worker.port),
         _SERVING[context.config.dense.serves_at(context.index)],
     )
     membership.set_mover(worker.move)

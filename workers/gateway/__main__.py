@@ -50,7 +50,7 @@ async def _join_and_serve(context: RoleContext, gateway: Gateway) -> None:
         gateway.load,
         on_change,
         on_fenced=context.stop.set,
-        metrics_address=context.serve_metrics(gateway.metrics.registry, host),
+        metrics_address=context.serve_metrics(gateway.metrics.registry, host, gateway.port),
     )
     try:
         await asyncio.to_thread(client.start)

@@ -26,14 +26,15 @@
   "attention" (dict "replicas" $values.attention.replicas "device" $values.attention.device "host" "0.0.0.0" "port" 8620 "arena" $values.attention.arena)
   "controller" (dict "host" "0.0.0.0" "port" 8600 "drain_grace_s" (include "anabranch.drainSeconds" . | int64))
   "placement" (dict "own_addresses" true)
-  "security" (dict "insecure" true)
+  "security" (include "anabranch.security" . | fromYaml)
   "telemetry" (dict "metrics_port" 9400)
 -}}
 {{- if eq $values.mode "kuberay" -}}
 {{- $_ := set $set "ray" (dict "address" "127.0.0.1:6379") -}}
 {{- $_ := set $set.placement "exclusive" true -}}
 {{- end -}}
-{{- if $values.networkPolicy.enabled -}}
+{{- /* A lane over TCP is plain text. */}}
+{{- if and $values.networkPolicy.enabled (not $values.tls.existingSecret) -}}
 {{- $_ := set $set "lanes" (dict "transports" (list "tcp" "grpc") "fenced_network" true) -}}
 {{- else -}}
 {{- $_ := set $set "lanes" (dict "transports" (list "grpc")) -}}
@@ -45,10 +46,27 @@
 {{- if $values.monitoring.prices -}}
 {{- $_ := set $set.telemetry "cost" (dict "prices" "/etc/anabranch/config/prices.toml") -}}
 {{- end -}}
-{{- if $values.apiKeys.existingSecret -}}
-{{- $_ := set $set.security "api_keys_file" "/etc/anabranch/keys/keys.yaml" -}}
-{{- end -}}
 {{- toYaml (mustMerge (deepCopy $values.config) $set) -}}
+{{- end -}}
+
+{{/* The part of it that says who may connect. */}}
+{{- define "anabranch.security" -}}
+{{- $tls := .Values.tls -}}
+{{- if $tls.existingSecret -}}
+tls:
+  certificate: /etc/anabranch/tls/tls.crt
+  key: /etc/anabranch/tls/tls.key
+  authority: /etc/anabranch/tls/ca.crt
+  mutual: {{ $tls.mutual }}
+  member_name: {{ include "anabranch.memberName" . }}
+{{- else if $tls.mutual -}}
+{{- fail "tls.mutual: needs certificates; name the Secret that holds them in tls.existingSecret" -}}
+{{- else -}}
+insecure: true
+{{- end }}
+{{- if .Values.apiKeys.existingSecret }}
+api_keys_file: /etc/anabranch/keys/keys.yaml
+{{- end }}
 {{- end -}}
 
 {{/*

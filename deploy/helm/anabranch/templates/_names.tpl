@@ -42,15 +42,32 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end -}}
 {{- end -}}
 
+{{/* The host of a Service: (root, name). */}}
+{{- define "anabranch.serviceHost" -}}
+{{ include "anabranch.fullname" .root }}-{{ .name }}.{{ .root.Release.Namespace }}.svc
+{{- end -}}
+
+{{/* What Services call gRPC, for meshes and load balancers. */}}
+{{- define "anabranch.grpcProtocol" -}}
+{{- if .Values.tls.existingSecret }}https{{ else }}kubernetes.io/h2c{{ end }}
+{{- end -}}
+
 {{/* host:port at which the controller is reached. */}}
 {{- define "anabranch.controllerAddress" -}}
-{{ include "anabranch.fullname" . }}-controller:8600
+{{ include "anabranch.serviceHost" (dict "root" . "name" "controller") }}:8600
+{{- end -}}
+
+{{/* What the certificate calls every pod: they reach each other by addresses, which it cannot know. */}}
+{{- define "anabranch.memberName" -}}
+{{ include "anabranch.fullname" . }}.{{ .Release.Namespace }}.svc
 {{- end -}}
 
 {{/* Where the registry is; empty if there is none. */}}
 {{- define "anabranch.registryUrl" -}}
 {{- if and .Values.registry.url .Values.registry.builtIn -}}
 {{- fail "registry.url and registry.builtIn: there is one registry; give one of the two" -}}
+{{- else if and .Values.tls.existingSecret (or .Values.registry.builtIn (hasPrefix "redis://" (.Values.registry.url | default ""))) -}}
+{{- fail "tls: a Redis in plain text stays out; give a registry.url that begins with rediss://, not registry.builtIn" -}}
 {{- else if .Values.registry.builtIn -}}
 redis://{{ include "anabranch.fullname" . }}-redis:6379/0
 {{- else if .Values.registry.url -}}

@@ -59,19 +59,22 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{/* The kubelet's three questions: (root, port, service). Draining is not ready, but alive. */}}
+{{/*
+The kubelet's three questions: (root, service). Draining is not ready, but alive. Not by gRPC, which the kubelet speaks
+in plain text only.
+*/}}
 {{- define "anabranch.probes" -}}
 startupProbe:
-  grpc: {port: {{ .port }}}
+  httpGet: {port: metrics, path: /health}
   periodSeconds: 5
   failureThreshold: {{ div (add .root.Values.probes.startupSeconds 4) 5 }}
   timeoutSeconds: 5
 readinessProbe:
-  grpc: {port: {{ .port }}, service: {{ .service }}}
+  httpGet: {port: metrics, path: /health/{{ .service }}}
   periodSeconds: 5
   timeoutSeconds: 5
 livenessProbe:
-  grpc: {port: {{ .port }}}
+  httpGet: {port: metrics, path: /health}
   periodSeconds: 10
   failureThreshold: 6
   timeoutSeconds: 5
@@ -99,10 +102,30 @@ livenessProbe:
 {{- end -}}
 {{- end -}}
 
+{{/* The configuration file and the certificate it names, in every pod that speaks to members. */}}
+{{- define "anabranch.configMounts" -}}
+- {name: config, mountPath: /etc/anabranch/config, readOnly: true}
+{{- if .Values.tls.existingSecret }}
+- {name: tls, mountPath: /etc/anabranch/tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "anabranch.configVolumes" -}}
+- name: config
+  configMap: {name: {{ include "anabranch.fullname" . }}-config}
+{{- with .Values.tls.existingSecret }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}, {key: ca.crt, path: ca.crt}]
+{{- end }}
+{{- end -}}
+
 {{/* What a role's container sees of its volumes: (root, role, readsModel). */}}
 {{- define "anabranch.mounts" -}}
 {{- $values := .root.Values -}}
-- {name: config, mountPath: /etc/anabranch/config, readOnly: true}
+{{ include "anabranch.configMounts" .root }}
 - {name: scratch, mountPath: /tmp}
 {{- if and .readsModel (ne $values.model.delivery "image") }}
 - {name: model, mountPath: /models, readOnly: true}
@@ -115,8 +138,7 @@ livenessProbe:
 {{/* A pod's volumes: (root, role, readsModel). */}}
 {{- define "anabranch.volumes" -}}
 {{- $values := .root.Values -}}
-- name: config
-  configMap: {name: {{ include "anabranch.fullname" .root }}-config}
+{{ include "anabranch.configVolumes" .root }}
 - name: scratch
   emptyDir: {sizeLimit: 1Gi}
 {{- if and .readsModel (ne $values.model.delivery "image") }}
@@ -176,7 +198,7 @@ spec:
         - {name: {{ $name }}, containerPort: {{ $port }}}
         {{- end }}
       resources: {{- include "anabranch.resources" . | nindent 8 }}
-      {{- include "anabranch.probes" (dict "root" $root "port" .ports.grpc "service" .service) | nindent 6 }}
+      {{- include "anabranch.probes" (dict "root" $root "service" .service) | nindent 6 }}
       {{- if .pauseSeconds }}
       lifecycle:
         preStop:

@@ -81,7 +81,7 @@ template:
         resources: {{- toYaml $resources | nindent 10 }}
         {{- if eq .role "gateway" }}
         readinessProbe:
-          grpc: {port: {{ .ports.grpc }}, service: anabranch.v1.InferenceService}
+          httpGet: {port: metrics, path: /health/anabranch.v1.InferenceService}
           periodSeconds: 5
           timeoutSeconds: 5
         {{- end }}
