@@ -50,10 +50,11 @@ def _sizes(message_bytes: int) -> list[tuple[str, Any]]:
 
 
 def channel_options(
-    message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+    message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS, server_name: str | None = None
 ) -> list[tuple[str, Any]]:
     """Options every channel of ours uses. The peer is asked after a third of the silence it is allowed; where
-    that is often, only while a call is open.
+    that is often, only while a call is open. `server_name`: what the peer is called, and its certificate
+    says, where its address does not.
 
     gRPC sends pings of its own, to measure, and none to keep alive while one of those is unanswered: theirs
     have a time limit of a minute unless told otherwise.
@@ -64,13 +65,20 @@ def channel_options(
         ("grpc.keepalive_time_ms", silence_ms // 3),
         ("grpc.keepalive_timeout_ms", answer_ms),
         ("grpc.http2.ping_timeout_ms", answer_ms),
+        ("grpc.min_reconnect_backoff_ms", silence_ms),  # what gRPC calls the time limit for connecting
     ]
-    return [*_CHANNEL_OPTIONS, *keepalive, *_sizes(message_bytes)]
+    named = [("grpc.default_authority", server_name)] if server_name else []
+    return [*_CHANNEL_OPTIONS, *keepalive, *named, *_sizes(message_bytes)]
 
 
-def server_options(message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[tuple[str, Any]]:
-    """Options every server of ours uses."""
-    return [*_SERVER_OPTIONS, *_sizes(message_bytes)]
+def server_options(
+    message_bytes: int = DEFAULT_MESSAGE_BYTES, connection_age_ms: int | None = None
+) -> list[tuple[str, Any]]:
+    """Options every server of ours uses. Clients are told to connect anew when a connection is older than
+    `connection_age_ms`; its calls are not cut, since gRPC sets them no time limit unless told one.
+    """
+    age = [("grpc.max_connection_age_ms", connection_age_ms)] if connection_age_ms is not None else []
+    return [*_SERVER_OPTIONS, *age, *_sizes(message_bytes)]
 
 
 def _read(path: str | None) -> bytes | None:
@@ -98,22 +106,30 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
 
 
 def channel(
-    address: str, tls: TlsConfig, message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+    address: str,
+    tls: TlsConfig,
+    message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    silence_ms: int = SILENCE_MS,
+    server_name: str | None = None,
 ) -> grpc.Channel:
     """A synchronous channel to host:port; its calls break when the peer has been silent for `silence_ms`."""
     credentials = channel_credentials(tls)
-    options = channel_options(message_bytes, silence_ms)
+    options = channel_options(message_bytes, silence_ms, server_name)
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, credentials, options)
 
 
 def aio_channel(
-    address: str, tls: TlsConfig, message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+    address: str,
+    tls: TlsConfig,
+    message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    silence_ms: int = SILENCE_MS,
+    server_name: str | None = None,
 ) -> grpc.aio.Channel:
     """An asyncio channel to host:port; its calls break when the peer has been silent for `silence_ms`."""
     credentials = channel_credentials(tls)
-    options = channel_options(message_bytes, silence_ms)
+    options = channel_options(message_bytes, silence_ms, server_name)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options)
     return grpc.aio.secure_channel(address, credentials, options)

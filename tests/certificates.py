@@ -21,12 +21,11 @@ class Authority:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
-    def tls(self, name: str, mutual: bool = False) -> TlsConfig:
-        """A certificate for 127.0.0.1 and localhost, as configuration."""
+    def tls(self, name: str, mutual: bool = False, host: str | None = None) -> TlsConfig:
+        """A certificate for 127.0.0.1 and localhost, or for another host alone, as configuration."""
         key = ec.generate_private_key(ec.SECP256R1())
-        alternatives = x509.SubjectAlternativeName(
-            [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        )
+        loopback = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        alternatives = x509.SubjectAlternativeName([x509.DNSName(host)] if host else loopback)
         certificate = _builder(name, self.certificate.subject, key).add_extension(
             alternatives, critical=False
         )
