@@ -36,11 +36,13 @@ class Gateway(NamedTuple):
 
 
 def system_addresses(name: str, port: int) -> list[str]:
-    """What this machine's resolver knows of a name, in the family it prefers: of each family a gateway may
-    have an address, and would be taken for two. Raises OSError.
+    """What this machine's resolver knows of a name: IPv4, which gateways bind unless told otherwise, else
+    IPv6. With addresses of both a gateway would be taken for two. Raises OSError.
     """
     found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    hosts = [str(where[0]) for family, _, _, _, where in found if family == found[0][0]]
+    families = {family for family, _, _, _, _ in found}
+    chosen = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+    hosts = [str(where[0]) for family, _, _, _, where in found if family == chosen]
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
 
 
