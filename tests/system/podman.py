@@ -33,6 +33,7 @@ _BASE = "docker.io/library/debian:bookworm-slim"
 _PIP = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_CERT")
 _BUILD_S = 500.0
 _API_S = 20.0
+_TIDY_S = 20.0
 
 
 class Podman:
@@ -62,7 +63,8 @@ class Podman:
 
     def _command(self) -> list[str]:
         assert PODMAN is not None, MISSING
-        return [PODMAN, "--root", str(self._folder / "root"), "--runroot", str(self._folder / "run")]
+        places = {"root": "root", "runroot": "run", "tmpdir": "state"}
+        return [PODMAN, *(f"--{flag}={self._folder / place}" for flag, place in places.items())]
 
     def _environment(self) -> dict[str, str]:
         return os.environ | {"CONTAINERS_CONF": str(self._folder / "containers.conf")}
@@ -123,9 +125,14 @@ class Podman:
         self.run(*words, *_pip_of_this_machine(), "-t", name, ".", deadline_s=_BUILD_S)
 
     def remove_everything(self) -> None:
-        """Containers, images, and what podman has mounted."""
+        """Containers, images, and what podman has mounted. Behind a container that has just ended a process
+        of podman's tidies up, and may be in the way.
+        """
         self.run("rm", "--all", "--force", "--time", "0")
-        self.run("system", "reset", "--force")
+        end_s = time.monotonic() + _TIDY_S
+        while (done := self.run("system", "reset", "--force", check=False)).returncode:
+            assert time.monotonic() < end_s, done.stderr
+            threading.Event().wait(0.2)
         shutil.rmtree(self._folder)
 
 
