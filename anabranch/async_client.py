@@ -9,8 +9,10 @@ from typing import TypeAlias, TypeVar, Unpack
 
 import grpc
 
+from anabranch.addresses import LOOKUP_S, Gateway, Lookup, Resolve, doubt, system_addresses
 from anabranch.answers import Health, Model, Tokenized, Topology
 from anabranch.async_stream import AsyncStream, ResponseCall, wait
+from anabranch.channels import Channels
 from anabranch.failover import Failover, next_pause_s
 from anabranch.gateways import HEALTH_TIMEOUT_S, SILENCE_S, Gateways, health_of, health_request
 from anabranch.requests import ChatMessages, GenerateOptions, generate_request, tokenize_request
@@ -48,11 +50,18 @@ class AsyncClient:
         timeout_s: float = 600.0,
         outage_s: float = 30.0,
         silence_s: float = SILENCE_S,
+        resolve: Resolve = system_addresses,
     ) -> None:
         self._gateways = Gateways(
-            addresses, api_key=api_key, tls=tls, timeout_s=timeout_s, outage_s=outage_s, silence_s=silence_s
+            addresses,
+            api_key=api_key,
+            tls=tls,
+            timeout_s=timeout_s,
+            outage_s=outage_s,
+            silence_s=silence_s,
+            resolve=resolve,
         )
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels = Channels(self._connect)
         self._closed = asyncio.Event()
 
     def generate(
@@ -133,14 +142,13 @@ class AsyncClient:
         >>> list(run(client.health()).values())
         [<Health.READY: 'ready'>]
         """
-        return {address: await self._health(address) for address in self._gateways.addresses}
+        await self._look_up()
+        return {each.address: await self._health(each) for each in self._gateways.addresses.known()}
 
     async def close(self) -> None:
         """Close all connections; streams that are open break."""
         self._closed.set()
-        channels = list(self._channels.values())
-        self._channels.clear()
-        for channel in channels:
+        for channel in self._channels.take_all():
             await channel.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -154,21 +162,32 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if self._closed.is_set():
-            raise Unavailable("the client is closed")
-        if address not in self._channels:
-            gateways = self._gateways
-            self._channels[address] = rpc.aio_channel(
-                address, gateways.tls, gateways.message_bytes, gateways.silence_ms
-            )
-        return self._channels[address]
+    def _connect(self, gateway: Gateway) -> grpc.aio.Channel:
+        settings = self._gateways
+        return rpc.aio_channel(
+            gateway.address, settings.tls, settings.message_bytes, settings.silence_ms, gateway.server_name
+        )
 
-    def _stub(self, address: str) -> _Stub:
-        return inference_pb2_grpc.InferenceServiceStub(self._channel(address))
+    async def _channel(self, gateway: Gateway, call_s: float) -> grpc.aio.Channel:
+        for channel in self._channels.take_unneeded(self._gateways.addresses.known()):
+            await channel.close()
+        return self._channels.to(gateway, call_s)
 
-    def _open(self, address: str, request: inference_pb2.GenerateRequest, left_s: float) -> ResponseCall:
-        return self._stub(address).Generate(request, timeout=left_s, metadata=self._gateways.metadata)
+    async def _stub(self, failover: Failover) -> _Stub:
+        """Of the gateway whose turn it is; before the first one names are looked up."""
+        await _await_lookup(self._gateways.addresses.first_lookup, min(LOOKUP_S, failover.remaining_s()))
+        channel = await self._channel(failover.gateway(), failover.remaining_s())
+        return inference_pb2_grpc.InferenceServiceStub(channel)
+
+    async def _look_up(self) -> Unavailable | None:
+        """Learn which gateways there are now; returns why that is not certain."""
+        lookup = self._gateways.addresses.look_up()
+        await _await_lookup(lookup, LOOKUP_S)
+        return doubt(lookup)
+
+    async def _open(self, failover: Failover, request: inference_pb2.GenerateRequest) -> ResponseCall:
+        stub = await self._stub(failover)
+        return stub.Generate(request, timeout=failover.remaining_s(), metadata=self._gateways.metadata)
 
     async def _ask(
         self,
@@ -179,7 +198,7 @@ class AsyncClient:
         """Ask until a gateway answers; every unary call of the service is idempotent."""
         failover = failover or self._gateways.failover()
         while True:
-            call = method(self._stub(failover.address))
+            call = method(await self._stub(failover))
             try:
                 return await call(request, timeout=failover.remaining_s(), metadata=self._gateways.metadata)
             except grpc.RpcError as error:
@@ -194,12 +213,12 @@ class AsyncClient:
     ) -> _Response | None:
         """Ask one gateway after the other for what one of them knows; None when none does.
 
-        Raises Unavailable when one that might know it could not be reached.
+        Raises Unavailable when one that might know it could not be reached, or found.
         """
-        failure = None
-        for address in self._gateways.addresses:
+        failure = await self._look_up()
+        for gateway in self._gateways.addresses.known():
             try:
-                answer = await self._ask(method, request, self._gateways.once(address))
+                answer = await self._ask(method, request, self._gateways.once(gateway))
             except NotFound:
                 continue
             except Unavailable as error:
@@ -211,9 +230,15 @@ class AsyncClient:
             raise failure
         return None
 
-    async def _health(self, address: str) -> Health:
-        check = self._channel(address).unary_unary(*HEALTH_CHECK)
+    async def _health(self, gateway: Gateway) -> Health:
+        check = (await self._channel(gateway, HEALTH_TIMEOUT_S)).unary_unary(*HEALTH_CHECK)
         try:
             return health_of(await check(health_request(), timeout=HEALTH_TIMEOUT_S))
         except grpc.RpcError as error:
             return health_of(error)
+
+
+async def _await_lookup(lookup: Lookup, seconds: float) -> None:
+    """Return when it is over, or the time is."""
+    if not lookup.done():
+        await asyncio.wait((asyncio.wrap_future(lookup),), timeout=seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import TypeAlias
 
@@ -21,8 +21,8 @@ ResponseCall: TypeAlias = (  # a text, since gRPC's classes take type arguments 
     "grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]"
 )
 
-Open: TypeAlias = "Callable[[str, inference_pb2.GenerateRequest, float], ResponseCall]"
-"""(address, request, seconds left) -> the call."""
+Open: TypeAlias = "Callable[[Failover, inference_pb2.GenerateRequest], Awaitable[ResponseCall]]"
+"""Begins a request at the gateway whose turn it is."""
 
 
 class AsyncStream(AsyncIterator[Event]):
@@ -102,7 +102,7 @@ class AsyncStream(AsyncIterator[Event]):
     async def _read(self) -> None:
         """One response, or one step of recovery."""
         try:
-            response = await self._current_call().read()
+            response = await (await self._current_call()).read()
         except grpc.RpcError as error:
             self._refuse_when_cancelled()
             await self._pause(next_pause_s(self._failover, error))
@@ -130,11 +130,12 @@ class AsyncStream(AsyncIterator[Event]):
             self._ended = True
             self._hang_up()
 
-    def _current_call(self) -> ResponseCall:
+    async def _current_call(self) -> ResponseCall:
         self._refuse_when_cancelled()
         if self._call is None:
-            request, left_s = self._generation.next_attempt(), self._failover.remaining_s()
-            self._call = self._open_call(self._failover.address, request, left_s)
+            self._call = await self._open_call(self._failover, self._generation.next_attempt())
+            if self._cancelled.is_set():  # while it was opened
+                self._call.cancel()
         return self._call
 
     async def _pause(self, seconds: float) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from types import TracebackType
 from typing import TypeAlias, TypeVar, Unpack
 
 import grpc
 
+from anabranch.addresses import LOOKUP_S, Gateway, Resolve, doubt, system_addresses
 from anabranch.answers import Health, Model, Tokenized, Topology
+from anabranch.channels import Channels
 from anabranch.failover import Failover, next_pause_s
 from anabranch.gateways import HEALTH_TIMEOUT_S, SILENCE_S, Gateways, health_of, health_request
 from anabranch.requests import ChatMessages, GenerateOptions, generate_request, tokenize_request
@@ -31,11 +34,12 @@ _Method: TypeAlias = (  # a text, since gRPC's classes take type arguments in th
 class Client:
     """Speaks to a cluster through any of its gateways; threads may share it.
 
-    `addresses` are gateways of one cluster, host:port. Calls begin at one after the other. A call whose
-    gateway goes away is made again at the next one, and a stream goes on where it broke: each token and
-    its text arrive exactly once. `timeout_s` is the deadline of a call that names none; a gateway that is
-    silent for `silence_s` is left; after `outage_s` without an answer from any gateway the last failure is
-    raised. Errors are those of cluster.errors.
+    `addresses` are gateways of one cluster, host:port; `dns:///name:port` is all that the name resolves to,
+    as they come and go (`resolve` looks it up). Calls begin at one after the other. A call whose gateway goes
+    away is made again at the next one, and a stream goes on where it broke: each token and its text arrive
+    exactly once. `timeout_s` is the deadline of a call that names none; a gateway that is silent for
+    `silence_s` is left; after `outage_s` without an answer from any gateway the last failure is raised.
+    Errors are those of cluster.errors.
 
     >>> from anabranch import Client
     >>> with Client("127.0.0.1:8650") as client:
@@ -53,12 +57,18 @@ class Client:
         timeout_s: float = 600.0,
         outage_s: float = 30.0,
         silence_s: float = SILENCE_S,
+        resolve: Resolve = system_addresses,
     ) -> None:
         self._gateways = Gateways(
-            addresses, api_key=api_key, tls=tls, timeout_s=timeout_s, outage_s=outage_s, silence_s=silence_s
+            addresses,
+            api_key=api_key,
+            tls=tls,
+            timeout_s=timeout_s,
+            outage_s=outage_s,
+            silence_s=silence_s,
+            resolve=resolve,
         )
-        self._channels: dict[str, grpc.Channel] = {}
-        self._lock = threading.Lock()  # over _channels and _closed
+        self._channels = Channels(self._connect)
         self._closed = threading.Event()
 
     def generate(
@@ -144,15 +154,13 @@ class Client:
         >>> list(client.health().values())
         [<Health.READY: 'ready'>]
         """
-        return {address: self._health(address) for address in self._gateways.addresses}
+        self._look_up()
+        return {each.address: self._health(each) for each in self._gateways.addresses.known()}
 
     def close(self) -> None:
         """Close all connections; streams that are open break."""
-        with self._lock:
-            self._closed.set()
-            channels = list(self._channels.values())
-            self._channels.clear()
-        for channel in channels:
+        self._closed.set()
+        for channel in self._channels.take_all():
             channel.close()
 
     def __enter__(self) -> Client:
@@ -166,22 +174,32 @@ class Client:
     ) -> None:
         self.close()
 
-    def _channel(self, address: str) -> grpc.Channel:
-        with self._lock:
-            if self._closed.is_set():
-                raise Unavailable("the client is closed")
-            if address not in self._channels:
-                gateways = self._gateways
-                self._channels[address] = rpc.channel(
-                    address, gateways.tls, gateways.message_bytes, gateways.silence_ms
-                )
-            return self._channels[address]
+    def _connect(self, gateway: Gateway) -> grpc.Channel:
+        settings = self._gateways
+        return rpc.channel(
+            gateway.address, settings.tls, settings.message_bytes, settings.silence_ms, gateway.server_name
+        )
 
-    def _stub(self, address: str) -> inference_pb2_grpc.InferenceServiceStub:
-        return inference_pb2_grpc.InferenceServiceStub(self._channel(address))
+    def _channel(self, gateway: Gateway, call_s: float) -> grpc.Channel:
+        for channel in self._channels.take_unneeded(self._gateways.addresses.known()):
+            channel.close()
+        return self._channels.to(gateway, call_s)
 
-    def _open(self, address: str, request: inference_pb2.GenerateRequest, left_s: float) -> ResponseCall:
-        return self._stub(address).Generate(request, timeout=left_s, metadata=self._gateways.metadata)
+    def _stub(self, failover: Failover) -> inference_pb2_grpc.InferenceServiceStub:
+        """Of the gateway whose turn it is; before the first one names are looked up."""
+        wait((self._gateways.addresses.first_lookup,), min(LOOKUP_S, failover.remaining_s()))
+        channel = self._channel(failover.gateway(), failover.remaining_s())
+        return inference_pb2_grpc.InferenceServiceStub(channel)
+
+    def _look_up(self) -> Unavailable | None:
+        """Learn which gateways there are now; returns why that is not certain."""
+        lookup = self._gateways.addresses.look_up()
+        wait((lookup,), LOOKUP_S)
+        return doubt(lookup)
+
+    def _open(self, failover: Failover, request: inference_pb2.GenerateRequest) -> ResponseCall:
+        stub = self._stub(failover)
+        return stub.Generate(request, timeout=failover.remaining_s(), metadata=self._gateways.metadata)
 
     def _ask(
         self,
@@ -192,7 +210,7 @@ class Client:
         """Ask until a gateway answers; every unary call of the service is idempotent."""
         failover = failover or self._gateways.failover()
         while True:
-            call = method(self._stub(failover.address))
+            call = method(self._stub(failover))
             try:
                 return call(request, timeout=failover.remaining_s(), metadata=self._gateways.metadata)
             except grpc.RpcError as error:
@@ -207,12 +225,12 @@ class Client:
     ) -> _Response | None:
         """Ask one gateway after the other for what one of them knows; None when none does.
 
-        Raises Unavailable when one that might know it could not be reached.
+        Raises Unavailable when one that might know it could not be reached, or found.
         """
-        failure = None
-        for address in self._gateways.addresses:
+        failure = self._look_up()
+        for gateway in self._gateways.addresses.known():
             try:
-                answer = self._ask(method, request, self._gateways.once(address))
+                answer = self._ask(method, request, self._gateways.once(gateway))
             except NotFound:
                 continue
             except Unavailable as error:
@@ -224,8 +242,8 @@ class Client:
             raise failure
         return None
 
-    def _health(self, address: str) -> Health:
-        check = self._channel(address).unary_unary(*HEALTH_CHECK)
+    def _health(self, gateway: Gateway) -> Health:
+        check = self._channel(gateway, HEALTH_TIMEOUT_S).unary_unary(*HEALTH_CHECK)
         try:
             return health_of(check(health_request(), timeout=HEALTH_TIMEOUT_S))
         except grpc.RpcError as error:

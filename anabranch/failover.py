@@ -1,19 +1,20 @@
 """Which gateway to ask next, after what pause, and when to give up: pure policy, and its one I/O rule.
 
-answered --interrupted--> next gateway at once --each tried--> pause, growing --> first one again
-    ^                                                                            |
-    +------------------------------- answered -----------------------------------+
+answered --interrupted--> next gateway at once --each tried--> pause, growing --> all again
+    ^                                                                        |
+    +------------------------------- answered -------------------------------+
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import grpc
 
+from anabranch.addresses import Gateway
 from cluster import rpc
 from cluster.clock import Clock, monotonic
 from cluster.errors import AnabranchError, DeadlineExceeded, Stopping, Unavailable
@@ -27,36 +28,46 @@ _STATUS_DETAILS = "grpc-status-details-bin"
 class Failover:
     """The attempts of one call over several gateways, until its deadline.
 
-    `outage_s` bounds how long failures may follow each other without an answer in between. Pauses double
-    from 50 ms to 2 s once per round over all gateways, and are cut by up to half at random, so that the
-    clients of a gateway that died do not return in step.
+    `known` says which there are now, and `first` with which of them to begin. `outage_s` bounds how long
+    failures may follow each other without an answer in between. Pauses double from 50 ms to 2 s once per
+    round over all gateways, and are cut by up to half at random, so that the clients of a gateway that died
+    do not return in step.
     """
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        known: Callable[[], Sequence[Gateway]],
         *,
+        first: int = 0,
         timeout_s: float,
         outage_s: float,
         clock: Clock = monotonic,
         jitter: random.Random | None = None,
     ) -> None:
-        assert addresses
-        self._addresses = tuple(addresses)
+        self._known = known
+        self._first = first
         self._timeout_s = timeout_s
         self._outage_s = outage_s
         self._clock = clock
         self._jitter = jitter or random.Random()  # noqa: S311  # spreads load, hides nothing
         self._deadline_s = clock() + timeout_s
-        self._position = 0
+        self._asked: Gateway | None = None
+        self._is_left = True
+        self._tried: set[Gateway] = set()  # in this round
+        self._rounds = 0
         self._failures = 0
         self._failing_since_s = self._heard_s = -math.inf
         self._said_stop = False
 
-    @property
-    def address(self) -> str:
-        """The gateway to ask now."""
-        return self._addresses[self._position % len(self._addresses)]
+    def gateway(self) -> Gateway:
+        """The gateway to ask now: the same one until `interrupted`, then the next that was not tried."""
+        if self._asked is None or self._is_left:
+            known = tuple(self._known())
+            start = known.index(self._asked) + 1 if self._asked in known else self._first % len(known)
+            in_turn = known[start:] + known[:start]
+            self._asked = next((each for each in in_turn if each not in self._tried), in_turn[0])
+            self._is_left = False
+        return self._asked
 
     def remaining_s(self) -> float:
         """Time left. Raises DeadlineExceeded when there is none."""
@@ -67,7 +78,8 @@ class Failover:
 
     def answered(self) -> None:
         """The gateway brought news: the outage, if there was one, is over."""
-        self._failures = 0
+        self._failures = self._rounds = 0
+        self._tried.clear()
         self._said_stop = False
 
     def heard(self) -> None:
@@ -87,7 +99,8 @@ class Failover:
         if self._failures == 0:
             self._failing_since_s = now_s
         self._failures += 1
-        self._position += 1
+        self._tried.add(self.gateway())
+        self._is_left = True
         self._said_stop |= isinstance(error, Stopping)
         remaining_s = self.remaining_s()
         heard_s = -math.inf if refuses else self._heard_s
@@ -95,18 +108,22 @@ class Failover:
             silence = f" for {self._outage_s:g} s" if self._outage_s else ""
             stopped = " since one said that it stops; is the cluster down?" if self._said_stop else ""
             outcome = f"no gateway {'serves this' if refuses else 'answered'}{silence}{stopped}"
-            raise Unavailable(f"{outcome} ({', '.join(self._addresses)}): {error.message}")
+            raise Unavailable(f"{outcome} ({self._all()}): {error.message}")
         return min(self._pause_s(), remaining_s)
 
     def deadline_error(self) -> DeadlineExceeded:
         """What to raise when the time is over."""
         return DeadlineExceeded(f"the request was not done within its {self._timeout_s:g} s")
 
+    def _all(self) -> str:
+        return ", ".join(gateway.address for gateway in self._known())
+
     def _pause_s(self) -> float:
-        rounds, tried = divmod(self._failures, len(self._addresses))
-        if tried:
+        if not self._tried.issuperset(self._known()):
             return 0.0
-        longest_s = min(_PAUSE_LONGEST_S, _PAUSE_FIRST_S * 2.0 ** min(rounds - 1, _DOUBLINGS_MAX))
+        self._tried.clear()
+        longest_s = min(_PAUSE_LONGEST_S, _PAUSE_FIRST_S * 2.0 ** min(self._rounds, _DOUBLINGS_MAX))
+        self._rounds += 1
         return longest_s * self._jitter.uniform(0.5, 1.0)
 
 

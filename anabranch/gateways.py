@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import grpc
 from grpc_health.v1 import health_pb2
 
+from anabranch.addresses import Addresses, Gateway, Resolve
 from anabranch.answers import Health
 from anabranch.failover import Failover, is_interruption
 from cluster import rpc
 from cluster.config import TlsConfig
-from cluster.errors import DeadlineExceeded, InvalidRequest
+from cluster.errors import DeadlineExceeded
 from cluster.rpc import DEFAULT_MESSAGE_BYTES
 
 _INFERENCE_SERVICE = "anabranch.v1.InferenceService"
@@ -27,7 +28,7 @@ HEALTH_TIMEOUT_S = 5.0
 
 
 class Gateways:
-    """Immutable settings of a client, and a turn that moves on with each call.
+    """Immutable settings of a client, its gateways' addresses, and a turn that moves on with each call.
 
     `timeout_s` is the deadline of a call that names none; `outage_s` how long no gateway may answer;
     `silence_s` after how long one that does not even answer to pings is left for the next.
@@ -42,10 +43,9 @@ class Gateways:
         timeout_s: float,
         outage_s: float,
         silence_s: float,
+        resolve: Resolve,
     ) -> None:
-        self.addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
-        if not self.addresses or not all(self.addresses):
-            raise InvalidRequest("give the address of at least one gateway, as host:port")
+        self.addresses = Addresses((addresses,) if isinstance(addresses, str) else addresses, resolve)
         self.tls = tls or TlsConfig()
         self.metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self.message_bytes = DEFAULT_MESSAGE_BYTES
@@ -56,16 +56,16 @@ class Gateways:
 
     def failover(self, timeout_s: float | None = None) -> Failover:
         """The attempts of one call over all gateways; each call begins at the next one."""
-        first = next(self._turns) % len(self.addresses)
         return Failover(
-            self.addresses[first:] + self.addresses[:first],
+            self.addresses.known,
+            first=next(self._turns),
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
             outage_s=self._outage_s,
         )
 
-    def once(self, address: str) -> Failover:
+    def once(self, gateway: Gateway) -> Failover:
         """A single attempt at one gateway."""
-        return Failover((address,), timeout_s=self.timeout_s, outage_s=0.0)
+        return Failover(lambda: (gateway,), timeout_s=self.timeout_s, outage_s=0.0)
 
 
 def health_request() -> health_pb2.HealthCheckRequest:

@@ -26,8 +26,8 @@ class ResponseCall(Protocol):
         """Hang up."""
 
 
-Open = Callable[[str, inference_pb2.GenerateRequest, float], ResponseCall]
-"""(address, request, seconds left) -> the call."""
+Open = Callable[[Failover, inference_pb2.GenerateRequest], ResponseCall]
+"""Begins a request at the gateway whose turn it is."""
 
 
 class Stream(Iterator[Event]):
@@ -55,7 +55,9 @@ class Stream(Iterator[Event]):
         self._ready: deque[Event] = deque()
         self._call: ResponseCall | None = None
         self._cancelled = threading.Event()
-        self._lock = threading.Lock()  # over _call: cancel() may come from another thread
+        self._lock = (
+            threading.Lock()
+        )  # over _call, which its reader sets: cancel() may come from another thread
         self._ended = False
 
     @property
@@ -138,12 +140,14 @@ class Stream(Iterator[Event]):
             self._hang_up()
 
     def _current_call(self) -> ResponseCall:
-        with self._lock:
-            self._refuse_when_cancelled()
-            if self._call is None:
-                request, left_s = self._generation.next_attempt(), self._failover.remaining_s()
-                self._call = self._open_call(self._failover.address, request, left_s)
-            return self._call
+        self._refuse_when_cancelled()
+        if self._call is None:
+            call = self._open_call(self._failover, self._generation.next_attempt())
+            with self._lock:
+                self._call = call
+                if self._cancelled.is_set():  # while it was opened
+                    call.cancel()
+        return self._call
 
     def _pause(self, seconds: float) -> None:
         self._hang_up()

@@ -57,6 +57,9 @@ class GatewayConfig(Section):
     )
     max_streams: int = Field(256, ge=1, description="Open requests a gateway takes before it refuses more.")
     max_request_bytes: Bytes = Field(16 * 2**20, description="Largest message accepted.")
+    connection_age_ms: int | None = Field(
+        300_000, ge=1000, description="gRPC clients then connect anew; open streams go on. null: never."
+    )
     default_max_tokens: int = Field(512, ge=1, description="max_tokens of a request that names none.")
     max_choices: int = Field(16, ge=1, le=128, description="Largest n.")
     default_deadline_ms: int = Field(600_000, ge=1, description="Deadline of a request that brings none.")

@@ -50,11 +50,10 @@ def _sizes(message_bytes: int) -> list[tuple[str, Any]]:
     ]
 
 
-def channel_options(
-    address: str, tls: TlsConfig, message_bytes: int, silence_ms: int
-) -> list[tuple[str, Any]]:
+def channel_options(message_bytes: int, silence_ms: int, server_name: str | None) -> list[tuple[str, Any]]:
     """Options every channel of ours uses. The peer is asked after a third of the silence it is allowed; where
-    that is often, only while a call is open.
+    that is often, only while a call is open. `server_name`: what the peer is called, and its certificate
+    says, where its address does not.
 
     gRPC sends pings of its own, to measure, and none to keep alive while one of those is unanswered: theirs
     have a time limit of a minute unless told otherwise.
@@ -65,27 +64,29 @@ def channel_options(
         ("grpc.keepalive_time_ms", silence_ms // 3),
         ("grpc.keepalive_timeout_ms", answer_ms),
         ("grpc.http2.ping_timeout_ms", answer_ms),
+        ("grpc.min_reconnect_backoff_ms", silence_ms),  # what gRPC calls the time limit for connecting
     ]
-    return [*_CHANNEL_OPTIONS, *keepalive, *_sizes(message_bytes), *_expected_name(address, tls)]
+    named = [("grpc.default_authority", server_name)] if server_name else []
+    return [*_CHANNEL_OPTIONS, *keepalive, *named, *_sizes(message_bytes)]
 
 
-def _expected_name(address: str, tls: TlsConfig) -> list[tuple[str, Any]]:
-    """Whose name the peer's certificate must carry, where that is not the host of `address`."""
-    is_member = tls.member_name is not None and _is_ip_address(address.rpartition(":")[0].strip("[]"))
-    return [("grpc.ssl_target_name_override", tls.member_name)] if is_member else []
-
-
-def _is_ip_address(host: str) -> bool:
+def _member_name(address: str, tls: TlsConfig) -> str | None:
+    """What a peer's certificate must say where `address`, host:port, is an IP address."""
     try:
-        ipaddress.ip_address(host)
+        ipaddress.ip_address(address.rpartition(":")[0].strip("[]"))
     except ValueError:
-        return False
-    return True
+        return None
+    return tls.member_name
 
 
-def server_options(message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[tuple[str, Any]]:
-    """Options every server of ours uses."""
-    return [*_SERVER_OPTIONS, *_sizes(message_bytes)]
+def server_options(
+    message_bytes: int = DEFAULT_MESSAGE_BYTES, connection_age_ms: int | None = None
+) -> list[tuple[str, Any]]:
+    """Options every server of ours uses. Clients are told to connect anew when a connection is older than
+    `connection_age_ms`; its calls are not cut, since gRPC sets them no time limit unless told one.
+    """
+    age = [("grpc.max_connection_age_ms", connection_age_ms)] if connection_age_ms is not None else []
+    return [*_SERVER_OPTIONS, *age, *_sizes(message_bytes)]
 
 
 def _read(path: str | None) -> bytes | None:
@@ -113,22 +114,30 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
 
 
 def channel(
-    address: str, tls: TlsConfig, message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+    address: str,
+    tls: TlsConfig,
+    message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    silence_ms: int = SILENCE_MS,
+    server_name: str | None = None,
 ) -> grpc.Channel:
     """A synchronous channel to host:port; its calls break when the peer has been silent for `silence_ms`."""
     credentials = channel_credentials(tls)
-    options = channel_options(address, tls, message_bytes, silence_ms)
+    options = channel_options(message_bytes, silence_ms, server_name or _member_name(address, tls))
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, credentials, options)
 
 
 def aio_channel(
-    address: str, tls: TlsConfig, message_bytes: int = DEFAULT_MESSAGE_BYTES, silence_ms: int = SILENCE_MS
+    address: str,
+    tls: TlsConfig,
+    message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    silence_ms: int = SILENCE_MS,
+    server_name: str | None = None,
 ) -> grpc.aio.Channel:
     """An asyncio channel to host:port; its calls break when the peer has been silent for `silence_ms`."""
     credentials = channel_credentials(tls)
-    options = channel_options(address, tls, message_bytes, silence_ms)
+    options = channel_options(message_bytes, silence_ms, server_name or _member_name(address, tls))
     if credentials is None:
         return grpc.aio.insecure_channel(address, options)
     return grpc.aio.secure_channel(address, credentials, options)

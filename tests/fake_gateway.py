@@ -75,7 +75,13 @@ class _Live:
 class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
     """Serves on a loopback port until left; `requests` and `keys` are what it was sent."""
 
-    def __init__(self, script: Script | None = None, security: SecurityConfig | None = None) -> None:
+    def __init__(
+        self,
+        script: Script | None = None,
+        security: SecurityConfig | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
         self.script = script or Script()
         self.requests: list[api.GenerateRequest] = []
         self.held = threading.Event()
@@ -85,12 +91,13 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         self._changed = threading.Condition()
         self._leaving = False
         self._server: grpc.Server | None = None
-        self.port = 0
+        self._host = host
+        self.port = port
 
     @property
     def address(self) -> str:
         """Where it listens, or did."""
-        return f"localhost:{self.port}" if self._security.tls.enabled else f"127.0.0.1:{self.port}"
+        return f"{'localhost' if self._security.tls.enabled else self._host}:{self.port}"
 
     def start(self) -> None:
         """Listen: on a free port at first, on the same one afterwards."""
@@ -99,7 +106,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         servicer = health.HealthServicer()
         servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
-        self.port = rpc.bind(self._server, "127.0.0.1", self.port, self._security)
+        self.port = rpc.bind(self._server, self._host, self.port, self._security)
         self._server.start()
 
     def kill(self) -> None:

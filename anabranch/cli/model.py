@@ -12,10 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from anabranch.cli.models.catalogue import DEFAULT_MODEL
+from anabranch.cli.models.catalogue import CATALOGUE, DEFAULT_MODEL
 from anabranch.cli.models.describe import ModelDescription, describe
 from anabranch.cli.models.progress import ConsoleProgress, FetchProgress
+from anabranch.cli.models.remote import remote_model
 from anabranch.cli.models.store import ModelStore, StoredModel, cache_folder
+from cluster.errors import ModelError
 
 app = typer.Typer(help="Fetch, list and inspect models.", no_args_is_help=True)
 
@@ -24,11 +26,27 @@ AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON ins
 
 @app.command("fetch")
 def fetch_command(
-    name: Annotated[str, typer.Argument(help="A name that `anabranch model list` shows.")] = DEFAULT_MODEL,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A name that `anabranch model list` shows, a hub's OWNER/NAME@COMMIT, or the https:// URL "
+            "of a folder that holds a model and its SHA256SUMS."
+        ),
+    ] = DEFAULT_MODEL,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What to call it here; default: the last part of the source."),
+    ] = None,
 ) -> None:
-    """Download a model, convert it and print its folder; one that is here already is only checked."""
+    """Download a model, check every file's hash, and print its folder; one that is here already is only
+    checked.
+
+    An attempt that was interrupted goes on where it was. HF_ENDPOINT names another hub than Hugging Face's,
+    and HF_TOKEN holds its token; ANABRANCH_MODEL_AUTHORIZATION is sent as the Authorization of a URL.
+    SHA256SUMS is what `sha256sum * > SHA256SUMS` writes.
+    """
     with ConsoleProgress(Console(stderr=True)) as progress:
-        folder = fetch(name, progress)
+        folder = fetch(source, progress, name)
     print(folder)
 
 
@@ -60,9 +78,14 @@ def default_store() -> ModelStore:
     return ModelStore(cache_folder())
 
 
-def fetch(name: str, progress: FetchProgress) -> Path:
-    """`ModelStore.fetch` in the user's cache folder."""
-    return default_store().fetch(name, progress)
+def fetch(source: str, progress: FetchProgress, name: str | None = None) -> Path:
+    """`ModelStore.fetch` or `fetch_remote` in the user's cache folder, whichever the source asks for."""
+    if source in CATALOGUE:
+        if name not in (None, source):
+            raise ModelError(f"{source} is always called so: leave out --name")
+        return default_store().fetch(source, progress)
+    remote = remote_model(source)
+    return default_store().fetch_remote(remote, name or remote.name, progress)
 
 
 def resolve(name_or_path: str) -> Path:
@@ -71,16 +94,7 @@ def resolve(name_or_path: str) -> Path:
 
 
 def _as_json(model: StoredModel) -> dict[str, object]:
-    entry = model.entry
-    return {
-        "name": entry.name,
-        "state": model.state.value,
-        "folder": str(model.folder),
-        "description": entry.description,
-        "licence": entry.licence,
-        "download_bytes": entry.download_bytes,
-        "folder_bytes": entry.folder_bytes,
-    }
+    return dataclasses.asdict(model) | {"state": model.state.value, "folder": str(model.folder)}
 
 
 def _list_table(models: list[StoredModel]) -> Table:
@@ -89,9 +103,10 @@ def _list_table(models: list[StoredModel]) -> Table:
         table.add_column(column, no_wrap=True)
     table.add_column("description")
     for model in models:
-        entry = model.entry
-        sizes = [f"{size / 1e6:.0f} MB" for size in (entry.download_bytes, entry.folder_bytes)]
-        table.add_row(entry.name, model.state.value, *sizes, entry.licence, entry.description)
+        download = "" if model.download_bytes is None else f"{model.download_bytes / 1e6:.0f} MB"
+        on_disk = f"{model.folder_bytes / 1e6:.0f} MB"
+        licence = model.licence or "not stated"
+        table.add_row(model.name, model.state.value, download, on_disk, licence, model.description)
     return table
 
 

@@ -17,7 +17,10 @@ _OUTAGE_S = 10.0  # somebody waits at the terminal
 
 Address = Annotated[
     str | None,
-    typer.Option(help="Gateways' HOST:PORT, with commas between; default: the cluster of this user."),
+    typer.Option(
+        help="Gateways' HOST:PORT, with commas between, or dns:///NAME:PORT for all that a name stands for; "
+        "default: the cluster of this user."
+    ),
 ]
 ApiKey = Annotated[
     str | None,

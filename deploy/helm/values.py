@@ -47,6 +47,14 @@ class Image(Part):
     pull_secrets: list[Name] = Field([], description="Names of Secrets to pull with.")
 
 
+class EnvironmentVariable(Part):
+    """One variable, by value or by reference."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Its name.")
+    value: str | None = Field(None, description="Its value.")
+    value_from: Anything | None = Field(None, description="Where its value is, as in a container.")
+
+
 class Model(Part):
     """What is served, and how it comes to the pods that read it (all but attention workers)."""
 
@@ -56,22 +64,24 @@ class Model(Part):
     )
     delivery: Literal["fetch", "claim", "image"] = Field(
         "fetch",
-        description="fetch: an init container runs `anabranch model fetch` for model.name; claim: a "
-        "PersistentVolumeClaim that exists; image: it is in the image.",
+        description="fetch: an init container runs `anabranch model fetch`; claim: a PersistentVolumeClaim "
+        "that exists; image: it is in the image.",
+    )
+    source: str | None = Field(
+        None,
+        min_length=1,
+        description="What is fetched: a hub's OWNER/NAME@COMMIT, or the https:// URL of a folder with "
+        "SHA256SUMS; null: model.name, one of `anabranch model list`.",
+    )
+    extra_env: list[EnvironmentVariable] = Field(
+        [],
+        description="Environment of the fetch: HF_TOKEN, HF_ENDPOINT, ANABRANCH_MODEL_AUTHORIZATION.",
     )
     claim: Name | None = Field(None, description="The claim, mounted read-only (delivery: claim).")
     path: str | None = Field(
         None, description="The model's folder: in the claim, or absolute in the image. Not for fetch."
     )
     fetch_space: Quantity = Field("2Gi", description="Most that a fetched model takes on a node's disk.")
-
-
-class EnvironmentVariable(Part):
-    """One variable, by value or by reference."""
-
-    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Its name.")
-    value: str | None = Field(None, description="Its value.")
-    value_from: Anything | None = Field(None, description="Where its value is, as in a container.")
 
 
 class Resources(Part):

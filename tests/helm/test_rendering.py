@@ -92,6 +92,7 @@ def test_kubernetes_knows_every_field(kubernetes: str) -> None:
         ({"model": {"delivery": "claim"}}, "model.claim: name"),
         ({"model": {"delivery": "image", "path": "models"}}, "from / on"),
         ({"model": {"path": "/x"}}, "a fetched model has its own folder"),
+        ({"model": {"delivery": "claim", "claim": "c", "source": "a/b@c"}}, "only model.delivery: fetch"),
         ({"registry": {"url": "redis://r:6379", "builtIn": True}}, "give one of the two"),
         ({"tls": {"existingSecret": "x"}, "registry": {"builtIn": True}}, "begins with rediss://"),
         ({"tls": {"existingSecret": "x"}, "registry": {"url": "redis://r:6379"}}, "begins with rediss://"),
@@ -154,6 +155,23 @@ def test_scaling_restarts_nobody_and_a_changed_key_everybody(tmp_path: Path) -> 
     assert _checksum(_rendered(tmp_path, scaled), "Deployment", "-gateway") == plain
     changed = {"config": {"dense": {"step_tokens": 512}}}
     assert _checksum(_rendered(tmp_path, changed), "Deployment", "-gateway") != plain
+
+
+def test_a_model_from_elsewhere_is_fetched_where_the_file_says(tmp_path: Path) -> None:
+    """The init container is told the source and the name of the folder that the configuration file names, and
+    gets its secrets by reference; the role's container does not.
+    """
+    secret = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}
+    values = {"model": {"name": "river", "source": "someone/river@0123", "extraEnv": [secret]}}
+    objects = _rendered(tmp_path, values)
+    pod = _named(objects, "StatefulSet", "-dense")["spec"]["template"]["spec"]
+    (fetch,) = pod["initContainers"]
+    assert fetch["command"] == ["anabranch", "model", "fetch", "someone/river@0123", "--name", "river"]
+    assert secret in fetch["env"]
+    assert secret not in pod["containers"][0]["env"]
+    cache = next(each["value"] for each in fetch["env"] if each["name"] == "ANABRANCH_CACHE")
+    config = yaml.safe_load(config_files(objects)["config.yaml"])
+    assert config["model"]["path"] == f"{cache}/models/river"
 
 
 def test_objects_of_an_operator_that_is_absent_are_left_out(tmp_path: Path) -> None:

@@ -130,6 +130,25 @@ class _Holder(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.LocateResponse(shards=[kv_pb2.HeldShard(shard=shard, committed_tokens=40, blocks=2)])
 
 
+@asynchronous
+async def test_an_old_connection_is_left_and_its_stream_is_not_cut(tmp_path: Path) -> None:
+    """A gateway tells a client to connect anew while a stream is open: what is asked next comes over a new
+    connection, and the stream goes on over the old one to its end.
+    """
+    worker = FakeDense("dense-0", pause_at=10)
+    async with fleet(tmp_path, [worker], gateway={"connection_age_ms": 1000}) as cluster:
+        channel = rpc.aio_channel(f"127.0.0.1:{cluster.gateways[0].port}", TlsConfig())
+        cluster.channels.append(channel)
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        reading = asyncio.create_task(exhaust(stub.Generate(completion(), timeout=60)))
+        await eventually(lambda: worker.paused == 1, "the stream is held")
+        await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10)
+        assert not reading.done()
+        worker.pause_at = None
+        assert (await reading).tokens() == expected_letters()
+
+
 def _attention(port: int, name: str) -> inference_pb2.Member:
     account = inference_pb2.BlockAccount(capacity=10, free=6, sealed_cached=2, block_bytes=1000)
     return inference_pb2.Member(

@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import socket
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent import futures
@@ -242,6 +243,21 @@ def test_a_silent_server_is_left_when_its_time_is_over() -> None:
     finally:
         process.kill()
         process.join()
+
+
+def test_a_server_that_takes_no_connection_is_left_as_soon() -> None:
+    """The system connects to a process that is frozen all the same: the call ends after the silence that its
+    channel allows, and is not held for gRPC's 20 seconds.
+    """
+    with socket.socket() as frozen:
+        frozen.bind(("127.0.0.1", 0))
+        frozen.listen()
+        with (
+            rpc.channel(f"127.0.0.1:{frozen.getsockname()[1]}", TlsConfig(), silence_ms=600) as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            control_pb2_grpc.ControlServiceStub(channel).GetFleet(control_pb2.GetFleetRequest(), timeout=15)
+    assert type(rpc.from_rpc(caught.value)) is errors.Unavailable  # and not DeadlineExceeded
 
 
 def test_oversized_messages_are_refused(closing: list[grpc.Server]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
+from anabranch.addresses import Gateway
 from anabranch.failover import Failover, next_pause_s
 from cluster import rpc
 from cluster.clock import ManualClock
@@ -38,8 +39,9 @@ def make_failover(
     clock: ManualClock, *addresses: str, timeout_s: float = 100, outage_s: float = 30
 ) -> Failover:
     """A failover on a virtual clock."""
+    known = tuple(Gateway(address) for address in addresses or ("a",))
     return Failover(
-        addresses or ("a",), timeout_s=timeout_s, outage_s=outage_s, clock=clock, jitter=random.Random(1)
+        lambda: known, timeout_s=timeout_s, outage_s=outage_s, clock=clock, jitter=random.Random(1)
     )
 
 
@@ -49,7 +51,7 @@ def test_every_gateway_is_tried_before_the_first_pause() -> None:
     asked = []
     pauses = []
     for _ in range(7):
-        asked.append(failover.address)
+        asked.append(failover.gateway().address)
         pauses.append(failover.interrupted(GONE) > 0)
     assert asked == ["a", "b", "c", "a", "b", "c", "a"]
     assert pauses == [False, False, True, False, False, True, False]

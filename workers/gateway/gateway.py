@@ -117,7 +117,7 @@ class Gateway:
         limits = self._config.gateway
         server = grpc.aio.server(
             interceptors=(DecodingInterceptor(_SERVICE),),
-            options=rpc.server_options(limits.max_request_bytes),
+            options=rpc.server_options(limits.max_request_bytes, limits.connection_age_ms),
             maximum_concurrent_rpcs=2 * limits.max_streams + _UNARY_CALLS_MAX,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(

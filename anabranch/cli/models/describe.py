@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.cli.models.provenance import PROVENANCE_FILE, read_licence
+from anabranch.cli.models.provenance import read_licence
 from cluster.config_reader import ConfigReader
 from cluster.errors import BrokenModelFolder
 from cluster.model_spec import ModelSpec
@@ -93,8 +93,8 @@ def _has_chat_template(folder: Path) -> bool:
 
 def _licence(folder: Path) -> str | None:
     """From the record of a fetch, else from the head of a model card (`license: ...`)."""
-    if (folder / PROVENANCE_FILE).is_file():
-        return read_licence(folder)
+    if licence := read_licence(folder):
+        return licence
     card = folder / "README.md"
     if not card.is_file():
         return None

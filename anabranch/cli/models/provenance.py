@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from anabranch.cli.models.catalogue import CatalogueEntry
 from cluster.config_reader import ConfigReader
 from cluster.errors import BrokenModelFolder
 
@@ -28,33 +28,46 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def write_provenance(folder: Path, entry: CatalogueEntry, converter_version: int) -> None:
-    """Record source, converter and each file's size and hash in `folder`."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a model folder is made from; another origin makes another folder."""
+
+    command: str
+    """What gets it again: words behind `anabranch model fetch`."""
+    source: Mapping[str, Any]
+    """Pins every byte."""
+    licence: str | None = None
+    converter_version: int | None = None
+    """None where nothing is converted."""
+
+
+def write_provenance(folder: Path, name: str, origin: Origin) -> None:
+    """Record the origin and each file's size and hash in `folder`."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
     }
-    record = {
-        "name": entry.name,
-        "licence": entry.licence,
-        "source": asdict(entry.source),
-        "converter_version": converter_version,
-        "files": files,
-    }
+    record = {"name": name, **asdict(origin), "files": files}
     (folder / PROVENANCE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def is_current(folder: Path, entry: CatalogueEntry, converter_version: int) -> bool:
-    """Whether `folder` was made from the source `entry` names, by this converter."""
+def is_current(folder: Path, origin: Origin) -> bool:
+    """Whether `folder` was made from this origin, by this converter."""
     record = _record(folder)
-    return record.get("source") == asdict(entry.source) and (
-        record.get("converter_version") == converter_version
+    return record.get("source") == origin.source and (
+        record.get("converter_version") == origin.converter_version
     )
 
 
+def read_command(folder: Path) -> str:
+    """What gets the model of a fetched folder again: words behind `anabranch model fetch`."""
+    return str(_record(folder).get("command", ""))
+
+
 def read_licence(folder: Path) -> str | None:
-    """The licence recorded at the fetch; None for a folder that was not fetched."""
-    return str(_record(folder)["licence"]) if (folder / PROVENANCE_FILE).is_file() else None
+    """The licence recorded at the fetch; None where none was, or nothing was fetched."""
+    licence = _record(folder).get("licence") if (folder / PROVENANCE_FILE).is_file() else None
+    return None if licence is None else str(licence)
 
 
 def check_sizes(folder: Path) -> None:

@@ -1,6 +1,7 @@
 {{/* The folder of the model, in every pod that reads it. */}}
 {{- define "anabranch.modelFolder" -}}
 {{- $model := .Values.model -}}
+{{- if and $model.source (ne $model.delivery "fetch") -}}{{- fail "model.source: only model.delivery: fetch fetches it" -}}{{- end -}}
 {{- if eq $model.delivery "fetch" -}}
 {{- if $model.path -}}{{- fail "model.path: a fetched model has its own folder; leave it out, or choose another model.delivery" -}}{{- end -}}
 /models/models/{{ $model.name }}

@@ -88,10 +88,13 @@ livenessProbe:
 - name: model
   image: {{ include "anabranch.image" $root }}
   imagePullPolicy: {{ $values.image.pullPolicy }}
-  command: [anabranch, model, fetch, {{ $values.model.name | quote }}]
+  command: [anabranch, model, fetch, {{ with $values.model.source }}{{ . | quote }}, --name, {{ end }}{{ $values.model.name | quote }}]
   env:
     - {name: HOME, value: /tmp}
     - {name: ANABRANCH_CACHE, value: /models}
+    {{- with $values.model.extraEnv }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   resources:
     requests: {cpu: 250m, memory: 512Mi}
     limits: {memory: 2Gi}
