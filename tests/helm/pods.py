@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+from grpc_health.v1 import health_pb2
+
+from cluster.health import HEALTH_CHECK
 from tests.helm.charts import NAMESPACE, ROOT, Manifest, config_files, selects
 from tests.system.hosts import Host
 
@@ -100,6 +104,17 @@ class Pod:
         return [re.sub(r"\$\((\w+)\)", lambda found: known[found[1]], w) for w in self.container["command"]]
 
 
+def _asked_by_grpc(host: Host, asked: Mapping[str, Any], timeout_s: float) -> bool:
+    with grpc.insecure_channel(f"{host.address}:{asked['port']}") as channel:
+        check = channel.unary_unary(*HEALTH_CHECK)
+        request = health_pb2.HealthCheckRequest(service=asked.get("service", ""))
+        try:
+            answer = check(request, timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
 def pods_of(objects: Sequence[Manifest], hosts: Sequence[Host]) -> list[Pod]:
     """The pods of all workloads, on one host each."""
     free = iter(hosts)
@@ -174,11 +189,14 @@ class Node:
             threading.Event().wait(_LOOK_S)
 
     def probe(self, pod: Pod, kind: str) -> bool:
-        """Ask a probe once."""
-        asked: Mapping[str, Any] = pod.container[kind]["httpGet"]
+        """Ask a probe once, as the kubelet does."""
+        probe: Mapping[str, Any] = pod.container[kind]
+        if "grpc" in probe:
+            return _asked_by_grpc(pod.host, probe["grpc"], probe["timeoutSeconds"])
+        asked = probe["httpGet"]
         url = f"http://{pod.host.address}:{pod.port(asked['port'])}{asked['path']}"
         try:
-            urllib.request.urlopen(url, timeout=pod.container[kind]["timeoutSeconds"]).close()
+            urllib.request.urlopen(url, timeout=probe["timeoutSeconds"]).close()
         except urllib.error.HTTPError as refusal:
             refusal.close()
             return False

@@ -60,21 +60,31 @@ topologySpreadConstraints:
 {{- end -}}
 
 {{/*
-The kubelet's three questions: (root, service). Draining is not ready, but alive. Not by gRPC, which the kubelet speaks
-in plain text only.
+How the kubelet asks whether a service is served, or the process lives: (root, port, service). It speaks gRPC in plain
+text only: with certificates the metrics' port tells what the process answers to a peer.
 */}}
+{{- define "anabranch.probe" -}}
+{{- if .root.Values.tls.existingSecret -}}
+httpGet: {port: metrics, path: /health{{ with .service }}/{{ . }}{{ end }}}
+{{- else -}}
+grpc: {port: {{ .port }}{{ with .service }}, service: {{ . }}{{ end }}}
+{{- end -}}
+{{- end -}}
+
+{{/* The kubelet's three questions: (root, port, service). Draining is not ready, but alive. */}}
 {{- define "anabranch.probes" -}}
+{{- $alive := include "anabranch.probe" (dict "root" .root "port" .port "service" "") -}}
 startupProbe:
-  httpGet: {port: metrics, path: /health}
+  {{ $alive }}
   periodSeconds: 5
   failureThreshold: {{ div (add .root.Values.probes.startupSeconds 4) 5 }}
   timeoutSeconds: 5
 readinessProbe:
-  httpGet: {port: metrics, path: /health/{{ .service }}}
+  {{ include "anabranch.probe" . }}
   periodSeconds: 5
   timeoutSeconds: 5
 livenessProbe:
-  httpGet: {port: metrics, path: /health}
+  {{ $alive }}
   periodSeconds: 10
   failureThreshold: 6
   timeoutSeconds: 5
@@ -201,7 +211,7 @@ spec:
         - {name: {{ $name }}, containerPort: {{ $port }}}
         {{- end }}
       resources: {{- include "anabranch.resources" . | nindent 8 }}
-      {{- include "anabranch.probes" (dict "root" $root "service" .service) | nindent 6 }}
+      {{- include "anabranch.probes" (dict "root" $root "port" .ports.grpc "service" .service) | nindent 6 }}
       {{- if .pauseSeconds }}
       lifecycle:
         preStop:

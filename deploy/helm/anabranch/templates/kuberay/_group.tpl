@@ -81,7 +81,7 @@ template:
         resources: {{- toYaml $resources | nindent 10 }}
         {{- if eq .role "gateway" }}
         readinessProbe:
-          httpGet: {port: metrics, path: /health/anabranch.v1.InferenceService}
+          {{ include "anabranch.probe" (dict "root" $root "port" .ports.grpc "service" "anabranch.v1.InferenceService") }}
           periodSeconds: 5
           timeoutSeconds: 5
         {{- end }}
