@@ -304,6 +304,11 @@ class Config(Section):
             )
         if self.controller.expiry_ms < 2 * self.controller.heartbeat_ms:
             raise ValueError("controller.expiry_ms must be at least twice controller.heartbeat_ms")
+        if self.placement.elastic and (self.ray.address is None or self.placement.instances != "shared"):
+            raise ValueError(
+                "placement.elastic: nodes come and go in a Ray cluster that is joined (ray.address), and"
+                " attention workers are everybody's (placement.instances: shared)"
+            )
         if "tcp" in self.lanes.transports and not (self.lanes.fenced_network or self.roles_share_machine):
             raise ValueError(
                 "lanes.transports: tcp is plain text; set lanes.fenced_network: true if it may be"

@@ -43,6 +43,11 @@ class PlacementConfig(Section):
         description="Every process has a network address to itself, as a pod has: nothing is added to ports.",
     )
     exclusive: bool = Field(False, description="Demand the custom resources anabranch_dense, ... of a node.")
+    elastic: bool = Field(
+        False,
+        description="As many processes of a role as a joined Ray cluster has nodes for, up to its replicas; "
+        "the place of one that was drained is for the next node.",
+    )
     timeout_s: float = Field(
         15.0, gt=0, description="A role that finds no node of a joined Ray cluster for this long has failed."
     )

@@ -301,6 +301,7 @@ class Controller:
             start_timeout_s=controller.start_timeout_s,
             restart_backoff_s=controller.restart_backoff_s,
             restarts_most=controller.max_restarts,
+            elastic=self._config.placement.elastic,
         )
 
     def _record(self) -> ClusterRecord:

@@ -53,12 +53,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long to wait and how often to try; seconds."""
+    """How long to wait and how often to try; seconds. `elastic`: nodes come and go; a slot that none can hold
+    is no failure while others of its role are filled, and one that retired is for the next node.
+    """
 
     placement_timeout_s: float
     start_timeout_s: float
     restart_backoff_s: float
     restarts_most: int
+    elastic: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ The fleet tells what happened (`started`, `ended`, `lost`), the membership table
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 from cluster.clock import Clock, monotonic
@@ -27,6 +27,7 @@ _PAUSE_MOST_S = 30.0
 _ANSWER_S = 3.0  # for a keeper to report a kill, before its node is suspected
 _SUSPICION_S = 30.0
 _WORDS_MOST = 300  # letters of a process's last line that are passed on
+_LEAVING_S = 60.0  # for the node of a worker that retired to leave, before its slot is for another one
 _LEAST_GRACE_S = 2.0  # for a role whose turn to drain comes after the grace was used up
 
 
@@ -42,8 +43,8 @@ class Supervisor:
            |       +--too often--> GIVEN_UP
            +------------ ended ---------+
 
-    `retire` takes one slot to STOPPED, `drain` every one, role by role in DRAIN_ORDER. Not thread-safe, but
-    `slots` may be read from any thread.
+    `retire` takes one slot to STOPPED (and where limits are elastic, after `_LEAVING_S`, to WAITING), `drain`
+    every one, role by role in DRAIN_ORDER. Not thread-safe, but `slots` may be read from any thread.
     """
 
     def __init__(
@@ -76,7 +77,10 @@ class Supervisor:
     @property
     def is_ready(self) -> bool:
         """Whether all that should run does."""
-        return all(slot.phase is Phase.READY or slot.retires for slot in self.slots)
+        ready = {slot.role for slot in self.slots if slot.phase is Phase.READY}
+        return all(
+            slot.phase is Phase.READY or slot.retires or self._may_wait(slot, ready) for slot in self.slots
+        )
 
     @property
     def is_stopped(self) -> bool:
@@ -160,7 +164,7 @@ class Supervisor:
         if slot.retires or self._draining:
             return
         others = [other for other in self.slots if other.role == slot.role and other is not slot]
-        if all(other.retires or other.phase is Phase.GIVEN_UP for other in others):
+        if all(o.retires or o.phase is Phase.GIVEN_UP or self._is_vacant(o) for o in others):
             raise InvalidRequest(f"{worker_id} is the last {slot.role}: `anabranch down` stops the cluster")
         self._stop(replace(slot, retires=True), grace_s)
 
@@ -188,7 +192,16 @@ class Supervisor:
         """A slot no node could hold for too long."""
         since_s = self._clock() - self._limits.placement_timeout_s
         waiting = (slot for slot in self.slots if slot.phase is Phase.WAITING and slot.problem)
-        return next((slot for slot in waiting if slot.since_s < since_s), None)
+        filled = {slot.role for slot in self.slots if slot.has_process}
+        return next((s for s in waiting if s.since_s < since_s and not self._may_wait(s, filled)), None)
+
+    def _may_wait(self, slot: Slot, filled: Set[str]) -> bool:
+        """Whether a slot may be without a node for good, given the roles of which a process runs."""
+        return self._is_vacant(slot) and slot.role in filled
+
+    def _is_vacant(self, slot: Slot) -> bool:
+        """Whether a slot is for a node that may come."""
+        return self._limits.elastic and slot.phase is Phase.WAITING and bool(slot.problem)
 
     def _current(self, worker_id: str, attempt: int) -> Slot | None:
         slot = self._slots.get(worker_id)
@@ -207,6 +220,8 @@ class Supervisor:
         self._put(replace(slot, phase=phase, since_s=self._clock(), due_s=due_s, problem=said))
 
     def _place_waiting(self) -> None:
+        if self._limits.elastic:
+            self._vacate()
         waiting = [slot for slot in self.slots if slot.phase is Phase.WAITING]
         if not waiting:
             return
@@ -218,6 +233,13 @@ class Supervisor:
                 self._put(replace(slot, problem=answer.missing))
             else:
                 self._launch(replace(slot, node=answer.node, attempt=slot.attempt + 1, process_id=0))
+
+    def _vacate(self) -> None:
+        """Slots whose workers retired long enough ago wait for the next node."""
+        since_s = self._clock() - _LEAVING_S
+        for slot in self.slots:
+            if slot.retires and slot.phase is Phase.STOPPED and slot.since_s < since_s:
+                self._enter(replace(slot, retires=False, failures=0), Phase.WAITING, problem="")
 
     def _launch(self, slot: Slot) -> None:
         self._enter(slot, Phase.STARTING, self._clock() + self._limits.start_timeout_s)

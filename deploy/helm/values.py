@@ -258,7 +258,7 @@ class Autoscaler(Part):
 
 
 class Probes(Part):
-    """Health, which the kubelet asks at the port of the metrics."""
+    """Health, as the kubelet asks for it."""
 
     startup_seconds: Annotated[int, Field(ge=10)] = Field(
         600, description="Time a pod may take to load the model and to meet the controller."

@@ -17,6 +17,7 @@ from cluster import config as configuration
 from tests.helm.charts import CHART, EXAMPLES, Manifest, config_text, helm, manifests, selects
 
 OBJECTS = manifests((EXAMPLES / "kuberay" / "rendered.yaml").read_text())
+VALUES = str(EXAMPLES / "kuberay" / "values.yaml")
 FOLDER = os.environ.get("ANABRANCH_KUBERAY")
 MISSING = "NOT CHECKED: set ANABRANCH_KUBERAY to a folder with KubeRay's rayclusters.yaml"
 
@@ -141,14 +142,45 @@ def test_the_mode_has_no_pods_beside_the_cluster() -> None:
     ("flags", "words"),
     [
         ([], "install it first"),
-        (["-a", "ray.io/v1", "--set", "autoscaler.enabled=true"], "choose mode: statefulset"),
         (["-a", "ray.io/v1", "--set", "registry.builtIn=false"], "set registry.builtIn"),
     ],
     ids=str,
 )
 def test_what_cannot_work_fails_the_render(flags: list[str], words: str) -> None:
-    """Without the operator's definitions, without a Redis, and with the autoscaler: what to do is said."""
-    values = str(EXAMPLES / "kuberay" / "values.yaml")
-    outcome = helm(4, "template", "demo", str(CHART), "-f", values, *flags)
+    """Without the operator's definitions, and without a Redis: what to do is said."""
+    outcome = helm(4, "template", "demo", str(CHART), "-f", VALUES, *flags)
     assert outcome.returncode != 0
     assert words in outcome.stderr
+
+
+@pytest.mark.system
+def test_the_autoscaler_may_change_the_cluster_and_the_controller_follows(tmp_path: Path) -> None:
+    """It is told the RayCluster, and may change that one; groups have its bounds, the file has the most, and
+    the controller starts as many as there are nodes.
+    """
+    flags = ["--set", "autoscaler.enabled=true,autoscaler.dryRun=false,autoscaler.attention.most=7"]
+    outcome = helm(4, "template", "demo", str(CHART), "-f", VALUES, "-a", "ray.io/v1", *flags)
+    objects = manifests(outcome.stdout)
+    (scaler,) = (each for each in objects if each["kind"] == "Deployment")
+    words = scaler["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert words[words.index("--ray-cluster") + 1] == "demo-anabranch"
+    (role,) = (each for each in objects if each["kind"] == "Role")
+    assert role["rules"] == [
+        {
+            "apiGroups": ["ray.io"],
+            "resources": ["rayclusters"],
+            "resourceNames": ["demo-anabranch"],
+            "verbs": ["get", "patch", "list", "watch"],
+        }
+    ]
+    (cluster,) = (each for each in objects if each["kind"] == "RayCluster")
+    groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+    attention = groups["attention"]
+    assert (attention["minReplicas"], attention["maxReplicas"]) == (1, 7)
+    assert attention["minReplicas"] <= attention["replicas"] <= attention["maxReplicas"]
+    assert groups["gateway"]["minReplicas"] == groups["gateway"]["maxReplicas"]
+    file = tmp_path / "config.yaml"
+    file.write_text(config_text(objects))
+    config = configuration.load(file)
+    assert config.placement.elastic
+    assert (config.attention.replicas, config.dense.replicas) == (7, 4)

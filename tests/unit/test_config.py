@@ -83,6 +83,7 @@ def test_a_wrong_value_is_refused_by_name(overrides: dict[str, object], named: s
         ),
         ({"attention.tiers": {"arena": 1}}, "attention.tiers: must be a list, not {'arena': 1}"),
         ({"attention.tiers": [1]}, "attention.tiers.0: must be a section with keys below it, not 1"),
+        ({"placement.elastic": True}, "placement.elastic: nodes come and go in a Ray cluster that is joined"),
     ],
 )
 def test_a_refusal_says_what_would_do_and_what_was_given(overrides: dict[str, object], said: str) -> None:

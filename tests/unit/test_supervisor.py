@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -43,21 +44,26 @@ class Hands:
 class Fleet:
     """A supervisor over nodes that are switched off and on by name."""
 
-    def __init__(self, slots: Sequence[Slot] = SLOTS) -> None:
+    def __init__(self, slots: Sequence[Slot] = SLOTS, limits: Limits = LIMITS) -> None:
         self.clock = ManualClock()
         self.hands = Hands()
         self.nodes = ["node-a", "node-b"]
         self.missing = ""
-        self.supervisor = Supervisor(slots, LIMITS, self.place, self.hands, clock=self.clock)
+        self.room = 100
+        self.supervisor = Supervisor(slots, limits, self.place, self.hands, clock=self.clock)
 
     def place(
         self, waiting: Sequence[Slot], occupied: Sequence[Slot], suspected: frozenset[str]
     ) -> Mapping[str, Placed | NotPlaced]:
-        """The first node that is not suspected, unless something is said to be missing."""
+        """The first node not suspected, for as many as fit, unless something is said to be missing."""
         nodes = [node for node in self.nodes if node not in suspected]
         if self.missing or not nodes:
             return {slot.worker_id: NotPlaced(self.missing or "no node") for slot in waiting}
-        return {slot.worker_id: Placed(nodes[0]) for slot in waiting}
+        fitting = max(0, self.room - len(occupied))
+        found: dict[str, Placed | NotPlaced] = {
+            slot.worker_id: Placed(nodes[0]) for slot in waiting[:fitting]
+        }
+        return found | {slot.worker_id: NotPlaced("no room") for slot in waiting[fitting:]}
 
     def pass_time(self, seconds: float) -> None:
         """Tick as the controller does."""
@@ -343,3 +349,38 @@ def test_an_empty_slot_retires_at_once() -> None:
     fleet.supervisor.retire("dense-1", 5.0)
     assert fleet.slot("dense-1").phase is Phase.STOPPED
     assert fleet.hands.take() == []
+
+
+def test_an_elastic_cluster_has_as_many_workers_as_its_nodes_hold() -> None:
+    """It is ready without those that no node holds, but not without a whole role; a worker that retired
+    leaves its slot to the next node once its own had time to leave, and the last one of a role stays.
+    """
+    slots = (*SLOTS, *(Slot(f"dense-{index}", "dense", index) for index in (1, 2)))
+    fleet = Fleet(slots, replace(LIMITS, elastic=True))
+    fleet.room = 2
+    fleet.pass_time(40)
+    assert isinstance(fleet.supervisor.failure(was_complete=False), Unplaceable)
+    fleet.room = 4
+    fleet.pass_time(1)
+    assert fleet.supervisor.failure(was_complete=False) is None
+    assert not fleet.supervisor.is_ready
+    for worker_id in ("attention-0", "dense-0", "gateway-0", "dense-1"):
+        fleet.supervisor.ready(worker_id)
+    assert fleet.supervisor.is_ready
+    assert fleet.slot("dense-2").problem == "no room"
+    fleet.hands.take()
+    fleet.supervisor.retire("dense-0", 20.0)
+    fleet.supervisor.ended("dense-0", 1, 0, "")
+    fleet.room = 3
+    with pytest.raises(InvalidRequest, match="last dense"):
+        fleet.supervisor.retire("dense-1", 20.0)
+    fleet.pass_time(59)
+    assert fleet.slot("dense-0").phase is Phase.STOPPED
+    fleet.pass_time(2)
+    fleet.room = 5
+    fleet.pass_time(1)
+    assert {(what, worker_id) for what, worker_id, _ in fleet.hands.take()} == {
+        ("terminate", "dense-0"),
+        ("launch", "dense-0"),
+        ("launch", "dense-2"),
+    }

@@ -33,6 +33,12 @@
 {{- if eq $values.mode "kuberay" -}}
 {{- $_ := set $set "ray" (dict "address" "127.0.0.1:6379") -}}
 {{- $_ := set $set.placement "exclusive" true -}}
+{{- if $values.autoscaler.enabled -}}
+{{- /* The file has the most; how many there are is the number of nodes in the groups. */}}
+{{- $_ := set $set.placement "elastic" true -}}
+{{- $_ := set $set.dense "replicas" $values.autoscaler.dense.most -}}
+{{- if $values.attention.replicas -}}{{- $_ := set $set.attention "replicas" $values.autoscaler.attention.most -}}{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- /* A lane over TCP is plain text. */}}
 {{- if and $values.networkPolicy.enabled (not $values.tls.existingSecret) -}}

@@ -34,10 +34,12 @@
 {{- $values := $root.Values -}}
 {{- $own := index $values .role -}}
 {{- $resources := include "anabranch.rayResources" . | fromYaml -}}
+{{- $scaled := and $values.autoscaler.enabled (ne .role "gateway") -}}
+{{- $replicas := include "anabranch.replicas" (dict "root" $root "role" .role) -}}
 groupName: {{ .role }}
-replicas: {{ $own.replicas }}
-minReplicas: {{ $own.replicas }}
-maxReplicas: {{ $own.replicas }}
+replicas: {{ $replicas }}
+minReplicas: {{ $scaled | ternary (dig .role "least" 0 $values.autoscaler) $replicas }}
+maxReplicas: {{ $scaled | ternary (dig .role "most" 0 $values.autoscaler) $replicas }}
 rayStartParams:
   num-cpus: {{ dig .role "threads" 1 $values.config | quote }}
   # Where Ray would take a part of the container's memory, the role gets all of it.
