@@ -124,7 +124,7 @@ def assert_moves_both_ways(model: Path, folder: Path, device: str = "cpu", **mor
     }
     with two_tiers(model, folder, 1, **overrides, **more) as cluster:
         with cluster.client() as client:
-            long = Stream(client, random_prompt(3200, seed=32), 1000, "long")
+            long = Stream(client, random_prompt(3200, seed=32), 1800, "long")
             long.read(1)
             stream = Stream(client, prompt, count)
             stream.read(1)

@@ -99,6 +99,21 @@ def test_the_configuration_overrides_the_catalogue(machines: Machines, tmp_path:
         assert _places(cluster, machines)["dense-0"] == "H100"
 
 
+def test_an_elastic_cluster_follows_its_nodes(machines: Machines, tmp_path: Path) -> None:
+    """Three dense workers and two GPUs: the cluster is ready with two, and the third starts on the GPU that
+    joins.
+    """
+    config = _config(tmp_path, machines, dense__replicas=3, attention__replicas=1, placement__elastic=True)
+    with running(config, joining()) as cluster:
+        cluster.await_ready()
+        (waiting,) = {f"dense-{index}" for index in range(3)} - _places(cluster, machines).keys()
+        labels = {"ray.io/accelerator-type": "L4"}
+        late = machines.cluster.add_node(num_cpus=2, num_gpus=1, labels=labels, memory=2**30)
+        cluster.await_phase(waiting, Phase.READY)
+        assert cluster.end() == 0
+    machines.cluster.remove_node(late)
+
+
 def test_a_joined_cluster_is_left_as_it_was(machines: Machines, tmp_path: Path) -> None:
     """At the end our processes are gone and their claims returned; nodes of others' cluster live on."""
     with running(_config(tmp_path, machines, attention__replicas=1), joining()) as cluster:
