@@ -47,8 +47,8 @@ def references(folder: Path) -> list[Reference]:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_tokens_equal_transformers(shape: Shape, folder: Path, references: list[Reference]) -> None:
-    """A batch of six gives transformers' tokens over two micro-batches. How many steps have two is a matter of
-    time where arenas are small and sequences wait for each other: as many as half of one's tokens at least.
+    """A batch of six gives transformers' tokens over two micro-batches. How many steps have two is a matter
+    of time where arenas are small and sequences wait: as many as half of one's tokens at least.
     """
     with DenseCluster(folder, shape) as cluster:
         outputs = cluster.generate(request(prompt, COUNT) for prompt in PROMPTS[:6])
