@@ -215,7 +215,7 @@ def compare(model: Path, seconds: float) -> dict[str, Any]:
     return {
         "machine": {"processor": platform.processor(), "cores": os.cpu_count()},
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m tests.borrowing --json bench/borrowing.json",
+        "command": f"python -m tests.borrowing --seconds {seconds:g} --json bench/borrowing.json",
         "model": SHAPE,
         "held_each": held_each,
         "step": asdict(step),
