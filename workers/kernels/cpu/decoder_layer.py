@@ -4,36 +4,17 @@ their products.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from workers.kernels.cpu import _native
+from workers.kernels.cpu.kept import KeptMemory
 from workers.kernels.cpu.product import PackedProduct
 
-_SHAPES_KEPT = 4
-"""Of a thread: micro-batches of two sizes, and those of the step before."""
-
-
-class _Kept(threading.local):
-    """What lies between gate and down product of the layer that a thread computes, by rows and size."""
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[int, int], Tensor] = {}
-
-    def of(self, rows: int, size: int) -> int:
-        """The address of [rows, size]; the shape that came first goes for one too many."""
-        found = self._memory.get((rows, size))
-        if found is None:
-            if len(self._memory) == _SHAPES_KEPT:
-                del self._memory[next(iter(self._memory))]
-            found = self._memory[rows, size] = torch.empty((rows, size), dtype=torch.bfloat16)
-        return found.data_ptr()
-
-
-_kept = _Kept()
+_between = KeptMemory(torch.bfloat16)
+"""What lies between gate and down product of the layer that a thread computes."""
 
 
 class PackedLayer:
@@ -59,7 +40,7 @@ class PackedLayer:
         if not follow or (output.inputs, down.inputs) != (query.outputs, gated.outputs):
             raise ValueError(f"no layer of {[(each.inputs, each.outputs) for each in products]}")
         self._head_size, self._size = head_size, query.inputs
-        self._query, self._key_value, self._between = query.outputs, key_value.outputs, gated.outputs
+        self._query, self._key_value, self._gated = query.outputs, key_value.outputs, gated.outputs
         self._weights = (*products, attended_norm, *head_norms)  # whose addresses the compiled layer has
         for norm, size in ((attended_norm, self._size), *((norm, head_size) for norm in head_norms)):
             if norm is not None:
@@ -105,7 +86,7 @@ class PackedLayer:
         normed = torch.empty((rows, self._size), dtype=torch.bfloat16)
         self._native.absorb(
             *(hidden.data_ptr(), attended.data_ptr(), next_norm.data_ptr()),
-            *(_kept.of(rows, self._between), normed.data_ptr(), rows, torch.get_num_threads()),
+            *(_between.of((rows, self._gated))[1], normed.data_ptr(), rows, torch.get_num_threads()),
         )
         return hidden, normed
 

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from workers.kernels.cpu import _native
-
-_SHAPES_KEPT = 4
-"""Of one operator, and thread: micro-batches of two sizes, and those of the step before."""
-
-
-class _Kept(threading.local):
-    """What a thread need not allocate again: between two matrix products that costs more than the gate.
-
-    Results and their addresses, by shape; the shape that came first goes for one too many.
-    """
-
-    def __init__(self) -> None:
-        self.gated: dict[tuple[int, ...], tuple[Tensor, int]] = {}
-        self.merged: dict[tuple[int, ...], tuple[Tensor, int]] = {}
-
+from workers.kernels.cpu.kept import KeptMemory
 
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -42,7 +26,7 @@ class CpuOperators:
             raise ValueError(f"no operators over {dtype}; there are {list(_TYPES)}")
         self._dtype = dtype
         self._threads = threads
-        self._kept = _Kept()
+        self._gated, self._merged = KeptMemory(dtype), KeptMemory(dtype)
         self._native = _native.RowOperators(_TYPES[dtype], level or _native.levels()[0])
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -86,7 +70,7 @@ class CpuOperators:
         if len(shape) != 2 or shape[1] % 2 != 0 or shape[1] == 0:
             raise ValueError(f"no gate and up of one size in {list(shape)}")
         rows, size = shape[0], shape[1] // 2
-        kept, place = self._memory(self._kept.gated, (rows, size))
+        kept, place = self._gated.of((rows, size))
         self._native.gate(gate_up.data_ptr(), place, rows, size, self._threads_now())
         return kept
 
@@ -106,7 +90,7 @@ class CpuOperators:
         if not key_shape == value_shape == [rows, kv_heads, size]:
             raise ValueError(f"keys {list(key.shape)}, values {list(value.shape)} for {list(query.shape)}")
         parts = (0, 0, 0) if shards is None else _parts(query.shape, *shards)
-        kept, place = self._memory(self._kept.merged, query.shape)
+        kept, place = self._merged.of(query.shape)
         self._native.own(
             *(query.data_ptr(), heads, query_stride),
             *(key.data_ptr(), key_stride, value.data_ptr(), value_stride, kv_heads),
@@ -127,7 +111,7 @@ class CpuOperators:
             raise ValueError(f"{dtype} of operators over {self._dtype}")
         own_out, own_lse, _ = _parts(shape, *own)
         parts = (0, 0, 0) if shards is None else _parts(shape, *shards)
-        kept, place = self._memory(self._kept.merged, shape)
+        kept, place = self._merged.of(shape)
         self._native.merge(own_out, own_lse, *parts, place, rows, heads, size, self._threads_now())
         return kept
 
@@ -143,18 +127,6 @@ class CpuOperators:
         found = (places.data_ptr(), best.data_ptr(), second.data_ptr())
         self._native.best(rows.data_ptr(), *found, *shape, self._threads_now())
         return places, best, second
-
-    def _memory(
-        self, kept: dict[tuple[int, ...], tuple[Tensor, int]], shape: tuple[int, ...]
-    ) -> tuple[Tensor, int]:
-        """Memory of a shape, and its address."""
-        found = kept.get(shape)
-        if found is None:
-            if len(kept) == _SHAPES_KEPT:
-                del kept[next(iter(kept))]
-            memory = torch.empty(shape, dtype=self._dtype)
-            found = kept[shape] = memory, memory.data_ptr()
-        return found
 
     def _sizes(self, vectors: Tensor) -> tuple[int, int, int, int]:
         """Rows, heads, numbers of a head, numbers from row to row; only rows may lie apart."""
