@@ -1,4 +1,4 @@
-"""What tokens cost, from records, a shape and prices. Pure.
+"""What tokens cost, in dollars and joules, from records, a shape, prices and rated powers. Pure.
 
 Allocation basis: all that is paid for, busy or not, over the T seconds that a stage counts, by role r:
 
@@ -18,6 +18,9 @@ Idle is the rest, so that
 
     A = dense + attention + network + idle        U = A - idle
 
+Energy is the power that makers rate all devices at, times T: not measured, and by allocation alone. Hosts,
+networks and cooling are not in it.
+
 Input and output share either basis by seconds in the batch: input has sum(prefill) / sum(prefill + decode).
 """
 
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from cluster.errors import InvalidRequest
+from cluster.hardware import Catalogue
 from cluster.prices import Price, Prices, per_mtok
 from loadgen.metrics import Objectives, Summary
 from loadgen.records import Outcome, Record
@@ -48,6 +52,8 @@ class Devices:
     count: int
     kind: str
     price: Price
+    rated_w: float | None = None
+    """Of one; None where nobody publishes it."""
 
     @property
     def usd_per_s(self) -> float:
@@ -63,8 +69,10 @@ class Bill:
     attention: Devices | None
 
     @classmethod
-    def parse(cls, shape: str, prices: Prices) -> Bill:
-        """`dense=1xh100,attention=2xh20`. Raises InvalidRequest for another, or a kind without a price."""
+    def parse(cls, shape: str, prices: Prices, catalogue: Catalogue) -> Bill:
+        """`dense=1xh100,attention=2xh20`; the catalogue knows what each kind draws. Raises InvalidRequest
+        for another, or a kind without a price.
+        """
         roles: dict[str, Devices] = {}
         for part in shape.split(","):
             found = _PART.fullmatch(part)
@@ -75,7 +83,8 @@ class Bill:
             role, count, kind = found.groups()
             if kind not in prices:
                 raise InvalidRequest(f"there is no price of {kind!r}, only of {', '.join(prices)}")
-            roles[role] = Devices(int(count), kind, prices[kind])
+            rated_w = catalogue[kind].power_watts if kind in catalogue else None
+            roles[role] = Devices(int(count), kind, prices[kind], rated_w)
         if "dense" not in roles:
             raise InvalidRequest(f"--shape {shape} has no dense devices: every cluster has")
         return cls(roles["dense"], roles.get("attention"))
@@ -84,6 +93,12 @@ class Bill:
     def roles(self) -> tuple[tuple[Role, Devices], ...]:
         """Each role that has devices."""
         return (("dense", self.dense), *((("attention", self.attention),) if self.attention else ()))
+
+    @property
+    def power_w(self) -> float | None:
+        """Rated power of all devices; None where that of some kind is not known."""
+        powers = [devices.count * devices.rated_w for _, devices in self.roles if devices.rated_w is not None]
+        return sum(powers) if len(powers) == len(self.roles) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +128,7 @@ def costs(records: Sequence[Record], summary: Summary, bill: Bill, objectives: O
     shares = _shares(busy(completed, bill, until_s - duration_s, until_s), allocated)
     whole = sum(allocated.values())
     used = None if shares is None else whole - shares["idle"]
-    tokens = _tokens(measured)
+    tokens, outputs = _tokens(measured), sum(record.output_tokens for record in measured)
     return {
         "shape": ",".join(f"{role}={devices.count}x{devices.kind}" for role, devices in bill.roles),
         "prices": {devices.kind: _told(devices.price) for _, devices in bill.roles},
@@ -128,6 +143,10 @@ def costs(records: Sequence[Record], summary: Summary, bill: Bill, objectives: O
         "tokens_per_usd": tokens / whole if whole else None,
         "good_tokens_per_usd": None if good is None or not whole else _tokens(good) / whole,
         "usd_per_mtok_at_slo": None if good is None else per_mtok(whole, _tokens(good)),
+        "power_w": bill.power_w,
+        "joules_per_output_token": None
+        if bill.power_w is None or not outputs
+        else bill.power_w * duration_s / outputs,
     }
 
 

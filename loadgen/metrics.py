@@ -95,6 +95,8 @@ COSTS = {
     "tokens_per_usd": "tokens in and out / allocated_usd",
     "good_tokens_per_usd": "tokens in and out of requests that kept every objective given / allocated_usd",
     "usd_per_mtok_at_slo": "allocated_usd / million tokens of requests that kept every objective given",
+    "power_w": "watts that all devices are rated at by their makers, not measured",
+    "joules_per_output_token": "power_w x duration / output tokens of completed requests; rated power",
 }
 """Of `loadgen.cost`, where a shape is given."""
 

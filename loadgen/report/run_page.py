@@ -103,7 +103,7 @@ def _cost(summaries: Sequence[Summary]) -> Section:
     if not known:
         return Section("Cost")
     bars = tuple(_cost_bar(summary) for summary in known if summary["usd_per_mtok_idle"] is not None)
-    rows = tuple((key.replace("_", " "), *(text(summary[key]) for summary in known)) for key in COSTS)
+    rows = tuple((key.replace("_", " "), *(text(summary.get(key)) for summary in known)) for key in COSTS)
     prices = "; ".join(f"{kind}: {told}" for kind, told in known[0]["prices"].items())
     points = tuple(
         Line(s["stage"], (s["mean_tpot_ms"],), (s["usd_per_mtok"],), Style.POINTS)
@@ -119,9 +119,9 @@ def _cost(summaries: Sequence[Summary]) -> Section:
     )
     return Section(
         "Cost",
-        f"{known[0]['shape']} · {prices}",
+        f"{known[0]['shape']} · {prices} · power is rated, not measured",
         bars,
-        (Table(("US dollars", *(summary["stage"] for summary in known)), rows),),
+        (Table(("dollars and energy", *(summary["stage"] for summary in known)), rows),),
         (frontier,) if len(points) > 1 else (),
     )
 

@@ -239,10 +239,11 @@ class Simulation:
 
 
 def _bill(shape: Shape) -> Bill:
-    """What the catalogue asks for all devices of a shape."""
+    """What the catalogue asks for all devices of a shape, and what they draw."""
 
     def devices(side: Side, workers: int = 1) -> Devices:
-        return Devices(workers * side.devices, side.kind.name, prices.of(side.kind))
+        kind = side.kind
+        return Devices(workers * side.devices, kind.name, prices.of(kind), kind.power_watts)
 
     attention = devices(shape.attention) if shape.attention else None
     return Bill(devices(shape.dense, shape.dense_workers), attention)

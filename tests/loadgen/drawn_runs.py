@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from anabranch.events import Timings
-from cluster import prices
+from cluster import hardware, prices
 from loadgen.cost import Bill, priced
 from loadgen.members import Sample
 from loadgen.metrics import Facts, Objectives, summarize
@@ -44,7 +44,7 @@ def drawn_run(
         "notes": ["3 prompts were clipped"],
     }
     summaries = [{**head, **summarize(records, facts)}]
-    bill = Bill.parse("dense=1xh100,attention=2xh20", prices.built_in())
+    bill = Bill.parse("dense=1xh100,attention=2xh20", prices.built_in(), hardware.built_in())
     return Run(name, records, tuple(priced(records, summaries, bill)), _samples())
 
 

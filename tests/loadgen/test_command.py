@@ -174,6 +174,7 @@ def test_a_real_cluster(tmp_path: Path) -> None:
     page = (tmp_path / "results" / PAGE).read_text()
     assert "1 attention, 1 dense, 1 gateway" in page
     assert run.summaries[0]["usd_per_mtok_idle"] > 0
+    assert "J an output token, at 1,100 W of rated power" in done.stdout
     records = run.records
     assert [record.outcome for record in records] == [Outcome.COMPLETED] * 12
     for record in records:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from anabranch.events import Timings
-from cluster import prices
+from cluster import hardware, prices
 from cluster.errors import InvalidRequest
+from cluster.hardware import Catalogue
 from loadgen.cost import PARTS, Bill, costs
 from loadgen.metrics import Facts, Objectives, Summary, definition, summarize
 from loadgen.records import Outcome, Record
@@ -54,10 +55,18 @@ RECORDS = [
 ]
 """Ten seconds in all, four of them empty."""
 
+KINDS = hardware.built_in()
 
-def _costs(shape: str, tmp_path: Path, objectives: str = "", records: list[Record] = RECORDS) -> Summary:
+
+def _costs(
+    shape: str,
+    tmp_path: Path,
+    objectives: str = "",
+    records: list[Record] = RECORDS,
+    catalogue: Catalogue = KINDS,
+) -> Summary:
     (tmp_path / "prices.toml").write_text(PRICES)
-    bill = Bill.parse(shape, prices.read(tmp_path / "prices.toml"))
+    bill = Bill.parse(shape, prices.read(tmp_path / "prices.toml"), catalogue)
     facts = Facts("run", 0.0, planned=len(records), client_cpu_share=0.1)
     return costs(records, summarize(records, facts), bill, Objectives.parse(objectives))
 
@@ -118,6 +127,28 @@ def test_what_was_not_measured_is_not_made_up(tmp_path: Path) -> None:
     assert found["used_usd"] is None
     assert found["usd_per_mtok_idle"] is None
     assert _costs("dense=1xbig", tmp_path, records=[RECORDS[2]])["usd_per_mtok"] is None
+
+
+def test_energy_by_hand(tmp_path: Path) -> None:
+    """A device of 700 W and two of 400 W for ten seconds and 400 output tokens."""
+    found = _costs(
+        "dense=1xbig,attention=2xsmall", tmp_path, catalogue={"big": KINDS["h100"], "small": KINDS["h20"]}
+    )
+    assert found["power_w"] == 1500
+    assert found["joules_per_output_token"] == pytest.approx(37.5)
+
+
+@pytest.mark.parametrize(
+    "catalogue", [{"big": KINDS["h100"]}, {"big": KINDS["h100"], "small": KINDS["tpu-v6e"]}]
+)
+def test_energy_of_devices_whose_power_nobody_tells_is_not_made_up(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    """A kind that the catalogue does not know, or knows without its power, leaves all of it unknown."""
+    found = _costs("dense=1xbig,attention=1xsmall", tmp_path, catalogue=catalogue)
+    assert found["allocated_usd"] > 0
+    assert (found["power_w"], found["joules_per_output_token"]) == (None, None)
+    assert _costs("dense=1xbig", tmp_path, records=[RECORDS[2]], catalogue=catalogue)["power_w"] == 700
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,19 @@ def test_every_figure_is_in_the_page_with_its_meaning() -> None:
     assert content.warnings == tuple(run.summaries[0]["warnings"])
 
 
+def test_energy_stands_beside_dollars() -> None:
+    """With the words that it was not measured; a run that was summed up before it was told has none."""
+    run = drawn_run()
+    (summary,) = run.summaries
+    (cost,) = (section for section in run_page(run).sections if section.title == "Cost")
+    assert "power is rated, not measured" in cost.words
+    assert ("joules per output token", text(summary["joules_per_output_token"])) in cost.tables[0].rows
+    older = {key: value for key, value in summary.items() if key != "joules_per_output_token"}
+    content = run_page(dataclasses.replace(run, summaries=(older,)))
+    (cost,) = (section for section in content.sections if section.title == "Cost")
+    assert ("joules per output token", text(None)) in cost.tables[0].rows
+
+
 def test_a_run_of_nothing_has_a_page() -> None:
     """Stopped before its first answer, or before its first stage."""
     run = drawn_run(requests=3)

@@ -93,6 +93,14 @@ def test_no_side_is_busy_for_more_than_all_of_the_time(where: Shape) -> None:
     assert max(busy) > 0.7
 
 
+def test_energy_is_that_of_every_device_for_the_whole_time() -> None:
+    """Two dense workers of two H100 each, and three H20, at the catalogue's watts."""
+    _, (summary,) = simulate(cluster(shape("h100x2", "h20x3", 2)), LOAD)
+    assert summary["power_w"] == 4 * 700 + 3 * 400
+    joules = summary["joules_per_output_token"] * summary["total_output_tokens"]
+    assert joules == pytest.approx(summary["power_w"] * summary["duration"])
+
+
 def test_a_full_pool_preempts_and_still_answers_everybody() -> None:
     """Sequences that outgrow the cache give way by the scheduler's rule, begin anew, and end."""
     small = cluster(efficiencies=Efficiencies(memory=0.868), where=shape("h100x2", None))

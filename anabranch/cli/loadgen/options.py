@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.options import reach
-from cluster import prices
+from cluster import hardware, prices
 from cluster.config import TlsConfig
 from cluster.errors import InvalidRequest
 from loadgen.cost import Bill
@@ -224,7 +224,8 @@ def endpoints(
 def bill(shape: str, prices_file: Path | None) -> Bill | None:
     """What --shape and --prices say; None without a shape. Raises InvalidRequest."""
     if shape:
-        return Bill.parse(shape, prices.read(prices_file) if prices_file else prices.built_in())
+        known = prices.read(prices_file) if prices_file else prices.built_in()
+        return Bill.parse(shape, known, hardware.built_in())
     if prices_file:
         raise InvalidRequest("--prices needs a --shape: how many devices of which kind are paid for")
     return None

@@ -99,6 +99,11 @@ def _costs(summary: Summary) -> list[str]:
             f"  at the objectives ${_money(summary['usd_per_mtok_at_slo'])}, "
             f"{summary['good_tokens_per_usd']:,.0f} tokens a dollar"
         )
+    if summary["joules_per_output_token"] is not None:
+        lines.append(
+            f"  {summary['joules_per_output_token']:,.4g} J an output token, "
+            f"at {summary['power_w']:,.0f} W of rated power (not measured)"
+        )
     return lines
 
 
