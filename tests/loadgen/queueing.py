@@ -13,7 +13,8 @@ from loadgen.metrics import Facts, Objectives, Summary, summarize
 from loadgen.plan import Stage
 from loadgen.records import Record
 from loadgen.scenario import Scenario
-from loadgen.sweep.sweep import Measure, Subject
+from loadgen.sweep.load import Course, LoadKind, Standard
+from loadgen.sweep.sweep import Loads, Measure, Subject, Sweep
 from tests.loadgen.test_records import WHOLE
 
 OUTPUT_TOKENS = 10
@@ -49,6 +50,18 @@ def queue(places: int, stay_s: float, objectives: Objectives, settings: Mapping[
         yield measure
 
     return Subject(f"queue of {places} {dict(settings)}", f"queue of {places}", settings, opened)
+
+
+def swept_queues(standard: Standard) -> list[Course]:
+    """Two queues under three rates each, of which the highest is too much for both."""
+    scenario = Scenario(duration_s=60.0, prompt="8", output="8")
+    loads = Loads(LoadKind.RATE, (2.0, 8.0, 32.0))
+    return [
+        Sweep(scenario, loads, standard, lambda _: None, lambda: True).run(
+            queue(places, stay_s, standard.objectives, {"stay": stay_s})
+        )
+        for places, stay_s in ((4, 0.5), (8, 0.7))
+    ]
 
 
 def _served(stage: Stage, places: int, stay_s: float) -> list[Record]:

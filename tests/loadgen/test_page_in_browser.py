@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import Any
 
 import pytest
 
+from loadgen.metrics import Objectives, Summary
 from loadgen.report.comparison_page import comparison_page, pairs_of
-from loadgen.report.content import text
+from loadgen.report.content import Content, text
 from loadgen.report.page import render
 from loadgen.report.run_page import run_page
+from loadgen.report.sweep_page import ranked, sweep_page
+from loadgen.sweep.load import Standard
 from tests.loadgen.drawn_runs import drawn_run
+from tests.loadgen.queueing import swept_queues
 
 pytestmark = pytest.mark.system
 
@@ -64,11 +69,12 @@ def _asked(log: dict[str, Any]) -> list[str]:
 
 
 class _Figures(HTMLParser):
-    """Texts of the elements that name a figure, and how many pictures there are."""
+    """Texts of the elements that name a figure, all texts, and how many pictures there are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, str] = {}
+        self.texts: set[str] = set()
         self.pictures = 0
         self._key = ""
 
@@ -77,6 +83,7 @@ class _Figures(HTMLParser):
         self.pictures += tag == "svg"
 
     def handle_data(self, data: str) -> None:
+        self.texts.add(data)
         if self._key:
             self.found.setdefault(self._key, data)
             self._key = ""
@@ -87,14 +94,52 @@ def _assert_clean(seen: _Seen) -> None:
     assert not re.search(r"CONSOLE|Uncaught|Refused to|violates", seen.said), seen.said
 
 
-def test_a_runs_page(tmp_path: Path) -> None:
-    """Every figure of its summary is there as the records give it, beside ten pictures."""
+@dataclass(frozen=True)
+class _Shown:
+    """A page, and what is to be seen on it."""
+
+    content: Content
+    summary: Summary
+    """Of the first cards."""
+    texts: tuple[str, ...]
+    pictures: int
+
+
+def _a_run() -> _Shown:
     run = drawn_run()
-    seen = _open(render(run_page(run)), tmp_path)
+    (summary,) = run.summaries
+    return _Shown(run_page(run), summary, (f"${text(summary['usd_per_mtok'])}",), 10)
+
+
+def _a_comparison() -> _Shown:
+    runs = [drawn_run("base"), drawn_run("slow", slowness=1.5, seed=2)]
+    pairs = pairs_of(runs)
+    verdicts = tuple(difference.verdict for difference in pairs[0].differences)
+    return _Shown(comparison_page(runs, pairs), runs[0].summaries[0], verdicts, 7)
+
+
+def _a_sweep() -> _Shown:
+    standard = Standard(Objectives.parse("ttft:400"))
+    courses = swept_queues(standard)
+    best = ranked(courses)[0].best
+    assert best is not None
+    cells = tuple(
+        words
+        for course in courses
+        for point in course.points
+        for words in (point.subject, str(point.load), text(point.summary["p99_ttft_ms"]))
+    )
+    return _Shown(sweep_page(courses, standard, is_search=True), best.summary, cells, 9)
+
+
+@pytest.mark.parametrize("shows", [_a_run, _a_comparison, _a_sweep])
+def test_a_page(shows: Callable[[], _Shown], tmp_path: Path) -> None:
+    """Every figure is there as the records give it, what only such a page has too, and all its pictures."""
+    shown = shows()
+    seen = _open(render(shown.content), tmp_path)
     _assert_clean(seen)
     figures = _Figures()
     figures.feed(seen.dom)
-    (summary,) = run.summaries
     for key in (
         "completed",
         "failed",
@@ -103,19 +148,9 @@ def test_a_runs_page(tmp_path: Path) -> None:
         "p99_itl_ms",
         "request_goodput",
     ):
-        assert figures.found[key] == text(summary[key]), key
-    assert figures.found["usd_per_mtok"] == "$" + text(summary["usd_per_mtok"])
-    assert figures.pictures == 10
-
-
-def test_a_comparisons_page(tmp_path: Path) -> None:
-    """With its verdicts."""
-    runs = [drawn_run("base"), drawn_run("slow", slowness=1.5, seed=2)]
-    pairs = pairs_of(runs)
-    seen = _open(render(comparison_page(runs, pairs)), tmp_path)
-    _assert_clean(seen)
-    for difference in pairs[0].differences:
-        assert difference.verdict in seen.dom
+        assert figures.found[key] == text(shown.summary[key]), key
+    assert figures.texts.issuperset(shown.texts)
+    assert figures.pictures == shown.pictures
 
 
 def test_these_checks_see_what_they_look_for(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from loadgen.sweep.simulated import simulated
 from loadgen.sweep.space import Choice, Span, grid, parse
 from loadgen.sweep.sweep import Loads, Sweep
 from tests.loadgen.paced import MODEL, OpenAiServer, Script
-from tests.loadgen.queueing import OUTPUT_TOKENS, queue
+from tests.loadgen.queueing import OUTPUT_TOKENS, queue, swept_queues
 from tests.loadgen.simulated import cluster, shape, simulate
 
 PLACES, STAY_S = 8, 0.5
@@ -241,15 +241,8 @@ def test_wrong_wishes_are_refused(call: Callable[[], object], words: str) -> Non
 
 def test_the_frontier_is_the_best_at_no_more_than_each_latency() -> None:
     """It never falls, and lies on or above every point; nothing in the page asks for anything."""
-    objectives = Objectives.parse("ttft:400")
-    standard, scenario = Standard(objectives), Scenario(duration_s=60.0, prompt="8", output="8")
-    courses = [
-        Sweep(scenario, Loads(LoadKind.RATE, (2.0, 8.0, 32.0)), standard, lambda _: None, lambda: True).run(
-            queue(places, stay_s, objectives, {"stay": stay_s})
-        )
-        for places, stay_s in ((4, 0.5), (8, 0.7))
-    ]
-    content = sweep_page(courses, standard, is_search=False)
+    standard = Standard(Objectives.parse("ttft:400"))
+    content = sweep_page(swept_queues(standard), standard, is_search=False)
     (plot,) = next(section.plots for section in content.sections if section.title == "Cost frontier")
     frontier, *clusters = plot.lines
     assert list(frontier.ys) == sorted(frontier.ys)
