@@ -36,13 +36,14 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model."""
+    """A served model. `dilation`: how many times slower its cluster is than one that it emulates, else 1."""
 
     name: str
     architecture: str
     max_sequence_length: int
     vocabulary_size: int
     parameters: int
+    dilation: float
 
     @classmethod
     def from_proto(cls, message: inference_pb2.Model) -> Model:
@@ -53,6 +54,7 @@ class Model:
             message.max_sequence_length,
             message.vocabulary_size,
             message.parameters,
+            message.dilation if message.HasField("dilation") else 1.0,
         )
 
 

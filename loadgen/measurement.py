@@ -38,8 +38,8 @@ class Settings:
     """Token ids to draw from, where the endpoint does not tell."""
     bill: Bill | None = None
     """What is paid for, where costs are wanted."""
-    dilation: float = 1.0
-    """How many times slower the cluster is than the one it emulates: all times are divided by it."""
+    dilation: float | None = None
+    """How many times slower the endpoint is than what it emulates, where it does not tell."""
 
 
 class Measurement:
@@ -50,7 +50,10 @@ class Measurement:
         self._scenario = scenario
         self._settings = settings
         self.endpoint = asyncio.run(_ask(target))
-        self.target = dataclasses.replace(target, model=self.endpoint.model)
+        self._dilation = _dilation(settings.dilation, self.endpoint)
+        self.target = dataclasses.replace(
+            target, model=self.endpoint.model, timeout_s=target.timeout_s * self._dilation
+        )
         # Contents are new in each run: what a server has cached of an earlier one would flatter this one.
         self._content_seed = secrets.randbits(32)
         vocabulary = self.endpoint.vocabulary or settings.vocabulary
@@ -63,12 +66,12 @@ class Measurement:
         records: list[Record] = []
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         pool = SenderPool(
-            dilated(self.plan, self._settings.dilation),
+            dilated(self.plan, self._dilation),
             self.target,
             self._source,
             senders=self._settings.senders,
             run_id=f"load-{uuid.uuid4().hex[:8]}",
-            watcher=_Keeping(watcher, records, keep, self._settings.dilation),
+            watcher=_Keeping(watcher, records, keep, self._dilation),
             stop=stop,
         )
         try:
@@ -91,7 +94,7 @@ class Measurement:
         stage = course.stage
         return Facts(
             stage=stage.name,
-            counts_from_s=(course.begins_s + stage.warm_up_s) / self._settings.dilation,
+            counts_from_s=(course.begins_s + stage.warm_up_s) / self._dilation,
             planned=stage.requests,
             client_cpu_share=course.client_cpu_share,
             request_rate=stage.request_rate,
@@ -100,7 +103,7 @@ class Measurement:
         )
 
     def _emulated(self) -> list[str]:
-        factor = self._settings.dilation
+        factor = self._dilation
         return [f"an emulated cluster: its times are divided by {factor:g}"] if factor != 1 else []
 
     def _description(self) -> dict[str, Any]:
@@ -145,6 +148,18 @@ class _Keeping:
     def looked(self, course: StageCourse, now_s: float) -> None:
         """See `Watcher`."""
         self._watcher.looked(course, now_s)
+
+
+def _dilation(given: float | None, endpoint: Endpoint) -> float:
+    """All times are divided by it. A cluster knows its own; another number would only spoil its figures."""
+    told = endpoint.dilation
+    if told is None:
+        return given or 1.0
+    if given not in (None, told):
+        raise InvalidRequest(
+            f"--dilation {given:g}: {endpoint.model} says that its dilation is {told:g}; leave the option out"
+        )
+    return told
 
 
 async def _ask(target: Target) -> Endpoint:

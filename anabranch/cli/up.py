@@ -57,7 +57,7 @@ def up(
     anabranch up --model ~/models/Qwen3-0.6B  any Hugging Face folder
     anabranch up --set dense.step_tokens=512  any key that `anabranch config` shows
     anabranch up --emulate h100x2,h20x4       processes that keep the time of such devices, 40 times slower;
-                                              `anabranch loadgen run --dilation 40` divides it again
+                                              `anabranch loadgen run` divides it again
     """
     flags = {
         "gateway.replicas": gateways,

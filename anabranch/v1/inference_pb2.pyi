@@ -642,6 +642,7 @@ class Model(_message.Message):
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    DILATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name requests use."""
     architecture: _builtins.str
@@ -652,6 +653,8 @@ class Model(_message.Message):
     """Vocabulary size."""
     parameters: _builtins.int
     """Parameters."""
+    dilation: _builtins.float
+    """How many times slower this cluster is than the one it emulates; absent where it emulates none."""
     def __init__(
         self,
         *,
@@ -660,12 +663,15 @@ class Model(_message.Message):
         max_sequence_length: _builtins.int = ...,
         vocabulary_size: _builtins.int = ...,
         parameters: _builtins.int = ...,
+        dilation: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dilation", b"_dilation", "dilation", b"dilation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "max_sequence_length", b"max_sequence_length", "name", b"name", "parameters", b"parameters", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dilation", b"_dilation", "architecture", b"architecture", "dilation", b"dilation", "max_sequence_length", b"max_sequence_length", "name", b"name", "parameters", b"parameters", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__dilation: _TypeAlias = _typing.Literal["dilation"]  # noqa: Y015
+    _WhichOneofArgType__dilation: _TypeAlias = _typing.Literal["_dilation", b"_dilation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dilation) -> _WhichOneofReturnType__dilation | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
 

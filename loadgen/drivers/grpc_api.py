@@ -27,7 +27,7 @@ class GrpcDriver:
         models = await self._client.models()
         for model in models:
             if self._target.model in ("", model.name):
-                return Endpoint(model.name, model.max_sequence_length, model.vocabulary_size)
+                return Endpoint(model.name, model.max_sequence_length, model.vocabulary_size, model.dilation)
         names = ", ".join(model.name for model in models)
         raise NotFound(f"there is no model {self._target.model!r}, but {names or 'none'}")
 

@@ -42,6 +42,8 @@ class Endpoint:
     model: str
     context: int | None = None
     vocabulary: int | None = None
+    dilation: float | None = None
+    """How many times slower it is than what it emulates: 1 where it emulates nothing."""
 
 
 @dataclass(frozen=True, slots=True)

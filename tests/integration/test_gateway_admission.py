@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from anabranch.cli import emulating
 from anabranch.v1 import inference_pb2, types_pb2
 from cluster import errors, rpc
 from cluster.config import TlsConfig
@@ -149,6 +150,16 @@ async def test_the_model_is_described(tmp_path: Path) -> None:
     assert (model.name, model.architecture) == ("tiny", "LlamaForCausalLM")
     assert (model.max_sequence_length, model.vocabulary_size) == (CONTEXT, VOCABULARY_SIZE)
     assert model.parameters > 0
+    assert not model.HasField("dilation")
+
+
+@asynchronous
+async def test_a_cluster_that_emulates_another_tells_whose_time_it_keeps(tmp_path: Path) -> None:
+    """ListModels gives the dilation that the cluster was started with."""
+    emulation = emulating.overrides("h100x2,h20x1", "llama3-70b", 20.0, tmp_path / "made")["emulation"]
+    async with fleet(tmp_path, emulation=emulation) as cluster:
+        answer = await cluster.stub().ListModels(inference_pb2.ListModelsRequest())
+    assert [model.dilation for model in answer.models] == [20.0]
 
 
 async def _send_raw(port: int, payload: bytes) -> errors.AnabranchError:

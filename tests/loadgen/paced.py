@@ -41,6 +41,8 @@ class Script:
     holds_from: int | None = None
     places: int | None = None
     """Requests that are served at once; others wait for their first token. None: all."""
+    dilation: float | None = None
+    """What the server that speaks our API says of its time."""
     prompts: list[Any] = field(default_factory=list)
     """What was asked, in the order of arrival."""
 
@@ -132,7 +134,12 @@ class GrpcServer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: api.ListModelsRequest, context: grpc.ServicerContext
     ) -> api.ListModelsResponse:
         """The one model."""
-        model = api.Model(name=MODEL, max_sequence_length=CONTEXT, vocabulary_size=VOCABULARY)
+        model = api.Model(
+            name=MODEL,
+            max_sequence_length=CONTEXT,
+            vocabulary_size=VOCABULARY,
+            dilation=self.script.dilation,
+        )
         return api.ListModelsResponse(models=[model])
 
     @rpc.stream

@@ -95,6 +95,7 @@ def test_a_signal_still_gives_the_report(number: signal.Signals, tmp_path: Path)
     ("arguments", "words"),
     [
         (["--rate", "1", "--slo", "speed:1"], "there is no objective 'speed'"),
+        (["--rate", "1", "--dilation", "40"], f"--dilation 40: {MODEL} says that its dilation is 1"),
         (["--concurrency", "few"], "--concurrency 'few'"),
         (["--rate", "1", "--model", "other"], f"there is no model 'other', but {MODEL}"),
         (["--rate", "1", "--out", "."], "cannot be a new folder"),

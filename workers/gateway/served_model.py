@@ -1,4 +1,4 @@
-"""The one model a gateway speaks for: its name, its limits and its tokenizer; no weights."""
+"""The one model a gateway speaks for: its name, limits, tokenizer, and whose time it keeps; no weights."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class ServedModel:
     spec: ModelSpec
     tokenizer: Tokenizer
     max_sequence_length: int
+    dilation: float | None
+    """How many times slower the cluster is than the one it emulates, if it does."""
 
     @classmethod
     def load(cls, config: Config) -> ServedModel:
@@ -34,7 +36,8 @@ class ServedModel:
                 f"model.max_sequence_length is {longest}, but the model serves at most "
                 f"{spec.max_sequence_length}: lower it"
             )
-        return cls(config.model.served_name, spec, Tokenizer(folder), longest)
+        dilation = config.emulation.dilation if config.emulation else None
+        return cls(config.model.served_name, spec, Tokenizer(folder), longest, dilation)
 
     def require(self, name: str) -> None:
         """Refuse a request for another model; an empty name means the one served."""

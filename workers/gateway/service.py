@@ -75,6 +75,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             max_sequence_length=served.max_sequence_length,
             vocabulary_size=served.spec.vocabulary_size,
             parameters=served.spec.parameters,
+            dilation=served.dilation,
         )
         return inference_pb2.ListModelsResponse(models=[model])
 

@@ -75,7 +75,7 @@ def run(
     slo: o.Slo = "",
     shape: o.Shape = "",
     prices: o.PricesFile = None,
-    dilation: o.Dilation = 1.0,
+    dilation: o.Dilation = None,
     senders: o.Senders = 2,
     seed: o.LoadSeed = 0,
     out: o.Out = None,
@@ -101,9 +101,7 @@ def run(
         turns=turns, think_s=think, prompts=PromptKind.TEXT if is_text else PromptKind.TOKENS,
     )  # fmt: skip
     addresses, tls = o.endpoints(address, authority, config_file, openai)
-    target = Target(
-        addresses, openai or "", model, api_key, tls, timeout_s * dilation, ignore_eos=not honour_eos
-    )
+    target = Target(addresses, openai or "", model, api_key, tls, timeout_s, ignore_eos=not honour_eos)
     settings = Settings(senders, Objectives.parse(slo), vocabulary, o.bill(shape, prices), dilation)
     raise typer.Exit(_measure(Measurement(scenario, target, settings), out))
 

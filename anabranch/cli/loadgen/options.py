@@ -184,9 +184,10 @@ PricesFile = Annotated[
     ),
 ]
 Dilation = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="Of a cluster that emulates another (`anabranch up --emulate`): times are divided by it.",
+        help="Times are divided by it. Default: what the cluster says, which another number must not "
+        "contradict (see `anabranch up --emulate`); over --openai, which does not tell, 1.",
         min=1.0,
     ),
 ]
