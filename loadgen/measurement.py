@@ -147,7 +147,8 @@ class _Keeping:
 
     def looked(self, course: StageCourse, now_s: float) -> None:
         """See `Watcher`."""
-        self._watcher.looked(course, now_s)
+        course = dataclasses.replace(course, begins_s=course.begins_s / self._dilation)
+        self._watcher.looked(course, now_s / self._dilation)
 
 
 def _dilation(given: float | None, endpoint: Endpoint) -> float:

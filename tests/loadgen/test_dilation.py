@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import closing
+from time import monotonic
 
 import pytest
 
 from cluster.errors import InvalidRequest
 from loadgen.measurement import Measurement, Settings
+from loadgen.pool import StageCourse
 from loadgen.prompts import PromptKind
 from loadgen.scenario import Scenario
 from tests.loadgen.paced import GrpcServer, OpenAiServer, Script
@@ -17,14 +19,33 @@ LOAD = Scenario(concurrency=(1,), requests=2, prompt="8", output="3")
 FIRST_S = 0.4
 
 
+class _Moments(Run):
+    """Also keeps how late the run was seen to be, and where its stage began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_s = 0.0
+        self.begins_s = 0.0
+
+    def looked(self, course: StageCourse, now_s: float) -> None:
+        """See `Watcher`."""
+        self.begins_s, self.last_s = course.begins_s, now_s
+
+
 def test_a_cluster_is_measured_in_the_time_that_it_says_it_keeps() -> None:
-    """Latencies are a quarter of what passes here; a request may take four times as long."""
+    """Latencies, and the moments that onlookers are told, are a quarter of what passes here; a request may
+    take four times as long.
+    """
     with GrpcServer(Script(first_s=FIRST_S, gap_s=0.01, dilation=4.0)) as server:
-        run = Run()
+        run = _Moments()
         with closing(run.stop):
             measurement = Measurement(LOAD, server.target, Settings(senders=1))
+            began_s = monotonic()
             (summary,) = measurement.run(run, run.stop, lambda _: None)
+            passed_s = monotonic() - began_s
     assert FIRST_S / 4 <= summary["median_ttft_ms"] / 1000 < FIRST_S
+    assert FIRST_S / 4 <= run.last_s <= passed_s / 4
+    assert run.begins_s <= run.records[0].ended_s - FIRST_S / 4
     assert summary["notes"] == ["an emulated cluster: its times are divided by 4"]
     assert measurement.target.timeout_s == 4 * server.target.timeout_s
 

@@ -20,7 +20,7 @@ class LiveLine:
         self._console = console
         self._status = status
         self._figures = LiveFigures()
-        self._told_s = -PULSE_S
+        self._told_s = monotonic() - PULSE_S
 
     def heard(self, record: Record) -> None:
         """See `Watcher`."""
@@ -31,8 +31,8 @@ class LiveLine:
         line = self._figures.line(course, now_s)
         if self._console.is_terminal:
             self._status.update(line)
-        elif now_s - self._told_s >= PULSE_S:
-            self._told_s = now_s
+        elif monotonic() - self._told_s >= PULSE_S:
+            self._told_s = monotonic()
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
