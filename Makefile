@@ -8,6 +8,7 @@ VARIANT ?= cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 RESULTS := bench/results.json
+BENCH_MODEL := smollm2-135m-instruct
 # The demo does without what tests and checks need; where that is installed, it has all.
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),.venv/.installed-demo)
 
@@ -61,6 +62,7 @@ validation: $(STAMP)  ## what was published beside what the simulator gives; wri
 	mv docs/validation.md.new docs/validation.md
 
 bench: $(STAMP)  ## measure the hot path; writes bench/results.json
+	$(BIN)/anabranch model fetch $(BENCH_MODEL)
 	$(BIN)/anabranch bench kernel --json $(RESULTS)
 	$(BIN)/anabranch bench product --json $(RESULTS)
 	$(BIN)/anabranch bench context --json $(RESULTS)
@@ -69,6 +71,7 @@ bench: $(STAMP)  ## measure the hot path; writes bench/results.json
 	$(BIN)/anabranch bench verify $(RESULTS)
 
 bench-peers: $(STAMP) .venv-peers/.installed  ## the same batches through vLLM and transformers, in turn with ours
+	$(BIN)/anabranch model fetch $(BENCH_MODEL)
 	$(BIN)/anabranch bench serve --peers .venv-peers/bin/python --json $(RESULTS)
 
 .venv-peers/.installed: anabranch/cli/bench/peers/install

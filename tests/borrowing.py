@@ -25,8 +25,9 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,23 +43,27 @@ from tests.processes import process_cluster
 SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 PROMPTS = (2, 181, 207, 396, 1020, 1189, 2735, 4083, 14050)
 OUTPUTS = (1, 41, 54, 85, 129, 395, 424, 451, 1000)
-PROMPT_MOST, OUTPUT_LEAST, OUTPUT_MOST = 128, 16, 256
+PROMPT_MOST, OUTPUT_LEAST, OUTPUT_MOST = 128, 16, 192
 
 SHAPE: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 11,
+    "num_attention_heads": 24,
     "num_key_value_heads": 4,
     "max_position_embeddings": 8192,
 }
 
-CAPS = (1536, 2048, 3072)
+CAPS = (1024, 1536, 2048)
 """Tokens of each arena."""
 SEEDS = (1, 2, 3)
 LONG_SHARE = 0.8
-LONG_OUTPUT = 500
-WARM_S = 4.0
+LONG_OUTPUT = 400
+LONG_BEFORE = 200
+"""Tokens by which the long request is below its share of the arena when it begins: it grows while it is
+measured, and has about its share in the middle.
+"""
+WARM_S = 6.0
 MODES: dict[str, dict[str, Any]] = {
     "waiting": {"placement.instances": "separate", "dense.reserve_ahead_tokens": 4096},
     "preempting": {"placement.instances": "separate"},
@@ -118,7 +123,7 @@ def rate(client: Client, load: Load, seed: int, seconds: float) -> float:
     with ThreadPoolExecutor(load.clients + 1) as pool:
         running = []
         if load.long_tokens:
-            running.append(pool.submit(read, load.long_tokens - LONG_OUTPUT, LONG_OUTPUT, seed))
+            running.append(pool.submit(read, load.long_tokens - LONG_BEFORE, LONG_OUTPUT, seed))
             has_begun.wait(60)
         running += [pool.submit(loop, index) for index in range(load.clients)]
         time.sleep(WARM_S)
@@ -142,6 +147,7 @@ def settings(cap: int, token_bytes: int, mode: str) -> dict[str, Any]:
         "dense.cores": [0, 1],
         "attention.cores": [0, 1],
         "lanes.spin_us": 0,
+        "controller.heartbeat_ms": 500,
         "controller.expiry_ms": 30_000,
         **MODES[mode],
     }
@@ -159,19 +165,38 @@ def predicted(cap: int, clients: int, step: Line, held_each: float) -> float:
     return (tokens_per_s(1 + fitting) + tokens_per_s(fitting)) / separate
 
 
-def measure(model: Path, cap: int, mode: str, loads: Sequence[Load], seconds: float) -> list[list[float]]:
-    """Rates of each load, by seed."""
+@contextmanager
+def clusters(model: Path, cap: int, modes: Sequence[str]) -> Iterator[dict[str, Client]]:
+    """One of each mode, all there at once: measured in turn, so that a slow minute is everybody's."""
     token_bytes = ModelSpec.from_folder(model).geometry("bfloat16", 32).token_bytes
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        process_cluster(model, Path(folder), settings(cap, token_bytes, mode)) as cluster,
-        cluster.client() as client,
-    ):
-        rates = []
-        for load in loads:
-            rates.append([rate(client, load, seed, seconds) for seed in SEEDS])
-            print(f"{cap} tokens, {mode}, {load}: {[round(value, 1) for value in rates[-1]]}", flush=True)
-    return rates
+    with ExitStack() as stack:
+        yield {
+            mode: stack.enter_context(
+                stack.enter_context(
+                    process_cluster(
+                        model,
+                        Path(stack.enter_context(tempfile.TemporaryDirectory())),
+                        settings(cap, token_bytes, mode),
+                    )
+                ).client()
+            )
+            for mode in modes
+        }
+
+
+def measure(
+    model: Path, cap: int, modes: Sequence[str], loads: Sequence[Load], seconds: float
+) -> dict[str, list[list[float]]]:
+    """Rates of each mode and load, by seed."""
+    found: dict[str, list[list[float]]] = {mode: [[] for _ in loads] for mode in modes}
+    with clusters(model, cap, modes) as clients:
+        for seed in SEEDS:
+            for number, load in enumerate(loads):
+                for mode, client in clients.items():
+                    found[mode][number].append(rate(client, load, seed, seconds))
+                    told = f"{found[mode][number][-1]:.1f} tokens/s"
+                    print(f"{cap} tokens, {mode}, {load}, seed {seed}: {told}", flush=True)
+    return found
 
 
 def main() -> None:
@@ -180,7 +205,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write everything here")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(Path(folder), tokenizer=True, dtype=torch.bfloat16, **SHAPE)
@@ -194,23 +219,22 @@ def compare(model: Path, seconds: float) -> dict[str, Any]:
     generator = random.Random(0)
     held_each = held([short(generator) for _ in range(10_000)])
     few, many = Load(2), Load(12)
-    alone = measure(model, 8192, "borrowing", [few, many], seconds)
-    separate = measure(model, 8192, "preempting", [many], seconds)[0]
+    alone = measure(model, 8192, ("borrowing", "preempting"), [few, many], seconds)
     points = [
         (load.clients / 2, load.clients / statistics.median(rates))
-        for load, rates in zip((few, many), alone, strict=True)
+        for load, rates in zip((few, many), alone["preempting"], strict=True)
     ]
     step = Line.through(points, is_fixed=True)
     cells = []
     for cap in CAPS:
         load = Load(int((2 - LONG_SHARE) * cap / held_each), int(LONG_SHARE * cap))
-        rates = {mode: measure(model, cap, mode, [load], seconds)[0] for mode in MODES}
+        rates = {mode: found[0] for mode, found in measure(model, cap, tuple(MODES), [load], seconds).items()}
         better = max(statistics.median(rates["waiting"]), statistics.median(rates["preempting"]))
         gain = statistics.median(rates["borrowing"]) / better
         expected = predicted(cap, load.clients, step, held_each)
         cells.append({"cap": cap, **asdict(load), "rates": rates, "gain": gain, "predicted": expected})
         print(f"arenas of {cap} tokens, {load}: {gain:.2f} x (predicted {expected:.2f})", flush=True)
-    cost = 1 - statistics.median(alone[1]) / statistics.median(separate)
+    cost = 1 - statistics.median(alone["borrowing"][1]) / statistics.median(alone["preempting"][1])
     print(f"short requests alone: borrowing costs {100 * cost:.1f} %")
     return {
         "machine": {"processor": platform.processor(), "cores": os.cpu_count()},
@@ -220,7 +244,7 @@ def compare(model: Path, seconds: float) -> dict[str, Any]:
         "held_each": held_each,
         "step": asdict(step),
         "cells": cells,
-        "short_alone": {"borrowing": alone[1], "separate": separate, "cost": cost},
+        "short_alone": {mode: rates[1] for mode, rates in alone.items()} | {"cost": cost},
     }
 
 
