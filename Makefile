@@ -12,7 +12,7 @@ BENCH_MODEL := smollm2-135m-instruct
 # The demo does without what tests and checks need; where that is installed, it has all.
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),.venv/.installed-demo)
 
-.PHONY: demo demo-long test test-system check proto chart image oracle-full validation bench bench-peers gpu-bundle clean help
+.PHONY: demo demo-long test test-system check proto chart image oracle-full validation bench bench-peers study gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -76,6 +76,13 @@ bench-peers: $(STAMP) .venv-peers/.installed  ## the same batches through vLLM a
 
 .venv-peers/.installed: anabranch/cli/bench/peers/install
 	$< .venv-peers $(PYTHON) "$(TORCH)"
+
+study: $(STAMP)  ## the example study: real, emulated and simulated clusters; writes bench/study.json and docs/study.html
+	$(BIN)/anabranch model fetch $(BENCH_MODEL)
+	rm -rf build/study build/study.tar.gz
+	$(BIN)/anabranch loadgen study --out build/study
+	cp build/study/results.json bench/study.json
+	cp build/study/report.html docs/study.html
 
 gpu-bundle: $(STAMP)  ## collect the wheels a GPU machine may lack into build/gpu-bundle
 	.ci/gpu-bundle

@@ -50,18 +50,36 @@ class EmulatedTimes:
 
     def lane_s(self, asked_rows: Sequence[int]) -> float:
         """Queries of so many rows to each attention worker, and their outputs back, at the busiest network
-        card. Keys and values travel while old tokens are attended to.
+        card.
         """
-        attention, dense = self.settings.attention, self.settings.dense
-        if attention is None or not asked_rows:
+        if self.settings.attention is None or not asked_rows:
             return 0.0
-        slowest = max(
-            sum(asked_rows) / (dense.network_bytes_per_s * dense.devices),
-            max(asked_rows) / attention.network_bytes_per_s,
-        )
-        width = self._model.hidden_size * self._model.element_bytes * self._model.layers
-        seconds = 2 * width * slowest / self.settings.network_share
+        seconds = 2 * self._width * self._slowest(asked_rows)
         return self._per_layer(seconds + self._model.layers * self.settings.round_trip_s)
+
+    def cache_s(self, appended_rows: Sequence[int], attend_s: float) -> float:
+        """Keys and values of so many rows to each attention worker, as far as they hold a step up: beside
+        attending, which takes `attend_s`, or before it.
+        """
+        if self.settings.attention is None or not appended_rows:
+            return 0.0
+        width = 2 * self._width / self._model.query_group
+        seconds = self._per_layer(width * self._slowest(appended_rows))
+        return max(0.0, seconds - attend_s) if self.settings.overlaps else seconds
+
+    def _slowest(self, rows: Sequence[int]) -> float:
+        """Seconds that a byte of each of these rows takes, by attention worker, at the busiest card."""
+        attention, dense = self.settings.attention, self.settings.dense
+        assert attention is not None, "there are lanes"
+        slowest = max(
+            sum(rows) / (dense.network_bytes_per_s * dense.devices), max(rows) / attention.network_bytes_per_s
+        )
+        return slowest / self.settings.network_share
+
+    @property
+    def _width(self) -> int:
+        """Bytes of a row's queries over all layers."""
+        return self._model.hidden_size * self._model.element_bytes * self._model.layers
 
     def _per_layer(self, seconds: float) -> float:
         return self.settings.dilation * seconds / self.layers

@@ -35,3 +35,6 @@ class EmulationConfig(Section):
     attention: EmulatedDevice | None = None
     network_share: float = Field(0.914, gt=0, le=1, description="Share of the line rate that is reached.")
     round_trip_s: float = Field(33e-6, ge=0, description="Of an exchange of a layer.")
+    overlaps: bool = Field(
+        True, description="Whether keys and values travel while old tokens are attended to, or before."
+    )

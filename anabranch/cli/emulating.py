@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anabranch.cli.chaos import model as tiny
+from cluster import config as configuration
 from cluster import hardware
 from cluster.emulation import KEPT_TIME
 from cluster.errors import ConfigError, InvalidRequest
@@ -15,6 +17,7 @@ from cluster.model_spec import ModelSpec
 from loadgen.simulation import models
 from loadgen.simulation.machines import Efficiencies, Shape, Side, parse_side
 from loadgen.simulation.models import SimulatedModel
+from loadgen.simulation.simulation import LARGE, SimulatedCluster
 
 _PROCESSES_PER_CORE = 4
 """Processes mostly wait for their padding; more than this many would wait for each other."""
@@ -24,40 +27,44 @@ _DEADLINE_MS = 600_000
 _LANE_DEADLINE_MS = 2000
 
 
-def overrides(text: str, shape_name: str, dilation: float, folder: Path) -> dict[str, Any]:
-    """The configuration of an emulated cluster; its tiny model is written into `folder`, where it is not yet.
+def cluster_of(text: str, shape_name: str) -> SimulatedCluster:
+    """`h100x2,h20x4`, or `h100x4` alone where the cache lies beside the weights. Raises InvalidRequest."""
+    return SimulatedCluster(models.resolve(shape_name), _shape(text), configuration.load(None, LARGE))
 
-    `text`: `h100x2,h20x4`, or `h100x4` alone where the cache lies beside the weights. Raises InvalidRequest,
-    and ConfigError for a shape that this machine has too few cores for.
+
+def overrides(cluster: SimulatedCluster, dilation: float, folder: Path) -> dict[str, Any]:
+    """The configuration of a cluster whose processes keep the time of one that could be simulated; its tiny
+    model is written into `folder`, where it is not yet. Raises InvalidRequest, and ConfigError for a shape
+    that this machine has too few cores for.
     """
     if dilation < 1:
         raise InvalidRequest(f"--dilation {dilation:g}: at least 1")
-    shape, model = _shape(text), models.resolve(shape_name)
+    shape, model, dense = cluster.shape, cluster.model, cluster.config.dense
     _require_cores(shape)
-    tokens = int(shape.cache_bytes(model.shape, Efficiencies()) // model.shape.kv_token_bytes)
     spec = _tiny_model(folder, model)
-    arena = (tokens + _BLOCK_TOKENS) * spec.geometry("float32", _BLOCK_TOKENS).token_bytes
+    arena = (cluster.arena_tokens + _BLOCK_TOKENS) * spec.geometry("float32", _BLOCK_TOKENS).token_bytes
     workers = shape.attention.devices if shape.attention else 0
     return {
         "model.path": str(folder),
-        "model.name": shape_name,
+        "model.name": model.name,
         "model.dtype": "float32",
-        "dense.replicas": 1,
+        "dense.replicas": shape.dense_workers,
         "attention.replicas": workers,
         ("attention.arena" if workers else "dense.local_arena"): arena,
-        "dense.step_tokens": 2048,
-        "dense.max_batch": 1024,
+        "dense.step_tokens": dense.step_tokens,
+        "dense.max_batch": dense.max_batch,
         "dense.cores": [],
         "attention.cores": [],
         "lanes.spin_us": 0,
         "lanes.deadline_floor_ms": round(_LANE_DEADLINE_MS * dilation),
         "gateway.default_deadline_ms": round(_DEADLINE_MS * dilation),
         "gateway.max_streams": 4096,
-        "emulation": _emulation(shape, model, dilation),
+        "emulation": _emulation(cluster, dilation),
     }
 
 
-def _emulation(shape: Shape, model: SimulatedModel, dilation: float) -> dict[str, Any]:
+def _emulation(cluster: SimulatedCluster, dilation: float) -> dict[str, Any]:
+    shape, model, reached = cluster.shape, cluster.model, cluster.efficiencies
     return {
         "dilation": dilation,
         "model": {
@@ -67,17 +74,20 @@ def _emulation(shape: Shape, model: SimulatedModel, dilation: float) -> dict[str
             "hidden_size": model.shape.hidden_size,
             "query_group": model.shape.query_group,
         },
-        "dense": _device(shape.dense, shape.dense.devices),
-        "attention": _device(shape.attention, 1) if shape.attention else None,
+        "dense": _device(shape.dense, shape.dense.devices, reached),
+        "attention": _device(shape.attention, 1, reached) if shape.attention else None,
+        "network_share": reached.network,
+        "round_trip_s": reached.round_trip_s,
+        "overlaps": cluster.switches.overlaps,
     }
 
 
-def _device(side: Side, devices: int) -> dict[str, Any]:
+def _device(side: Side, devices: int, reached: Efficiencies) -> dict[str, Any]:
     kind = side.kind
     return {
         "devices": devices,
-        "flops_per_s": kind.flops_per_s,
-        "bandwidth_bytes_per_s": kind.bandwidth_bytes_per_s,
+        "flops_per_s": kind.flops_per_s * reached.flops,
+        "bandwidth_bytes_per_s": kind.bandwidth_bytes_per_s * reached.bandwidth,
         "network_bytes_per_s": kind.network_bytes_per_s or kind.bandwidth_bytes_per_s,
     }
 
@@ -92,7 +102,7 @@ def _shape(text: str) -> Shape:
 
 def _require_cores(shape: Shape) -> None:
     """Raise ConfigError where the processes would keep each other waiting."""
-    processes = 2 + (shape.attention.devices if shape.attention else 0)
+    processes = 1 + shape.dense_workers + (shape.attention.devices if shape.attention else 0)
     cores = len(os.sched_getaffinity(0))
     if processes > _PROCESSES_PER_CORE * cores:
         raise ConfigError(
@@ -108,16 +118,30 @@ def _tiny_model(folder: Path, model: SimulatedModel) -> ModelSpec:
     return ModelSpec.from_folder(folder)
 
 
-def report(logs: Path, attention_workers: int) -> list[str]:
-    """A line for each process of a cluster that has ended: how many of its calls were late."""
-    lines = []
-    for slot in ("dense-0", *(f"attention-{index}" for index in range(attention_workers))):
+@dataclass(frozen=True, slots=True)
+class KeptTime:
+    """How many calls of a process took longer than their padding."""
+
+    slot: str
+    calls: int
+    late: int
+
+    def __str__(self) -> str:
+        share = self.late / self.calls
+        return (
+            f"{self.slot}: {self.late:,} of {self.calls:,} calls took longer than their padding ({share:.2%})"
+        )
+
+
+def report(logs: Path, dense_workers: int, attention_workers: int) -> list[KeptTime]:
+    """Of each process of a cluster that has ended."""
+    slots = [f"dense-{index}" for index in range(dense_workers)]
+    slots += [f"attention-{index}" for index in range(attention_workers)]
+    kept = []
+    for slot in slots:
         file = logs / f"{slot}.log"
         told = [line for line in file.read_text("utf-8").splitlines() if f'"{KEPT_TIME}"' in line]
         if told:
             found = json.loads(told[-1])
-            lines.append(
-                f"{slot}: {found['late']:,} of {found['calls']:,} calls took longer than their padding "
-                f"({found['late_share']:.2%})"
-            )
-    return lines
+            kept.append(KeptTime(slot, found["calls"], found["late"]))
+    return kept

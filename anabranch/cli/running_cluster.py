@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
@@ -47,6 +48,15 @@ class _Watcher:
     def _tell(self, words: str | None) -> None:
         if words:
             self._console.print(f"  {words}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def apart(config: Config, state: Path) -> Config:
+    """The same on free ports, without HTTP, and in a folder of its own."""
+    told = config.model_dump()
+    told["gateway"] |= {"port": 0, "http_port": None}
+    told["controller"] |= {"port": 0}
+    told["state_dir"] = str(state)
+    return Config.model_validate(told)
 
 
 @contextmanager

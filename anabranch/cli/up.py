@@ -74,14 +74,16 @@ def up(
     overrides = {key: value for key, value in flags.items() if value is not None}
     overrides |= parse_settings(settings or [])
     if emulate is not None:
-        emulated = emulating.overrides(emulate, model_shape, dilation, default_path() / "emulated-model")
-        overrides = emulated | overrides
+        cluster = emulating.cluster_of(emulate, model_shape)
+        overrides = emulating.overrides(cluster, dilation, default_path() / "emulated-model") | overrides
     config = resolve_model(compose(config_file, overrides, arena))
     require_servable(config)
     status = run(config)
     if emulate is not None:
-        for line in emulating.report(StateFolder.of(config).logs, config.attention.replicas):
-            print(line)
+        for kept in emulating.report(
+            StateFolder.of(config).logs, config.dense.replicas, config.attention.replicas
+        ):
+            print(kept)
     raise typer.Exit(status)
 
 

@@ -6,9 +6,11 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
+from cluster import prices
 from cluster.errors import InvalidRequest
 from cluster.hardware import Catalogue, HardwareClass
 from cluster.perfmodel import ModelShape
+from loadgen.cost import Bill, Devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,17 @@ class Shape:
     def devices(self) -> int:
         """Of both sides."""
         return self.dense_workers * self.dense.devices + (self.attention.devices if self.attention else 0)
+
+    @property
+    def bill(self) -> Bill:
+        """What the catalogue asks for all devices, and what they draw."""
+
+        def devices(side: Side, workers: int = 1) -> Devices:
+            kind = side.kind
+            return Devices(workers * side.devices, kind.name, prices.of(kind), kind.power_watts)
+
+        attention = devices(self.attention) if self.attention else None
+        return Bill(devices(self.dense, self.dense_workers), attention)
 
     @property
     def is_deployable(self) -> bool:

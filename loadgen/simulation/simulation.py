@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import prices
 from cluster.config import Config
 from cluster.policies.settings import placement_policy, scheduler_limits
 from loadgen import scenario as scenarios
-from loadgen.cost import Bill, Devices, priced
+from loadgen.cost import priced
 from loadgen.metrics import Facts, Objectives, Summary, summarize
 from loadgen.plan import Plan, Stage
 from loadgen.records import Record
@@ -22,7 +21,7 @@ from loadgen.scenario import Scenario
 from loadgen.simulation.calibration import Calibration
 from loadgen.simulation.clients import StageClients
 from loadgen.simulation.engine import Queues, SimulatedEngine, Site
-from loadgen.simulation.machines import Efficiencies, Shape, Side
+from loadgen.simulation.machines import Efficiencies, Shape
 from loadgen.simulation.measured import Lanes, MeasuredSteps
 from loadgen.simulation.models import SimulatedModel
 from loadgen.simulation.pool import ModelledPool
@@ -55,6 +54,8 @@ class SimulatedCluster:
     switches: Switches = field(default_factory=Switches)
     prompts_elsewhere: bool = False
     calibration: Calibration | None = None
+    cap_tokens: int | None = None
+    """Of each arena at most: less than what the devices hold."""
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest where the weights do not fit."""
@@ -67,7 +68,8 @@ class SimulatedCluster:
         if self.calibration is not None:
             is_local = self.shape.attention is None
             cache_bytes = self.config.dense.local_arena if is_local else self.config.attention.arena
-        return int(cache_bytes // self.model.shape.kv_token_bytes)
+        held = int(cache_bytes // self.model.shape.kv_token_bytes)
+        return held if self.cap_tokens is None else min(held, self.cap_tokens)
 
     @property
     def shared_cores(self) -> int:
@@ -162,7 +164,7 @@ class Simulation:
             summaries.append({**self._head(objectives), **summarize(records, facts), **figures})
             if self.was_stopped:
                 break
-        return priced(records, summaries, _bill(self._cluster.shape))
+        return priced(records, summaries, self._cluster.shape.bill)
 
     def _do(
         self, stage: Stage, keep: Callable[[Record], None], goes_on: Callable[[Course], bool], tally: Tally
@@ -236,14 +238,3 @@ class Simulation:
         span_s = self._timeline.now_s - begins_s
         figures = tally.figures(span_s, shape.dense_workers, is_local=shape.attention is None)
         return self._cluster.description() | figures
-
-
-def _bill(shape: Shape) -> Bill:
-    """What the catalogue asks for all devices of a shape, and what they draw."""
-
-    def devices(side: Side, workers: int = 1) -> Devices:
-        kind = side.kind
-        return Devices(workers * side.devices, kind.name, prices.of(kind), kind.power_watts)
-
-    attention = devices(shape.attention) if shape.attention else None
-    return Bill(devices(shape.dense, shape.dense_workers), attention)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -19,10 +20,13 @@ from loadgen.report.comparison_page import comparison_page, pairs_of
 from loadgen.report.content import Content, text
 from loadgen.report.page import render
 from loadgen.report.run_page import run_page
+from loadgen.report.study_page import part_table, study_page
 from loadgen.report.sweep_page import ranked, sweep_page
+from loadgen.study.study import Study
 from loadgen.sweep.load import Standard
 from tests.loadgen.drawn_runs import drawn_run
 from tests.loadgen.queueing import swept_queues
+from tests.loadgen.studied import SIMULATED_ONLY, told, two_cases
 
 pytestmark = pytest.mark.system
 
@@ -132,7 +136,14 @@ def _a_sweep() -> _Shown:
     return _Shown(sweep_page(courses, standard, is_search=True), best.summary, cells, 9)
 
 
-@pytest.mark.parametrize("shows", [_a_run, _a_comparison, _a_sweep])
+def _a_study() -> _Shown:
+    study = Study.model_validate(tomllib.loads(SIMULATED_ONLY))
+    results = two_cases(study, ([100.0, 200.0], [110.0, 240.0]))
+    cells = tuple(words for row in part_table(study.part[0], results).rows for words in row)
+    return _Shown(study_page(results, told()), results.runs[0].summaries[0], cells, 1)
+
+
+@pytest.mark.parametrize("shows", [_a_run, _a_comparison, _a_sweep, _a_study])
 def test_a_page(shows: Callable[[], _Shown], tmp_path: Path) -> None:
     """Every figure is there as the records give it, what only such a page has too, and all its pictures."""
     shown = shows()

@@ -40,7 +40,7 @@ class Moments:
 
 def times(folder: Path, text: str = "h100x2,h20x1", dilation: float = 40.0) -> EmulatedTimes:
     """Of LLaMA3-70B on these devices, for a model of two layers."""
-    overrides = emulating.overrides(text, "llama3-70b", dilation, folder)
+    overrides = emulating.overrides(emulating.cluster_of(text, "llama3-70b"), dilation, folder)
     emulation = configuration.load(None, overrides).emulation
     assert emulation is not None
     return EmulatedTimes(emulation, 2)
@@ -82,11 +82,11 @@ def test_a_chunk_is_read_once_and_computed(tmp_path: Path) -> None:
 def test_a_shape_that_exceeds_the_cores_is_refused(tmp_path: Path) -> None:
     """With the number of processes and what to do; as is a shape that is none."""
     with pytest.raises(ConfigError, match=r"1002 processes.*simulate"):
-        emulating.overrides("h100x2,h20x1000", "llama3-70b", 40.0, tmp_path)
+        emulating.overrides(emulating.cluster_of("h100x2,h20x1000", "llama3-70b"), 40.0, tmp_path)
     with pytest.raises(InvalidRequest, match="dense devices"):
-        emulating.overrides("h100x2,h20x1,h20x1", "llama3-70b", 40.0, tmp_path)
+        emulating.cluster_of("h100x2,h20x1,h20x1", "llama3-70b")
     with pytest.raises(InvalidRequest, match="at least 1"):
-        emulating.overrides("h100x2,h20x1", "llama3-70b", 0.5, tmp_path)
+        emulating.overrides(emulating.cluster_of("h100x2,h20x1", "llama3-70b"), 0.5, tmp_path)
 
 
 def test_times_are_multiplied_and_divided_again() -> None:
@@ -111,7 +111,7 @@ def test_late_calls_are_told_by_process(tmp_path: Path) -> None:
     for slot, late in (("dense-0", 1), ("attention-0", 3), ("attention-7", 5)):
         lines = [{"event": "kept_time", "calls": 100, "late": n, "late_share": n / 100} for n in (50, late)]
         (tmp_path / f"{slot}.log").write_text("\n".join(map(json.dumps, lines)))
-    assert emulating.report(tmp_path, 1) == [
+    assert [str(kept) for kept in emulating.report(tmp_path, 1, 1)] == [
         "dense-0: 1 of 100 calls took longer than their padding (1.00%)",
         "attention-0: 3 of 100 calls took longer than their padding (3.00%)",
     ]

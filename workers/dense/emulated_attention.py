@@ -52,7 +52,8 @@ class EmulatedAttention:
         self._dense_s = pace.times.dense_s(sum(chunk_sizes), own_scores)
         asked = inner.asked
         self._attend_s = max(map(pace.times.attend_s, asked), default=0.0)
-        self._lane_s = pace.times.lane_s([sum(rows for rows, _ in spans) for spans in asked])
+        lane_s = pace.times.lane_s([sum(rows for rows, _ in spans) for spans in asked])
+        self._lane_s = lane_s + pace.times.cache_s(inner.appended, self._attend_s)
         self._due_s = 0.0
 
     @property

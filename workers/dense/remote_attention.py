@@ -80,6 +80,15 @@ class StepAttention:
             if part.queries is not None
         )
 
+    @property
+    def appended(self) -> tuple[int, ...]:
+        """Rows that each worker appends, of those that append any."""
+        return tuple(
+            sum(len(row.token_ids) for row in part.plan)
+            for part in self._layout.workers
+            if part.appends is not None
+        )
+
     def send_query(self, layer: int, query: Tensor) -> None:
         """See `AttentionPort`. Carries the keys and values of the layer before along."""
         self._query = query

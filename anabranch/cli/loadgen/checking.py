@@ -106,7 +106,7 @@ def _checked(
     simulated = checks.cluster(case, config, folder, calibration)
     scenario = checks.loaded(case, simulated)
     predicted = checks.simulate(simulated, scenario)
-    real, others = _run(console, _placed(config, state), scenario, case.name)
+    real, others = _run(console, config, state, scenario, case.name)
     figures = checks.compared(real, predicted)
     for name, values in figures.items():
         line = f"{case.name}: {name} {values['real']:.1f}, predicted {values['predicted']:.1f}"
@@ -133,20 +133,13 @@ def _keep(json_file: Path, calibration: Calibration, found: dict[str, Any]) -> N
     json_file.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
 
 
-def _placed(config: Config, state: Path) -> Config:
-    """The same on ports and in a folder of its own."""
-    told = config.model_dump()
-    told["gateway"] |= {"port": 0, "http_port": None}
-    told["controller"] |= {"port": 0}
-    told["state_dir"] = str(state / "state")
-    return Config.model_validate(told)
-
-
-def _run(console: Console, config: Config, scenario: Scenario, name: str) -> tuple[Summary, Others]:
+def _run(
+    console: Console, config: Config, state: Path, scenario: Scenario, name: str
+) -> tuple[Summary, Others]:
     # Here, not above: importing Ray takes half a second that `--help` need not take.
-    from anabranch.cli.running_cluster import running_cluster
+    from anabranch.cli.running_cluster import apart, running_cluster
 
-    with running_cluster(console, config, f"{name}: starting") as record:
+    with running_cluster(console, apart(config, state / "state"), f"{name}: starting") as record:
         target = Target(record.gateways, "", "", None, TlsConfig(), _TIMEOUT_S, ignore_eos=True)
         _measured(target, _WARM_UP)
         with watched() as others:

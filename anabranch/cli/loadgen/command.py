@@ -18,6 +18,7 @@ from anabranch.cli.loadgen.planning import plan
 from anabranch.cli.loadgen.recording import Recorder, stopping
 from anabranch.cli.loadgen.reporting import compare, report
 from anabranch.cli.loadgen.simulate import simulate
+from anabranch.cli.loadgen.study.command import study
 from anabranch.cli.loadgen.sweep.command import app as sweep
 from anabranch.cli.loadgen.table import WIDTH, print_summary
 from anabranch.cli.options import Address, ApiKey, Authority, ConfigFile
@@ -108,6 +109,7 @@ def run(
 
 app.command()(simulate)
 app.command()(plan)
+app.command()(study)
 app.add_typer(sweep, name="sweep")
 
 

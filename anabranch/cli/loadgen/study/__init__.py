@@ -1,0 +1,1 @@
+"""`anabranch loadgen study`: a study file's clusters, one after another, in each way it names."""

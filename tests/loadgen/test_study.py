@@ -1,0 +1,136 @@
+"""Studies: what a file may ask, figures over seeds, gains and agreement by hand, the example, the page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from cluster import hardware
+from cluster.errors import InvalidRequest
+from loadgen.report.page import render
+from loadgen.report.study_page import gain, interval, part_table, study_page
+from loadgen.results import PAGE, read_run
+from loadgen.simulation import models
+from loadgen.study.figures import Estimate, Runs, StudyResults
+from loadgen.study.study import Study, Way, read
+from tests.loadgen.studied import SIMULATED_ONLY, told, two_cases
+
+PROGRAM = "from anabranch.cli.entry import loadgen; loadgen()"
+
+
+def _read(folder: Path, text: str) -> Study:
+    (folder / "study.toml").write_text(text)
+    return read(folder / "study.toml")
+
+
+def test_the_example_can_be_read_and_built() -> None:
+    """Its devices and models are known, and all ways are in it."""
+    example = read(Path(str(files("loadgen.study") / "example.toml")))
+    assert {way for part in example.part for way in part.ways} == set(Way)
+    assert example.needs_calibration
+    for part in example.part:
+        for case in part.case:
+            case.shape(hardware.built_in())
+            assert case.efficiencies
+        if Way.REAL not in part.ways:
+            models.resolve(part.model)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("seeds = []", r"seeds.*part"),
+        (SIMULATED_ONLY.replace("concurrency", "users"), r"part\.0\.load\.users"),
+        (SIMULATED_ONLY.replace('"simulated"', '"dreamt"'), r"part\.0\.ways\.0"),
+        ("[[part", "is no study"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, wrong: str, words: str) -> None:
+    """In words that name it."""
+    with pytest.raises(InvalidRequest, match=words):
+        _read(tmp_path, wrong)
+
+
+def test_a_load_is_a_scenario_of_its_seed(tmp_path: Path) -> None:
+    """Rows come in the order of the file."""
+    study = _read(tmp_path, SIMULATED_ONLY)
+    scenario = study.part[0].load.scenario(7, tmp_path / "rows.csv")
+    assert (scenario.seed, scenario.concurrency, scenario.requests) == (7, (2,), 6)
+    assert scenario.trace_file is not None
+    assert scenario.trace_file.read_text() == "64,16\n32,8\n"
+
+
+def test_an_interval_is_student_s() -> None:
+    """1, 2, 3: mean 2, deviation 1, t = 4.303 at two degrees of freedom; one seed has none."""
+    estimate = Estimate.of([1.0, 2.0, 3.0])
+    assert estimate.mean == 2.0
+    assert estimate.half_width == pytest.approx(4.303 / 3**0.5)
+    assert Estimate.of([5.0]) == Estimate(5.0, None)
+    assert (interval(estimate), interval(None)) == ("2.00 ± 2.48", "–")
+    assert gain(Estimate(0.25, 0.05)) == "+25.0% ± 5.0%"
+
+
+def test_gains_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    """110 over 100 and 240 over 200 are 10 and 20 %; the first case has no gain."""
+    results = two_cases(_read(tmp_path, SIMULATED_ONLY), ([100.0, 200.0], [110.0, 240.0]))
+    first, second = results.runs
+    assert results.gain(first) is None
+    found = results.gain(second)
+    assert found is not None
+    assert found.mean == pytest.approx(0.15)
+
+
+def test_ways_agree_where_the_simulated_figure_is_near(tmp_path: Path) -> None:
+    """Of an emulation by at most a tenth: 112 beside 100 is beyond, 108 is not; real runs are told only."""
+    study = _read(tmp_path, SIMULATED_ONLY)
+    title, case = study.part[0].title, study.part[0].case[0].name
+    for predicted, way, beyond in ((112.0, Way.EMULATED, 1), (108.0, Way.EMULATED, 0), (200.0, Way.REAL, 0)):
+        runs = (
+            Runs(title, case, way, ({"output_throughput": 100.0},)),
+            Runs(title, case, Way.SIMULATED, ({"output_throughput": predicted},)),
+        )
+        results = StudyResults(study, runs)
+        assert [off for _, _, off in results.agreements()] == [pytest.approx(predicted / 100 - 1)]
+        assert len(results.beyond) == beyond
+
+
+def test_the_page_shows_every_case_and_what_makes_it_doubtful(tmp_path: Path) -> None:
+    """A row for each case and way; notes are warnings."""
+    results = two_cases(_read(tmp_path, SIMULATED_ONLY), ([100.0, 200.0], [110.0, 240.0]))
+    content = study_page(results, told())
+    (part,) = results.study.part
+    assert [row[0] for row in part_table(part, results).rows] == ["one", "two"]
+    assert content.warnings == ("two, simulated: it was slow",)
+    page = render(content)
+    assert "0123abc" in page
+    assert "+15.0%" in page
+
+
+def test_a_study_leaves_runs_figures_page_and_archive(tmp_path: Path) -> None:
+    """By the command: a folder for each seed of each case, all in one archive; again under a new name."""
+    (tmp_path / "asked.toml").write_text(SIMULATED_ONLY)
+    command = [sys.executable, "-c", PROGRAM, "study", "asked.toml", "--out", "found"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert [(run["case"], run["way"]) for run in found["runs"]] == [
+        ("one", "simulated"),
+        ("two", "simulated"),
+    ]
+    assert all(len(run["figures"]["output_throughput"]) == 2 for run in found["runs"])
+    runs = sorted(path.name for path in (tmp_path / "found").iterdir() if path.is_dir())
+    assert runs == [
+        f"{n:02d}-a-part-{name}-simulated-{seed}" for n, name in ((1, "one"), (2, "two")) for seed in (1, 2)
+    ]
+    assert len(read_run(tmp_path / "found" / runs[0]).records) == 6
+    with tarfile.open(tmp_path / "found.tar.gz") as archive:
+        assert {f"found/{name}" for name in ("results.json", PAGE, "study.toml")} <= set(archive.getnames())
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 2
+    assert "cannot be a new folder" in again.stderr
