@@ -99,7 +99,7 @@ def _frontier(own: Sequence[Runs]) -> Plot:
 
 
 def _agreement(results: StudyResults) -> Section:
-    rows = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for runs, key, off in results.agreements():
         row = rows.setdefault((runs.case, str(runs.way)), dict.fromkeys(COMPARED, ""))
         row[key] = f"{off:+.1%}"

@@ -156,8 +156,8 @@ async def test_the_model_is_described(tmp_path: Path) -> None:
 @asynchronous
 async def test_a_cluster_that_emulates_another_tells_whose_time_it_keeps(tmp_path: Path) -> None:
     """ListModels gives the dilation that the cluster was started with."""
-    cluster = emulating.cluster_of("h100x2,h20x1", "llama3-70b")
-    emulation = emulating.overrides(cluster, 20.0, tmp_path / "made")["emulation"]
+    meant = emulating.cluster_of("h100x2,h20x1", "llama3-70b")
+    emulation = emulating.overrides(meant, 20.0, tmp_path / "made")["emulation"]
     async with fleet(tmp_path, emulation=emulation) as cluster:
         answer = await cluster.stub().ListModels(inference_pb2.ListModelsRequest())
     assert [model.dilation for model in answer.models] == [20.0]
