@@ -23,7 +23,7 @@ Generation = NewType("Generation", int)
 ShardId = NewType("ShardId", int)
 """Names a shard within one epoch of one attention worker; never reused in that epoch."""
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """Version of protos and lane frames together."""
 
 LAYOUT_VERSION = 1

@@ -128,12 +128,14 @@ class SmallSequence:
         return PlanRow(shard, self.generation, start, count, first, end, ids)
 
     def expected(self, row: PlanRow, layer: int) -> tuple[Tensor, Tensor]:
-        """out [count, query_heads, head_size] and lse [count, query_heads] over what the row names."""
+        """out [count, query_heads, head_size] and lse [count, query_heads] over what the row names; of no
+        rows where it sees nothing.
+        """
         seen = slice(row.visible_first, row.visible_end)
         group = GEOMETRY.query_heads // GEOMETRY.kv_heads
         key = self.keys[layer, seen].double().repeat_interleave(group, 1)
         value = self.values[layer, seen].double().repeat_interleave(group, 1)
-        query = self.queries[layer, row.start : row.start + row.count].double()
+        query = self.queries[layer, _asking(row)].double()
         scores = torch.einsum("rhd,shd->rhs", query, key) * GEOMETRY.head_size**-0.5
         out = torch.einsum("rhs,shd->rhd", scores.softmax(-1), value)
         return out.float(), scores.logsumexp(-1).float()
@@ -178,7 +180,7 @@ class DenseSide:
         if layer == 0:
             plan = self.encoder.encode(self.step_number, micro_batch, [row for _, row in parts])
         if layer < GEOMETRY.layers:
-            query = torch.cat([sequence.queries[layer, _positions(row)] for sequence, row in parts])
+            query = torch.cat([sequence.queries[layer, _asking(row)] for sequence, row in parts])
         tails = [(sequence, row) for sequence, row in parts if row.token_ids]
         if layer > 0 and tails:
             key = torch.cat([sequence.keys[layer - 1, _positions(row)] for sequence, row in tails])
@@ -190,6 +192,10 @@ class DenseSide:
 
 def _positions(row: PlanRow) -> slice:
     return slice(row.start, row.start + row.count)
+
+
+def _asking(row: PlanRow) -> slice:
+    return _positions(row) if row.sees else slice(0, 0)
 
 
 def assert_attended(replies: Sequence[PartialReply], parts: Sequence[tuple[SmallSequence, PlanRow]]) -> None:

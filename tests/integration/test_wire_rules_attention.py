@@ -256,7 +256,8 @@ def test_rows_that_do_not_fit_the_plan_are_refused(pool: Pool, dense: DenseSide)
     """More or fewer queries or keys than the plan names, or a layer nobody has, are answered by name."""
     sequence = SmallSequence(1)
     shard = pool.reserve(sequence, 0, 20)
-    parts = [(sequence, sequence.row(shard, 0, 3))]
+    dense.step([(sequence, sequence.row(shard, 0, 3))])
+    parts = [(sequence, sequence.row(shard, 3, 3))]
     dense.step(parts, layers=[0])
     good = dense.message(parts, 1)
     assert good.query is not None

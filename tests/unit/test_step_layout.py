@@ -62,13 +62,13 @@ def chunks(draw: st.DrawFn) -> list[Chunk]:
 
 
 def rows_of(part: WorkerPart) -> list[int]:
-    """The step's row of each row of a worker's plan."""
+    """The step's row of each row that a worker is asked about."""
     assert part.queries is not None
     return torch.arange(1000)[part.queries].tolist()
 
 
 def seen_positions(layout: StepLayout) -> list[list[int]]:
-    """Per row of the step, the positions that workers attend for it."""
+    """Per row of the step, the positions that workers attend for it; who sees none is not asked about."""
     seen: list[list[int]] = [[] for _ in range(layout.rows)]
     for part in layout.workers:
         if part.queries is None:
@@ -76,7 +76,7 @@ def seen_positions(layout: StepLayout) -> list[list[int]]:
             continue
         rows = iter(rows_of(part))
         for planned in part.plan:
-            for _ in range(planned.count):
+            for _ in range(planned.count if planned.sees else 0):
                 seen[next(rows)] += range(planned.visible_first, planned.visible_end)
         assert next(rows, None) is None
     return seen

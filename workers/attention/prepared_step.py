@@ -54,7 +54,7 @@ class PreparedStep:
         self._lost: list[Shard] = []
         self._changes = store.changes
         self.spans = _spans(rows, self._resolved)
-        self.rows = sum(row.count for row in rows)
+        self.rows = sum(row.count for row in rows if row.sees)
         self._slots = self._announce(rows)
         self._kept: Tensor | None = None
         """Which of the appended rows still have their shard, bool; None: all."""
@@ -82,7 +82,9 @@ class PreparedStep:
     def attend(
         self, layer: int, query: Tensor, spans: Sequence[Span], kernel: Kernel, window: int | None
     ) -> Partial:
-        """Attend `query` (all rows of the step) over `spans`, some or all of the step's. Raises Fenced."""
+        """Attend `query` (all rows of the step that see something) over `spans`, some or all of the step's.
+        Raises Fenced.
+        """
         if self._leave_out_lost():
             what = "was released or taken over, or trimmed, during a step"
             raise _joined([shard.fenced(what) for shard in self._lost])
@@ -163,8 +165,7 @@ def _resolve(store: Store, row: PlanRow) -> _Resolved:
     _check_visible(shard, row)
     if row.token_ids:
         shard.check_append(row.start, row.start + row.count)
-    sees = row.visible_first < row.visible_end
-    return _Resolved(shard, generation, row.visible_first if sees else row.start)
+    return _Resolved(shard, generation, row.visible_first if row.sees else row.start)
 
 
 def _check_visible(shard: Shard, row: PlanRow) -> None:
@@ -184,7 +185,7 @@ def _spans(rows: Sequence[PlanRow], resolved: Sequence[_Resolved]) -> list[Span]
     row_start = 0
     for row, held in zip(rows, resolved, strict=True):
         shard = held.shard
-        if row.visible_end > row.visible_first:
+        if row.sees:
             last = -(-(row.visible_end - shard.first) // shard.block_tokens)
             spans.append(
                 Span(
@@ -197,7 +198,7 @@ def _spans(rows: Sequence[PlanRow], resolved: Sequence[_Resolved]) -> list[Span]
                     visible_end=row.visible_end - shard.first,
                 )
             )
-        row_start += row.count
+            row_start += row.count
     return spans
 
 

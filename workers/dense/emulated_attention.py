@@ -11,16 +11,21 @@ from cluster.config import Config
 from cluster.emulation import EmulatedTimes, Padding
 from workers.dense.remote_attention import AttentionTimes, StepAttention
 
+_GAP_S = 0.02
+"""Between two steps at most: what takes longer was waiting for work."""
+
 
 class DensePace:
     """The dense device of this process: it computes on one thread, so whatever happened last on it is when
-    the work that is to be padded began.
+    the work that is to be padded began. What lies between two steps (head, sampling, planning) counts as the
+    beginning of the second: the emulated device's step is all of its time.
     """
 
     def __init__(self, times: EmulatedTimes) -> None:
         self.times = times
         self.padding = Padding()
         self.began_s = 0.0
+        self._ended_s = 0.0
         self.attended_s = 0.0
         """When the slowest attention worker is done with what it was given."""
 
@@ -32,6 +37,15 @@ class DensePace:
     def begin(self) -> None:
         """The device turns to something."""
         self.began_s = monotonic()
+
+    def begin_step(self) -> None:
+        """To a step: from where the last one's layers ended, unless there was nothing to do in between."""
+        if monotonic() - self._ended_s > _GAP_S:
+            self.begin()
+
+    def end_step(self) -> None:
+        """A step is over."""
+        self._ended_s = monotonic()
 
 
 class EmulatedAttention:

@@ -75,7 +75,7 @@ class StepAttention:
     def asked(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """(rows, cached tokens that they see) of each sequence, by worker that is asked about any."""
         return tuple(
-            tuple((row.count, row.visible_end - row.visible_first) for row in part.plan)
+            tuple((row.count, row.visible_end - row.visible_first) for row in part.plan if row.sees)
             for part in self._layout.workers
             if part.queries is not None
         )

@@ -51,8 +51,8 @@ class Chunk:
 class WorkerPart:
     """One attention worker's part of a step.
 
-    queries: the step's rows its plan rows name, in plan order; None where none sees anything there.
-    places: int64 [plan's rows], where each reply row goes: part number x step rows + row.
+    queries: the step's rows that see anything there, in plan order; None where none does.
+    places: int64 [queries], where each reply row goes: part number x step rows + row.
     appends: the step's rows it appends, or None. score_count: scores it computes per head and layer.
     """
 
@@ -144,7 +144,8 @@ class _Draft:
         self._score_count = 0
 
     def add(self, chunk: Chunk, placed: Placed, reach: int | None, place: int) -> int:
-        """Add the plan row of a chunk at one shard, if it has any part in the chunk; 1 if it sees something.
+        """Add the plan row of a chunk at one shard, if it has any part in the chunk; 1 if it sees something,
+        so that its queries go there and partials come back.
 
         The shard is seen from where the widest window reaches to (no window: from its start), and
         appended to if the chunk starts in it.
@@ -162,11 +163,12 @@ class _Draft:
         token_ids = chunk.token_ids if appends else ()
         row = PlanRow(shard.shard, placed.generation, chunk.start, chunk.count, first, end, token_ids)
         self.plan.append(row)
-        self._queries += chunk.rows
-        # A row that sees nothing comes back empty; its place is one nobody else has.
-        self._places += [place + row for row in chunk.rows]
         if appends:
             self._appends += chunk.rows
+        if not sees:
+            return 0
+        self._queries += chunk.rows
+        self._places += [place + row for row in chunk.rows]
         self._score_count += chunk.count * (end - first)
         return 1
 
@@ -175,7 +177,7 @@ class _Draft:
         return WorkerPart(
             worker,
             tuple(self.plan),
-            _index(self._queries, device) if self._score_count else None,
+            _index(self._queries, device) if self._queries else None,
             torch.tensor(self._places, dtype=torch.int64, device=device),
             _index(self._appends, device) if self._appends else None,
             self._score_count,

@@ -95,7 +95,7 @@ class StepRunner:
         """
         began_s = monotonic()
         if self.pace is not None:
-            self.pace.begin()
+            self.pace.begin_step()
         remote = not all(map(self._lanes.is_local, workers_of(chunks)))
         halves = self._micro_batches.split(chunks, remote=remote)
         if len(halves) > 1:
@@ -109,6 +109,8 @@ class StepRunner:
         if remote:
             for one, seconds in zip(passes, busy_s, strict=True):
                 one.tell(self._micro_batches, seconds + head_s / len(passes))
+        if self.pace is not None:
+            self.pace.end_step()
         return StepOutcome(
             tuple(chunks),
             tuple(zip(sampling, results, strict=True)),

@@ -39,6 +39,11 @@ class PlanRow:
     visible_end: int
     token_ids: tuple[int, ...] = ()
 
+    @property
+    def sees(self) -> bool:
+        """Whether its queries travel: rows that see nothing there have neither a query nor a partial."""
+        return self.visible_first < self.visible_end
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlanDifference:
@@ -62,10 +67,11 @@ class StepPlanDifference:
 class LayerMessage:
     """Dense to attention.
 
-    query: [rows, query_heads, head_size] of `layer`, rows in the order of the plan's rows, or None
-    after the last layer. key, value: [appended rows, kv_heads, head_size] of layer `layer - 1`, for the
-    rows of tail shards in plan order, or None. `deadline_ms`: time the reply may take. `window`: the
-    sliding window of `layer`, which differs between layers and which the geometry does not tell.
+    query: [rows, query_heads, head_size] of `layer`, rows in the order of the plan's rows that see anything,
+    or None where none does and after the last layer. key, value: [appended rows, kv_heads, head_size] of
+    layer `layer - 1`, for the rows of tail shards in plan order, or None. `deadline_ms`: time the reply may
+    take. `window`: the sliding window of `layer`, which differs between layers and which the geometry does
+    not tell.
     Nobody changes one; it is not frozen because freezing triples the time to make it.
     """
 
