@@ -86,7 +86,8 @@ class Calibration:
     chunk of so many tokens, attention over itself included; `later`: of one that merges what it sees of
     others; `own`: attention of a chunk over itself; `head`: head and sampler. `local`: attention
     in the dense process; `remote`: in another, whose lanes ask for bytes before they sleep; `asleep`: whose
-    lanes do not.
+    lanes do not. `turns`: of their core, what asking that one about so many rows takes a dense worker that
+    shares it: handing over, taking back, and finding its caches cold, since another computed meanwhile.
     """
 
     model: str
@@ -96,6 +97,7 @@ class Calibration:
     later: Points
     own: Points
     head: Points
+    turns: Points
     local: AttendCost
     remote: AttendCost
     asleep: AttendCost
@@ -116,6 +118,10 @@ class Calibration:
     def head_s(self, rows: int) -> float:
         """Head and sampler."""
         return _at(self.head, rows) if rows else 0.0
+
+    def turns_s(self, rows: int) -> float:
+        """Of a shared core, for asking about so many rows."""
+        return _at(self.turns, rows)
 
     @cached_property
     def sequence_s(self) -> float:
@@ -141,9 +147,13 @@ class Calibration:
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Calibration:
         """What `to_json` wrote, or the command's child processes."""
-        decode, first, later, own, head = ([(int(n), float(s)) for n, s in told[name]] for name in _POINTS)
+        decode, first, later, own, head, turns = (
+            [(int(n), float(s)) for n, s in told[name]] for name in _POINTS
+        )
         local, remote, asleep = (AttendCost([_shape(row) for row in told[name]]) for name in _SHAPES)
-        return cls(told["model"], told["machine"], decode, first, later, own, head, local, remote, asleep)
+        return cls(
+            told["model"], told["machine"], decode, first, later, own, head, turns, local, remote, asleep
+        )
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
@@ -156,7 +166,7 @@ class Calibration:
             ) from error
 
 
-_POINTS = ("decode", "first", "later", "own", "head")
+_POINTS = ("decode", "first", "later", "own", "head", "turns")
 _SHAPES = ("local", "remote", "asleep")
 
 

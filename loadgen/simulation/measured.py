@@ -26,10 +26,16 @@ class _Half:
     attention_s: tuple[float, ...]
     sent_s: float
     lane_s: float
+    turns_s: float
+    """What asking costs a core that is shared, instead of `sent_s`; else 0."""
 
     @property
     def dense_s(self) -> float:
         return self.body_s + self.own_s + self.sent_s
+
+    @property
+    def core_s(self) -> float:
+        return self.body_s + self.own_s + (self.turns_s or self.sent_s)
 
     @property
     def slowest_s(self) -> float:
@@ -53,12 +59,15 @@ class MeasuredSteps:
         workers: int,
         micro_batches: Literal["auto", 1, 2],
         call_s: float,
+        *,
+        shares_core: bool = False,
     ) -> None:
-        """`micro_batches` as configured; `call_s`: see `Pricing`."""
+        """`micro_batches` as configured; `call_s`: see `Pricing`; `shares_core`: with other dense workers."""
         self.workers = workers
         self.call_s = call_s
         self._calibration = calibration
         self._lanes = lanes
+        self._shares_core = shares_core
         self._cost: AttendCost = getattr(calibration, lanes)
         self._micro_batches = MicroBatches(micro_batches)
 
@@ -76,7 +85,7 @@ class MeasuredSteps:
         shared_s = head_s + work.sequences * self._calibration.sequence_s
         return StepTimes(
             layers_s + shared_s,
-            sum(half.dense_s for half in halves) + shared_s,
+            sum(half.core_s for half in halves) + shared_s,
             tuple(map(sum, zip(*(half.attention_s for half in halves), strict=True))),
             sum(half.lane_s for half in halves),
             len(halves),
@@ -102,6 +111,7 @@ class MeasuredSteps:
             tuple(self._attention_s(work, worker) for worker in range(self.workers)),
             cost.sent_s(rows),
             cost.lane_s(rows) if asked else 0.0,
+            costs.turns_s(rows) if asked and self._shares_core else 0.0,
         )
 
     def _attention_s(self, work: Work, worker: int) -> float:

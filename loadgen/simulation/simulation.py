@@ -92,7 +92,12 @@ class SimulatedCluster:
         spins = self.config.lanes.spin_us != 0
         lanes: Lanes = "local" if self.shape.attention is None else "remote" if spins else "asleep"
         return MeasuredSteps(
-            self.calibration, lanes, workers, self.config.dense.micro_batches, self.efficiencies.call_s
+            self.calibration,
+            lanes,
+            workers,
+            self.config.dense.micro_batches,
+            self.efficiencies.call_s,
+            shares_core=self.shared_cores > 0,
         )
 
     def description(self) -> dict[str, Any]:

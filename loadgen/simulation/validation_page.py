@@ -92,8 +92,10 @@ def real_runs(path: Path = _REAL_RUNS) -> list[str]:
 _BECAUSE = [
     "",
     "* `2x1`: prefixes are found as predicted (76 % of the prompts' tokens), but two dense workers on one",
-    "  core took 46 s of it where their parts take 37 s, and left it idle for a sixth of the time: they wait",
-    "  for each other at every layer, while the simulator books a core by step.",
+    "  core took 46 s of it where their parts take 37 s. That is not the wait for each other at every layer:",
+    "  two that decode side by side leave their core idle for 2 % of the time. Asking costs more there than",
+    "  by itself, which calibrations hold by now (`turns`): of 15 s that are missing in another run, which",
+    "  took 52 s, they explain 6 s at most. The rest is not explained; half of it falls to first prompts.",
     "* `1x1, 8 x 4096`: attending was calibrated at 3.0 us a cached token; earlier calibrations of this",
     "  machine gave 2.0, with which the five figures of another such run were within a tenth.",
     "* Azure-Conv at 0.5 and 0.9 of saturation is not in the table: four runs were 14 to 88 % off, but",

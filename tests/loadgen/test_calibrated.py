@@ -29,7 +29,7 @@ from loadgen.simulation.work import PlannedRow
 from loadgen.workload import Origin, Segment, Session, Turn
 from tests.models import tiny_model
 
-ROW_S, BASE_S, TOKEN_S, SENT_S, LANE_S = 1e-4, 2e-3, 1e-6, 5e-4, 1e-3
+ROW_S, BASE_S, TOKEN_S, SENT_S, LANE_S, TURNS_S = 1e-4, 2e-3, 1e-6, 5e-4, 1e-3, 3e-3
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -48,7 +48,8 @@ def calibration(lane_s: float = LANE_S) -> Calibration:
     ]
     costs = AttendCost(shapes)
     own, head = [(n, n * 1e-5) for n in SIZES[4:]], [(n, 0.001) for n in SIZES[:7]]
-    return Calibration("round", {"cores": 2}, decode, first, first, own, head, costs, costs, costs)
+    turns = [(n, TURNS_S) for n in SIZES]
+    return Calibration("round", {"cores": 2}, decode, first, first, own, head, turns, costs, costs, costs)
 
 
 def rows(count: int, start: int) -> list[PlannedRow]:
@@ -96,6 +97,18 @@ def test_the_choice_follows_from_what_steps_took() -> None:
     chosen = [steps.price(rows(count, 2500)).micro_batches for count in (2, 4, 8, 16, 32)]
     assert chosen[0] == 1
     assert chosen[-1] == 2
+
+
+def test_a_shared_core_is_taken_for_what_asking_costs_it() -> None:
+    """Where others compute between asking and the answer, asking takes more of the core; by itself a step
+    lasts as long.
+    """
+    own, shared = (
+        MeasuredSteps(calibration(), "asleep", 1, 1, 1e-3, shares_core=shares).price(rows(8, 500))
+        for shares in (False, True)
+    )
+    assert shared.dense_s - own.dense_s == pytest.approx(TURNS_S - SENT_S)
+    assert shared.wall_s == own.wall_s
 
 
 def test_a_file_holds_a_calibration(tmp_path: Path) -> None:
@@ -220,6 +233,7 @@ def test_the_calibration_measures_every_part(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["calibrate", str(file), "--model", str(folder), "--dtype", "float32"])
     assert told.exit_code == 0, told.output
     found = json.loads(file.read_text())
-    points = [point for part in ("decode", "first", "later", "own", "head") for point in found[part]]
+    parts = ("decode", "first", "later", "own", "head", "turns")
+    points = [point for part in parts for point in found[part]]
     assert all(seconds > 0 for _, seconds in points)
     assert all(shape[3] > 0 for part in ("local", "remote", "asleep") for shape in found[part])

@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anabranch.cli.bench import calibration_attention, calibration_dense, results_file, step_attention
-from anabranch.cli.bench.children import start
+from anabranch.cli.bench import (
+    calibration_attention,
+    calibration_dense,
+    calibration_turns,
+    results_file,
+    step_attention,
+)
+from anabranch.cli.bench.children import next_line, start
 from anabranch.cli.bench.step_settings import StepSettings
 from cluster.errors import ConfigError
 from loadgen.simulation.calibration import Calibration
@@ -21,7 +28,7 @@ _ARENA_BYTES = 4 * 2**30
 
 
 def measure(model: Path, dtype: str, say: Callable[[str], None]) -> Calibration:
-    """Some two minutes. `say` hears what is measured. Raises ConfigError on one core."""
+    """Some three minutes. `say` hears what is measured. Raises ConfigError on one core."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise ConfigError("a calibration needs two cores: one for each side")
@@ -36,6 +43,8 @@ def measure(model: Path, dtype: str, say: Callable[[str], None]) -> Calibration:
     for name, is_spinning in (("remote", True), ("asleep", False)):
         say(f"attention in another process, lanes {'spinning' if is_spinning else 'asleep'}")
         told[name] = _remote(replace(split, spins=is_spinning))
+    say("attention asked by two dense workers of one core, lanes asleep")
+    told["turns"] = _turns(replace(split, spins=False))
     return Calibration.from_json(told | {"model": model.name, "machine": results_file.machine()})
 
 
@@ -43,6 +52,26 @@ def _remote(settings: StepSettings) -> Any:
     with contextlib.ExitStack() as stack:
         _, port = start(stack, step_attention.__name__, settings)
         return _ask(calibration_attention.__name__, replace(settings, attention_port=int(port)))
+
+
+def _turns(settings: StepSettings) -> Any:
+    """What two take of their core for asking, without what one takes to read its weights."""
+    with contextlib.ExitStack() as stack:
+        _, port = start(stack, step_attention.__name__, settings)
+        told = replace(settings, attention_port=int(port))
+        workers = [start(stack, calibration_turns.__name__, told)[0] for _ in range(2)]
+        reading_s = float(_say(workers[:1], calibration_turns.READ)[0])
+        first, second = _say(workers, calibration_turns.ASK)
+    return [(rows, (a + b) / 2 - reading_s) for (rows, a), (_, b) in zip(first, second, strict=True)]
+
+
+def _say(workers: Sequence[subprocess.Popen[str]], word: str) -> list[Any]:
+    """To all at once; their answers."""
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write(f"{word}\n")
+        worker.stdin.flush()
+    return [json.loads(next_line(worker)) for worker in workers]
 
 
 def _ask(module: str, settings: StepSettings) -> Any:

@@ -14,12 +14,14 @@ handing messages over, and whatever else there was until the reply.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
-from time import monotonic
+from time import monotonic, thread_time
 
 import torch
 
@@ -77,24 +79,42 @@ class AttentionParts:
 
     def _shape(self, sequences: int, rows: int, cached: int) -> tuple[float, float, float]:
         """Attending, handing over, and what is left: the medians of some steps."""
-        keys = [SequenceKey(f"calibration-{next(self._numbers)}") for _ in range(sequences)]
-        shards = self._filler.fill(keys, cached, _STEPS * rows)
+        attend_s, sent_s, lane_s, _ = self.steps(sequences, rows, cached, _STEPS)
+        return attend_s, sent_s, lane_s
+
+    def steps(self, sequences: int, rows: int, cached: int, count: int) -> tuple[float, float, float, float]:
+        """Medians of so many steps: attending, handing over, what else there was until the reply, and what
+        this thread computed in all.
+        """
+        keys = [SequenceKey(f"calibration-{os.getpid()}-{next(self._numbers)}") for _ in range(sequences)]
+        shards = self._filler.fill(keys, cached, count * rows)
         encoder = PlanEncoder()
         steps = [
-            self._step(encoder, shards, rows, cached, cached + number * rows) for number in range(_STEPS)
+            self._step(encoder, shards, rows, cached, cached + number * rows) for number in range(count)
         ][_PASSED_OVER:]
-        attend_s, sent_s, lane_s = map(median, zip(*steps, strict=True))
-        return attend_s, sent_s, lane_s
+        attend_s, sent_s, lane_s, computed_s = map(median, zip(*steps, strict=True))
+        return attend_s, sent_s, lane_s, computed_s
+
+    def read_s(self) -> float:
+        """What this thread computes to read all layers' weights: the median of some times."""
+        found = []
+        for _ in range(_STEPS):
+            began_s = thread_time()
+            for layer in range(self._geometry.layers):
+                self._weights[layer].sum()
+            found.append(thread_time() - began_s)
+        return median(found)
 
     def _step(
         self, encoder: PlanEncoder, shards: Sequence[ShardRef], rows: int, cached: int, start: int
-    ) -> tuple[float, float, float]:
+    ) -> tuple[float, float, float, float]:
         sizes, number = self._geometry, next(self._numbers)
         dtype, asked = torch_dtype(sizes), rows * len(shards)
         query = torch.randn(asked, sizes.query_heads, sizes.head_size).to(dtype)
         key, value = (torch.randn(asked, sizes.kv_heads, sizes.head_size).to(dtype) for _ in range(2))
         plan = [PlanRow(s.shard, self._generation, start, rows, 0, cached, (7,) * rows) for s in shards]
         attended_s = sent_s = spent_s = 0.0
+        computed_s = -thread_time()
         for layer in range(sizes.layers):
             self._weights[layer].sum()
             began_s = monotonic()
@@ -106,13 +126,15 @@ class AttentionParts:
             spent_s += monotonic() - began_s
             attended_s += reply.compute_seconds
         self._lane.send(LayerMessage(number, 0, sizes.layers, _DEADLINE_MS, None, None, key, value))
+        computed_s += thread_time()
         if not self._is_remote:  # it attends while it is sent to
             sent_s = 0.0
-        return attended_s, sent_s, spent_s - attended_s - sent_s
+        return attended_s, sent_s, spent_s - attended_s - sent_s, computed_s
 
 
-def main(settings: StepSettings) -> None:
-    """Measure once, and tell."""
+@contextlib.contextmanager
+def attention_parts(settings: StepSettings) -> Iterator[AttentionParts]:
+    """On the settings' cores, with the worker that they name."""
     cores = settings.dense_cores
     keep_to(cores)
     torch.set_num_threads(len(cores))
@@ -130,11 +152,17 @@ def main(settings: StepSettings) -> None:
     parts = AttentionParts(peer, geometry, layer_bytes, is_remote=core is None)
     try:
         with torch.inference_mode():
-            print(json.dumps(parts.measure()), flush=True)
+            yield parts
     finally:
         parts.close()
         if core is not None:
             core.close()
+
+
+def main(settings: StepSettings) -> None:
+    """Measure once, and tell."""
+    with attention_parts(settings) as parts:
+        print(json.dumps(parts.measure()), flush=True)
 
 
 if __name__ == "__main__":

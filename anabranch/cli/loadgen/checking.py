@@ -46,7 +46,7 @@ def calibrate(
 ) -> None:
     """Measure the parts of a step on this machine (dense work, attention, lanes), one core a role.
 
-    For `check`. It takes some two minutes, in which nothing else should run here.
+    For `check`. It takes some three minutes, in which nothing else should run here.
 
     \b
     anabranch loadgen calibrate machine.json

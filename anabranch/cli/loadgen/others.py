@@ -10,10 +10,14 @@ from pathlib import Path
 
 from cluster.clock import monotonic
 
+_STAT = Path("/proc/stat")
+
 
 @dataclass(slots=True)
 class Others:
-    """The share of all cores that processes took which this one did not start."""
+    """The share of all cores that processes took which this one did not start, or other machines of the same
+    host: what a virtual core was kept from, it was kept from by somebody.
+    """
 
     share: float = field(default=0.0)
 
@@ -22,15 +26,15 @@ class Others:
 def watched() -> Iterator[Others]:
     """Look before and after; the share is known at the end."""
     others = Others()
-    began_s, busy_before, ours_before = monotonic(), _busy_s(), _ours_s()
+    began_s, busy_before, ours_before = monotonic(), busy_s(_STAT.read_text()), _ours_s()
     yield others
-    spent_s = (_busy_s() - busy_before) - (_ours_s() - ours_before)
+    spent_s = (busy_s(_STAT.read_text()) - busy_before) - (_ours_s() - ours_before)
     others.share = round(max(0.0, spent_s / ((monotonic() - began_s) * (os.cpu_count() or 1))), 3)
 
 
-def _busy_s() -> float:
-    """Of all cores, since the machine was started."""
-    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:8]]
+def busy_s(stat: str) -> float:
+    """Of all cores, since the machine was started, by the text of /proc/stat; stolen time too."""
+    ticks = [int(word) for word in stat.split("\n")[0].split()[1:9]]
     return (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
 
 
