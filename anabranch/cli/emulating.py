@@ -34,7 +34,7 @@ def cluster_of(text: str, shape_name: str) -> SimulatedCluster:
 
 def overrides(cluster: SimulatedCluster, dilation: float, folder: Path) -> dict[str, Any]:
     """The configuration of a cluster whose processes keep the time of one that could be simulated; its tiny
-    model is written into `folder`, where it is not yet. Raises InvalidRequest, and ConfigError for a shape
+    model is written into `folder`. Raises InvalidRequest, and ConfigError for a shape
     that this machine has too few cores for.
     """
     if dilation < 1:
@@ -53,6 +53,7 @@ def overrides(cluster: SimulatedCluster, dilation: float, folder: Path) -> dict[
         ("attention.arena" if workers else "dense.local_arena"): arena,
         "dense.step_tokens": dense.step_tokens,
         "dense.max_batch": dense.max_batch,
+        "dense.max_waiting": dense.max_waiting,
         "dense.cores": [],
         "attention.cores": [],
         "lanes.spin_us": 0,

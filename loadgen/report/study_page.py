@@ -9,7 +9,7 @@ from loadgen.report.content import Content, Section, Table, figures, text
 from loadgen.report.drawing import COLOURS
 from loadgen.report.plot import Line, Plot, Style
 from loadgen.study.figures import COMPARED, FIGURES, WITHIN, Estimate, Runs, StudyResults
-from loadgen.study.study import Part
+from loadgen.study.study import Part, Way
 
 _HEADS = {
     "output_throughput": "output tokens/s",
@@ -28,11 +28,11 @@ def study_page(results: StudyResults, told: Mapping[str, Any]) -> Content:
         *(_part(part, results) for part in results.study.part),
         _agreement(results),
     ]
-    columns = [f"{runs.case}, {runs.way}" for runs in results.runs]
+    columns = [f"{runs}, seed {seeds[0]}" for runs in results.runs]
     return Content(
         title="A study of clusters",
         subtitle=f"{len(results.runs)} cases in their ways, {len(seeds)} seeds each · {told['date']}",
-        warnings=tuple(f"{runs.case}, {runs.way}: {note}" for runs in results.runs for note in runs.notes),
+        warnings=tuple(f"{runs}: {doubt}" for runs in results.runs for doubt in runs.doubts),
         cards=(),
         sections=tuple(sections),
         columns=tuple(columns),
@@ -78,19 +78,26 @@ def _part(part: Part, results: StudyResults) -> Section:
         part.title,
         part.words,
         tables=(part_table(part, results),) if own else (),
-        plots=tuple(plot for plot in (_frontier(own),) if not plot.is_empty),
+        plots=tuple(plot for way in part.ways if not (plot := _frontier(own, way)).is_empty),
     )
 
 
-def _frontier(own: Sequence[Runs]) -> Plot:
-    """Each case and way by what a user waits for a token and what a million of them cost."""
-    lines = []
-    for runs in own[:COLOURS]:
-        xs, ys = runs.values("mean_tpot_ms"), runs.values("usd_per_mtok")
-        if xs and ys:
-            lines.append(Line(f"{runs.case}, {runs.way}", tuple(xs), tuple(ys), Style.POINTS))
+def _frontier(own: Sequence[Runs], way: Way) -> Plot:
+    """Each case by what a user waits for a token and what a million of them cost; cases beyond the colours
+    there are share one.
+    """
+    places: dict[str, list[tuple[float, float]]] = {}
+    for runs in own:
+        if runs.way is way:
+            name = runs.case if len(places) < COLOURS - 1 else "others"
+            pairs = zip(runs.values("mean_tpot_ms"), runs.values("usd_per_mtok"), strict=False)
+            places.setdefault(name, []).extend(pairs)
+    lines = [
+        Line(name, tuple(x for x, _ in found), tuple(y for _, y in found), Style.POINTS)
+        for name, found in places.items()
+    ]
     return Plot(
-        "Cost frontier",
+        f"Cost frontier, {way}",
         "a point for each seed: lower is cheaper, further left is faster",
         "mean TPOT, milliseconds",
         "$ / million tokens",
@@ -99,12 +106,12 @@ def _frontier(own: Sequence[Runs]) -> Plot:
 
 
 def _agreement(results: StudyResults) -> Section:
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for runs, key, off in results.agreements():
-        row = rows.setdefault((runs.case, str(runs.way)), dict.fromkeys(COMPARED, ""))
+        row = rows.setdefault((runs.part, runs.case, str(runs.way)), dict.fromkeys(COMPARED, ""))
         row[key] = f"{off:+.1%}"
-    head = ("case", "beside", *(_HEADS[key] for key in COMPARED))
-    table = Table(head, tuple((*names, *row.values()) for names, row in rows.items()), wordy=(1,))
+    head = ("part", "case", "beside", *(_HEADS[key] for key in COMPARED))
+    table = Table(head, tuple((*names, *row.values()) for names, row in rows.items()), wordy=(1, 2))
     words = (
         "How far simulated figures are off those measured. Beside an emulation, whose processes keep the "
         f"time of the same devices, {WITHIN:.0%} is the aim: what differs is what the simulator leaves out. "
@@ -116,7 +123,9 @@ def _agreement(results: StudyResults) -> Section:
 def _words(seeds: int) -> str:
     return (
         f"Figures are means over {seeds} seeds of the load, ± half of their 95 % interval (Student's t). "
-        "Gains are taken seed by seed. Joules are of the devices' rated power, not measured."
+        "Gains are taken seed by seed. Where all lengths are fixed, seeds change nothing, and intervals are "
+        "of what the machine does. Joules are of the devices' rated power, not measured; this machine has no "
+        "price and no rating. The last table is of the first seed."
     )
 
 

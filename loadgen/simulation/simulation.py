@@ -169,6 +169,8 @@ class Simulation:
             summaries.append({**self._head(objectives), **summarize(records, facts), **figures})
             if self.was_stopped:
                 break
+        if self._cluster.calibration is not None:
+            return summaries  # cores of some machine, which the catalogue has no price of
         return priced(records, summaries, self._cluster.shape.bill)
 
     def _do(

@@ -24,7 +24,11 @@ COMPARED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms")
 WITHIN = 0.1
 """How far a simulation may be off an emulation of the same."""
 
-_T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_T_95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 """Student's t for 95 % by degrees of freedom, from 1 on (two sides); beyond: the normal distribution's."""
 _NORMAL_95 = 1.96
 
@@ -58,6 +62,16 @@ class Runs:
     summaries: tuple[Summary, ...]
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.part}: {self.case}, {self.way}"
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Its notes, and how many requests failed: latencies are of the others alone."""
+        failed = sum(summary["failed"] for summary in self.summaries)
+        asked = sum(summary["num_prompts"] for summary in self.summaries)
+        return (*self.notes, f"{failed} of {asked} requests failed") if failed else self.notes
+
     def values(self, key: str) -> list[float]:
         """A figure by seed; empty where some run has none."""
         found = [summary.get(key) for summary in self.summaries]
@@ -85,15 +99,17 @@ class StudyResults:
 
     def gain(self, runs: Runs) -> Estimate | None:
         """Throughput over that of its part's first case, in the same way and under the same seeds, - 1. None
-        of the first case itself.
+        of the first case itself, and where some run of either brought nothing.
         """
         (cases,) = (part.case for part in self.study.part if part.title == runs.part)
         base = self.of(runs.part, cases[0].name, runs.way)
         if base is None or base is runs:
             return None
         key = "output_throughput"
-        pairs = zip(runs.values(key), base.values(key), strict=True)
-        return Estimate.of([other / first - 1 for other, first in pairs if first])
+        others, firsts = runs.values(key), base.values(key)
+        if len(others) != len(firsts) or not firsts or min(firsts) <= 0:
+            return None
+        return Estimate.of([other / first - 1 for other, first in zip(others, firsts, strict=True)])
 
     def agreements(self) -> Iterator[tuple[Runs, str, float]]:
         """(runs that were measured, figure, simulated / measured - 1)."""
@@ -122,8 +138,8 @@ class StudyResults:
                 "part": runs.part,
                 "case": runs.case,
                 "way": str(runs.way),
-                "notes": list(runs.notes),
-                "figures": {key: runs.values(key) for key in FIGURES},
+                "notes": list(runs.doubts),
+                "figures": {key: runs.values(key) for key in ("completed", "failed", *FIGURES)},
             }
             for runs in self.runs
         ]

@@ -12,11 +12,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from cluster.errors import InvalidRequest
 from cluster.hardware import Catalogue
 from loadgen.scenario import Scenario
+from loadgen.simulation import models
 from loadgen.simulation.machines import Efficiencies, Shape, parse_side
 from loadgen.simulation.steps import Switches
 
@@ -126,10 +128,50 @@ class Study(_Table):
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
     part: tuple[Part, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Study:
+        titles = [part.title for part in self.part]
+        if len(set(titles)) < len(titles):
+            raise ValueError("two parts have one title")
+        for part in self.part:
+            names = [case.name for case in part.case]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two cases of {part.title} have one name")
+        return self
+
     @property
-    def needs_calibration(self) -> bool:
-        """Whether real runs are to be predicted."""
-        return any({Way.REAL, Way.SIMULATED} <= set(part.ways) for part in self.part)
+    def predicted_models(self) -> tuple[str, ...]:
+        """Those whose real runs are simulated too, for which this machine is calibrated."""
+        parts = [part for part in self.part if {Way.REAL, Way.SIMULATED} <= set(part.ways)]
+        return tuple(dict.fromkeys(part.model for part in parts))
+
+    def require_known(self, catalogue: Catalogue) -> None:
+        """Raise InvalidRequest for unknown devices, models and efficiencies, and for what a way cannot obey:
+        better now than when others have taken their time.
+        """
+        for part in self.part:
+            for case in part.case:
+                self._require_obeyed(part, case, case.shape(catalogue), case.efficiencies)
+            if Way.REAL not in part.ways:
+                models.resolve(part.model)
+        if len(self.predicted_models) > 1:
+            names = ", ".join(self.predicted_models)
+            raise InvalidRequest(f"real runs that are simulated too have one model, not {names}")
+
+    def _require_obeyed(self, part: Part, case: Case, shape: Shape, reached: Efficiencies) -> None:
+        where, default = f"{part.title}: {case.name}", Efficiencies()
+        if Way.REAL in part.ways:
+            is_told = bool(case.efficiency) or not case.overlap or case.arena_tokens is not None
+            if is_told or shape.dense.devices > 1:
+                raise InvalidRequest(
+                    f"{where}: real clusters take one device a dense worker, and neither overlap, efficiency "
+                    "nor arena_tokens: say what they are to do in settings"
+                )
+        elif Way.EMULATED in part.ways and (reached.step_s, reached.call_s) != (
+            default.step_s,
+            default.call_s,
+        ):
+            raise InvalidRequest(f"{where}: emulated clusters take their own step_s and call_s")
 
 
 def read(path: Path) -> Study:
@@ -139,7 +181,10 @@ def read(path: Path) -> Study:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise InvalidRequest(f"{path} is no study: {error}") from error
     except ValidationError as error:
-        places = "; ".join(
-            f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg'].lower()}" for wrong in error.errors()
-        )
+        places = "; ".join(": ".join(filter(None, _told(wrong))) for wrong in error.errors())
         raise InvalidRequest(f"{path} is no study: {places}") from error
+
+
+def _told(wrong: ErrorDetails) -> tuple[str, str]:
+    """Where, and what."""
+    return ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")

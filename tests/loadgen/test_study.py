@@ -16,10 +16,9 @@ from cluster.errors import InvalidRequest
 from loadgen.report.page import render
 from loadgen.report.study_page import gain, interval, part_table, study_page
 from loadgen.results import PAGE, read_run
-from loadgen.simulation import models
 from loadgen.study.figures import Estimate, Runs, StudyResults
 from loadgen.study.study import Study, Way, read
-from tests.loadgen.studied import SIMULATED_ONLY, told, two_cases
+from tests.loadgen.studied import SIMULATED_ONLY, SOME, told, two_cases
 
 PROGRAM = "from anabranch.cli.entry import loadgen; loadgen()"
 
@@ -33,13 +32,8 @@ def test_the_example_can_be_read_and_built() -> None:
     """Its devices and models are known, and all ways are in it."""
     example = read(Path(str(files("loadgen.study") / "example.toml")))
     assert {way for part in example.part for way in part.ways} == set(Way)
-    assert example.needs_calibration
-    for part in example.part:
-        for case in part.case:
-            case.shape(hardware.built_in())
-            assert case.efficiencies
-        if Way.REAL not in part.ways:
-            models.resolve(part.model)
+    assert example.predicted_models == ("smollm2-135m-instruct",)
+    example.require_known(hardware.built_in())
 
 
 @pytest.mark.parametrize(
@@ -49,12 +43,44 @@ def test_the_example_can_be_read_and_built() -> None:
         (SIMULATED_ONLY.replace("concurrency", "users"), r"part\.0\.load\.users"),
         (SIMULATED_ONLY.replace('"simulated"', '"dreamt"'), r"part\.0\.ways\.0"),
         ("[[part", "is no study"),
+        (SIMULATED_ONLY + SIMULATED_ONLY.partition("]\n")[2], "two parts have one title"),
+        (SIMULATED_ONLY.replace('"two"', '"one"'), "two cases of A part have one name"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, wrong: str, words: str) -> None:
     """In words that name it."""
     with pytest.raises(InvalidRequest, match=words):
         _read(tmp_path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (('"h100"', '"h101"'), "'h101'"),
+        (('"llama3-8b"', '"llama3-8bb"'), "no model 'llama3-8bb'"),
+        (('["simulated"]', '["real"]'), "real clusters take .* neither overlap"),
+        (('["simulated"]', '["emulated"]'), "emulated clusters take their own step_s"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    tmp_path: Path, wrong: tuple[str, str], words: str
+) -> None:
+    """Devices and models that nobody knows, and what a way cannot obey."""
+    text = SIMULATED_ONLY.replace("overlap = false", 'overlap = false\nefficiency = "step_s=0.01"')
+    with pytest.raises(InvalidRequest, match=words):
+        _read(tmp_path, text.replace(*wrong)).require_known(hardware.built_in())
+
+
+def test_one_case_that_fails_does_not_cost_the_others_theirs(tmp_path: Path) -> None:
+    """Weights that do not fit one device: told at the end, with status 1, and the other case is there."""
+    small = SIMULATED_ONLY.replace("llama3-8b", "llama-33b").replace('"h100"', '"l40s"', 1)
+    (tmp_path / "asked.toml").write_text(small)
+    command = [sys.executable, "-c", PROGRAM, "study", "asked.toml", "--out", "found"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "A part: one, simulated: l40sx1 holds" in done.stderr
+    found = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert [run["case"] for run in found["runs"]] == ["two"]
 
 
 def test_a_load_is_a_scenario_of_its_seed(tmp_path: Path) -> None:
@@ -86,6 +112,30 @@ def test_gains_are_taken_seed_by_seed(tmp_path: Path) -> None:
     assert found.mean == pytest.approx(0.15)
 
 
+def test_a_case_that_brought_nothing_has_no_gain(tmp_path: Path) -> None:
+    """Nor has one beside it; failed requests make runs doubtful."""
+    results = two_cases(_read(tmp_path, SIMULATED_ONLY), ([0.0, 0.0], [110.0, 240.0]))
+    assert results.gain(results.runs[1]) is None
+    failed = Runs(
+        "A part", "one", Way.SIMULATED, ({"failed": 1, "num_prompts": 6}, {"failed": 2, "num_prompts": 6})
+    )
+    assert failed.doubts == ("3 of 12 requests failed",)
+
+
+def test_parts_with_cases_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """In the table of agreement each keeps its own row."""
+    once = SIMULATED_ONLY.partition("[[part]]")[2]
+    study = _read(tmp_path, SIMULATED_ONLY + "[[part]]" + once.replace('"A part"', '"Another"'))
+    runs = tuple(
+        Runs(title, "one", way, ({**SOME, "output_throughput": value},))
+        for title, values in (("A part", (100.0, 101.0)), ("Another", (100.0, 130.0)))
+        for way, value in zip((Way.EMULATED, Way.SIMULATED), values, strict=True)
+    )
+    content = study_page(StudyResults(study, runs), told())
+    (table,) = content.sections[-1].tables
+    assert [(row[0], row[3]) for row in table.rows] == [("A part", "+1.0%"), ("Another", "+30.0%")]
+
+
 def test_ways_agree_where_the_simulated_figure_is_near(tmp_path: Path) -> None:
     """Of an emulation by at most a tenth: 112 beside 100 is beyond, 108 is not; real runs are told only."""
     study = _read(tmp_path, SIMULATED_ONLY)
@@ -106,7 +156,7 @@ def test_the_page_shows_every_case_and_what_makes_it_doubtful(tmp_path: Path) ->
     content = study_page(results, told())
     (part,) = results.study.part
     assert [row[0] for row in part_table(part, results).rows] == ["one", "two"]
-    assert content.warnings == ("two, simulated: it was slow",)
+    assert content.warnings == ("A part: two, simulated: it was slow",)
     page = render(content)
     assert "0123abc" in page
     assert "+15.0%" in page

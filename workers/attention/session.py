@@ -202,7 +202,7 @@ class AttendSession:
 
 
 def _slices(step: PreparedStep, rows_most: int) -> tuple[_Slice, ...]:
-    """Those of a step, made once for all its layers; without rows that see nothing."""
+    """Those of a step, made once for all its layers."""
     groups = [tuple(group) for group in slices(step.spans, rows_most) if group]
     if len(groups) == 1:
         return (_Slice(0, step.rows, groups[0]),)

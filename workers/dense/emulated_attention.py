@@ -11,9 +11,6 @@ from cluster.config import Config
 from cluster.emulation import EmulatedTimes, Padding
 from workers.dense.remote_attention import AttentionTimes, StepAttention
 
-_GAP_S = 0.02
-"""Between two steps at most: what takes longer was waiting for work."""
-
 
 class DensePace:
     """The dense device of this process: it computes on one thread, so whatever happened last on it is when
@@ -25,7 +22,7 @@ class DensePace:
         self.times = times
         self.padding = Padding()
         self.began_s = 0.0
-        self._ended_s = 0.0
+        self._rests = True
         self.attended_s = 0.0
         """When the slowest attention worker is done with what it was given."""
 
@@ -40,12 +37,13 @@ class DensePace:
 
     def begin_step(self) -> None:
         """To a step: from where the last one's layers ended, unless there was nothing to do in between."""
-        if monotonic() - self._ended_s > _GAP_S:
+        if self._rests:
+            self._rests = False
             self.begin()
 
-    def end_step(self) -> None:
-        """A step is over."""
-        self._ended_s = monotonic()
+    def rest(self) -> None:
+        """There is nothing to do."""
+        self._rests = True
 
 
 class EmulatedAttention:

@@ -250,6 +250,7 @@ class Engine:
         try:
             while not self._stopping:
                 if not self.turn():
+                    self._runner.rest()
                     self._inbox.wait(self._pause_s())
             self.leave()
         except Exception as error:  # noqa: BLE001  every request gets an answer, also from an engine that broke

@@ -109,14 +109,17 @@ class StepRunner:
         if remote:
             for one, seconds in zip(passes, busy_s, strict=True):
                 one.tell(self._micro_batches, seconds + head_s / len(passes))
-        if self.pace is not None:
-            self.pace.end_step()
         return StepOutcome(
             tuple(chunks),
             tuple(zip(sampling, results, strict=True)),
             len(passes),
             _times(monotonic() - began_s, head_s, [one.times for one in passes]),
         )
+
+    def rest(self) -> None:
+        """There is no step to run."""
+        if self.pace is not None:
+            self.pace.rest()
 
     def tell(self) -> None:
         """Log how well an emulated device's time was kept."""

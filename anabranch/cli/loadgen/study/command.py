@@ -21,7 +21,8 @@ from anabranch.cli import model as model_store
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen.recording import Recorder, stopping
 from anabranch.cli.loadgen.study.ways import Opened, Ways
-from cluster.errors import InvalidRequest
+from cluster import hardware
+from cluster.errors import AnabranchError, InvalidRequest
 from loadgen.pool import StopSwitch
 from loadgen.report.page import render
 from loadgen.report.study_page import part_table, study_page
@@ -45,9 +46,9 @@ def study(
 ) -> None:
     """Measure a study's clusters in each way its file names: real, emulated, simulated; several seeds each.
 
-    Every run is a folder of OUT, as of `run`; OUT/results.json has all figures with commit and machine,
-    OUT/report.html shows them with intervals, OUT.tar.gz holds it all. Real clusters take all cores: nothing
-    else should run meanwhile.
+    Every run is a folder of OUT with its requests and figures; OUT/results.json has them all with commit and
+    machine, OUT/report.html shows them with intervals, OUT.tar.gz holds everything. Real clusters take all
+    cores: nothing else should run meanwhile.
 
     \b
     anabranch loadgen study --out study                      # the example
@@ -72,31 +73,52 @@ def _example() -> Path:
 
 
 def _run(asked: Study, path: Path, folder: Path) -> int:
+    asked.require_known(hardware.built_in())
     try:
         folder.mkdir(parents=True)
         shutil.copy(path, folder / "study.toml")
     except OSError as error:
         raise InvalidRequest(f"{folder} cannot be a new folder for results: {error}") from error
     errors = Console(stderr=True)
+    runs: list[Runs] = []
+    problems: list[str] = []
     with (
         contextlib.closing(StopSwitch()) as stop,
         errors.status("starting") as status,
         stopping(stop),
     ):
-        recorder = Recorder(errors, status, stop)
-        ways = Ways(recorder, _calibration(asked, folder, errors), lambda _: not stop.is_set)
-        runs = []
-        for number, (part, case, way) in enumerate(_all(asked), 1):
-            errors.print(f"{part.title}: {case.name}, {way}", highlight=False, markup=False)
+        try:
+            recorder = Recorder(errors, status, stop)
+            ways = Ways(recorder, _calibration(asked, folder, errors), lambda _: not stop.is_set)
+            _go_through(asked, ways, folder, runs, problems)
+        except AnabranchError:
+            if not stop.is_set:
+                raise
+        finally:
+            if runs:
+                _sum_up(StudyResults(asked, tuple(runs)), folder)
+        was_stopped = stop.is_set
+    for problem in problems:
+        errors.print(problem, markup=False, highlight=False, soft_wrap=True)
+    return INTERRUPTED_STATUS if was_stopped else int(bool(problems))
+
+
+def _go_through(asked: Study, ways: Ways, folder: Path, runs: list[Runs], problems: list[str]) -> None:
+    """Every case in its ways. What one of them cannot do is a problem, and no reason to lose the others."""
+    stop, errors = ways.recorder.stop, ways.recorder.console
+    for number, (part, case, way) in enumerate(_all(asked), 1):
+        if stop.is_set:
+            return
+        errors.print(f"{part.title}: {case.name}, {way}", highlight=False, markup=False)
+        try:
             with ways.opened(part, case, way) as opened:
                 found = _seeds(asked, part, case, way, opened, folder / f"{number:02d}", stop)
-            if stop.is_set:
-                break
+        except AnabranchError as error:
+            if not stop.is_set:
+                problems.append(f"{part.title}: {case.name}, {way}: {error.message}")
+            continue
+        if len(found) == len(asked.seeds):
             runs.append(Runs(part.title, case.name, way, found, tuple(opened.notes)))
-        was_stopped = stop.is_set
-    if runs:
-        _sum_up(StudyResults(asked, tuple(runs)), folder)
-    return INTERRUPTED_STATUS if was_stopped else 0
 
 
 def _all(asked: Study) -> Iterator[tuple[Part, Case, Way]]:
@@ -115,7 +137,7 @@ def _seeds(
         if stop.is_set:
             break
         run = place.with_name(f"{place.name}-{_slug(part.title)}-{_slug(case.name)}-{way}-{seed}")
-        scenario = part.load.scenario(seed, place.with_name("rows.csv"))
+        scenario = part.load.scenario(seed, place.with_name(f"{place.name}-rows.csv"))
         summaries.append(opened.measure(scenario, run))
     return tuple(summaries)
 
@@ -126,15 +148,14 @@ def _slug(words: str) -> str:
 
 def _calibration(asked: Study, folder: Path, errors: Console) -> Calibration | None:
     """This machine's parts, where real runs are predicted; kept with the results."""
-    real = [part.model for part in asked.part if {Way.REAL, Way.SIMULATED} <= set(part.ways)]
-    if not real:
+    if not asked.predicted_models:
         return None
-    if len(set(real)) > 1:
-        raise InvalidRequest(f"real runs that are simulated too have one model, not {', '.join(set(real))}")
     from anabranch.cli.bench.calibration import measure
 
     found = measure(
-        model_store.resolve(real[0]), "bfloat16", lambda words: errors.print(words, highlight=False)
+        model_store.resolve(asked.predicted_models[0]),
+        "bfloat16",
+        lambda words: errors.print(words, highlight=False),
     )
     (folder / "calibration.json").write_text(found.to_json() + "\n", "utf-8")
     return found
@@ -168,10 +189,10 @@ def _sum_up(results: StudyResults, folder: Path) -> None:
 def _remarks(results: StudyResults) -> Iterator[str]:
     """What ways do not agree on, and what makes runs doubtful."""
     for runs, key, off in results.beyond:
-        yield f"{runs.part}, {runs.case}: simulated {key} is {off:+.1%} off the emulated; aim {WITHIN:.0%}"
+        yield f"{runs.part}: {runs.case}: simulated {key} is {off:+.1%} off the emulated; aim {WITHIN:.0%}"
     for runs in results.runs:
-        for note in runs.notes:
-            yield f"{runs.case}, {runs.way}: {note}"
+        for doubt in runs.doubts:
+            yield f"{runs}: {doubt}"
 
 
 def _table(part: Part, results: StudyResults) -> Table:

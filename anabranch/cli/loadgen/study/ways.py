@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from anabranch.cli import emulating
 from anabranch.cli import model as model_store
@@ -17,20 +17,21 @@ from cluster import config as configuration
 from cluster import hardware
 from cluster.config import Config
 from cluster.errors import Unavailable
-from cluster.model_spec import ModelSpec
 from controller.state import StateFolder, default_path
+from loadgen.cost import Bill
 from loadgen.drivers.interface import Target
 from loadgen.measurement import Measurement, Settings
 from loadgen.metrics import Summary
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
-from loadgen.simulation import models
+from loadgen.simulation import checks, models
 from loadgen.simulation.calibration import Calibration
 from loadgen.simulation.simulation import Course, SimulatedCluster, Simulation
 from loadgen.study.study import Case, Part, Way
 
-_DTYPE = "bfloat16"
-_ARENA_BYTES = 2**30
+DTYPE = "bfloat16"
+"""Of real clusters."""
+
 _TIMEOUT_S = 600.0
 _LATE_MOST = 0.01
 _WARM_UP = Scenario(concurrency=(4,), requests=8, prompt="64", output="8")
@@ -64,16 +65,18 @@ class Ways:
             return
         config = self._real_config(part, case) if way is Way.REAL else self._emulated_config(part, case)
         with tempfile.TemporaryDirectory(prefix="anabranch-") as state:
-            with self._started(config, Path(state), f"{case.name}, {way}", case) as opened:
+            bill = None if way is Way.REAL else case.shape(hardware.built_in()).bill
+            with self._started(config, Path(state), f"{case.name}, {way}", bill) as opened:
                 yield opened
-            opened.notes += _late(config, Path(state))
+            if way is Way.EMULATED:
+                opened.notes += _late(config, Path(state))
 
     @contextmanager
-    def _started(self, config: Config, state: Path, name: str, case: Case) -> Iterator[Opened]:
+    def _started(self, config: Config, state: Path, name: str, bill: Bill | None) -> Iterator[Opened]:
         # Here, not above: importing Ray takes half a second that `--help` need not take.
         from anabranch.cli.running_cluster import apart, running_cluster
 
-        how = Settings(senders=1, bill=case.shape(hardware.built_in()).bill)
+        how = Settings(senders=1, bill=bill)
         with running_cluster(self.recorder.console, apart(config, state), f"{name}: starting") as record:
             target = Target(record.gateways, timeout_s=_TIMEOUT_S)
 
@@ -99,18 +102,16 @@ class Ways:
 
         return measure
 
-    def _real_config(self, part: Part, case: Case) -> Config:
+    def _real(self, part: Part, case: Case) -> tuple[checks.Case, Path]:
+        """As the simulator is checked on this machine, and the model's folder."""
         workers = case.shape(hardware.built_in()).attention
-        own: Mapping[str, Any] = {
-            "model.path": str(model_store.resolve(part.model).absolute()),
-            "model.name": part.model,
-            "model.dtype": _DTYPE,
-            "dense.replicas": case.dense_workers,
-            "attention.replicas": workers.devices if workers else 0,
-            "attention.arena": _ARENA_BYTES,
-            "dense.local_arena": 0 if workers else _ARENA_BYTES,
-        }
-        return configuration.load(None, {**own, **case.settings})
+        devices = workers.devices if workers else 0
+        real = checks.Case(case.name, case.dense_workers, devices, Scenario(), case.settings)
+        return real, model_store.resolve(part.model).absolute()
+
+    def _real_config(self, part: Part, case: Case) -> Config:
+        real, folder = self._real(part, case)
+        return real.config(folder, DTYPE)
 
     def _emulated_config(self, part: Part, case: Case) -> Config:
         folder = default_path() / "emulated-model"
@@ -128,16 +129,12 @@ class Ways:
         )
 
     def _calibrated(self, part: Part, case: Case) -> SimulatedCluster:
-        folder = model_store.resolve(part.model)
-        return SimulatedCluster(
-            models.of_spec(folder.name, ModelSpec.from_folder(folder)),
-            case.shape(hardware.built_in()),
-            self._real_config(part, case),
-            calibration=self.calibration,
-        )
+        assert self.calibration is not None, "see Study.predicted_models"
+        real, folder = self._real(part, case)
+        return checks.cluster(real, real.config(folder, DTYPE), folder, self.calibration)
 
 
 def _late(config: Config, state: Path) -> list[str]:
-    """What an emulated cluster's processes could not keep the time of; nothing of a real one."""
+    """What an emulated cluster's processes could not keep the time of."""
     found = emulating.report(StateFolder(state).logs, config.dense.replicas, config.attention.replicas)
     return [str(kept) for kept in found if kept.late > _LATE_MOST * kept.calls]
