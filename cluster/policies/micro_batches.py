@@ -38,7 +38,7 @@ _GAIN_LEAST = 1.03
 """Two micro-batches must promise this much: what they were timed by is noisy."""
 
 _LOOK_STEPS = 32
-"""How often the choice is looked at again while the batch stays the same."""
+"""How often the choice is looked at again while the batch stays the same, in sequences and in rows."""
 
 _IMBALANCE_MOST = 0.25
 """Share of the work by which one side may exceed the other before a sequence changes over."""
@@ -88,8 +88,10 @@ class MicroBatches:
         self._dense, self._lane = TimesSeen(is_fixed=True), TimesSeen(is_fixed=True)
         self._attention = TimesSeen(is_fixed=False)
         self._is_split = setting == 2
-        self._looked_at: tuple[int, int] = (0, 0)
-        """Chunks of the batch for which the choice was made, and steps until it is looked at again."""
+        self._chosen_for: tuple[int, int] = (0, 0)
+        """Chunks and rows of the batch for which the choice was made."""
+        self._steps_left = 0
+        """Until it is looked at again."""
 
     def split(self, chunks: Sequence[_Chunk], *, remote: bool) -> list[list[_Chunk]]:
         """The chunks by micro-batch, in the plan's order; none is empty.
@@ -119,14 +121,14 @@ class MicroBatches:
     def _pays(self, halves: Sequence[Sequence[NewTokens]]) -> bool:
         if self._setting != "auto":
             return self._setting == 2
-        count, steps_left = self._looked_at
-        chunks = sum(map(len, halves))
-        if count == chunks and steps_left > 0:
-            self._looked_at = (count, steps_left - 1)
+        # By rows too: what pays beside a prompt does not in the decoding steps behind it, of as many chunks.
+        batch = sum(map(len, halves)), sum(chunk.count for half in halves for chunk in half)
+        if batch == self._chosen_for and self._steps_left > 0:
+            self._steps_left -= 1
             return self._is_split
         dense, attention, lane = self._dense.line(), self._attention.line(), self._lane.line()
         if dense is not None and attention is not None and lane is not None:
-            self._looked_at = (chunks, _LOOK_STEPS)
+            self._chosen_for, self._steps_left = batch, _LOOK_STEPS
             first, second = (work_of(half) for half in halves)
             times = SideTimes(dense, attention, lane.at(first.rows))
             self._is_split = staggering_gain(times, first, second) >= _GAIN_LEAST

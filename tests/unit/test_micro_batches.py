@@ -118,6 +118,18 @@ def test_auto_begins_whole_and_looks_again() -> None:
     assert seen == {2, 1}
 
 
+def test_a_step_of_other_rows_is_judged_anew() -> None:
+    """What pays beside chunks of two prompts does not in the decoding step behind, of as many sequences."""
+    batches, live = MicroBatches("auto"), sequences(8)
+    decoding = chunks_of(live, [500] * 8)
+    prompts = [Chunk(one, 2000, 500, samples=True, offset=0) for one in live[:2]]
+    beside = offset_anew([*prompts, *decoding[2:]])
+    for step, dense_s, attention_s in ((decoding, 0.0195, 0.0005), (beside, 0.080, 0.080)):
+        batches.note(work_of(step), dense_s, attention_s, 0.002)
+    assert len(batches.split(beside, remote=True)) == 2
+    assert len(batches.split(decoding, remote=True)) == 1
+
+
 def test_times_of_other_sizes_are_kept() -> None:
     """A thousand steps of one size do not wash out what another took."""
     times = TimesSeen(is_fixed=True)
