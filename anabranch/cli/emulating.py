@@ -34,8 +34,8 @@ def cluster_of(text: str, shape_name: str) -> SimulatedCluster:
 
 def overrides(cluster: SimulatedCluster, dilation: float, folder: Path) -> dict[str, Any]:
     """The configuration of a cluster whose processes keep the time of one that could be simulated; its tiny
-    model is written into `folder`. Raises InvalidRequest, and ConfigError for a shape
-    that this machine has too few cores for.
+    model is written into `folder`. Raises InvalidRequest, and ConfigError for a shape that this machine has
+    too few cores for.
     """
     if dilation < 1:
         raise InvalidRequest(f"--dilation {dilation:g}: at least 1")
