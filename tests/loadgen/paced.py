@@ -32,13 +32,15 @@ PROMPT_TOKENS_CACHED = 3
 @dataclass
 class Script:
     """How a server behaves. `refuses` tells, by the number of the request, whether it is refused; those from
-    number `holds_from` on get one token, and then nothing before the server's end.
+    number `holds_from` on get one token, and then nothing before the server's end; `held` counts them once
+    that token is sent.
     """
 
     first_s: float = 0.1
     gap_s: float = 0.02
     refuses: Callable[[int], bool] = lambda _: False
     holds_from: int | None = None
+    held: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     places: int | None = None
     """Requests that are served at once; others wait for their first token. None: all."""
     dilation: float | None = None
@@ -73,6 +75,7 @@ class Paced:
             began_s = monotonic()
             for token in range(count):
                 if token and self.script.holds_from is not None and number >= self.script.holds_from:
+                    self.script.held.release()
                     self._over.wait()
                 if self._over.wait(began_s + self.script.first_s + token * self.script.gap_s - monotonic()):
                     raise errors.Unavailable("the server ends")

@@ -6,6 +6,7 @@ import os
 import signal
 from collections import Counter
 from itertools import pairwise
+from time import sleep
 
 import numpy as np
 import pytest
@@ -85,10 +86,13 @@ def test_a_server_killed_in_the_middle(server_of: type[GrpcServer | OpenAiServer
     """It ends when eight of twenty requests are answered and the next four have one token: eight completed,
     twelve failed, of which four keep the token that they saw.
     """
-    with server_of(Script(first_s=0.02, gap_s=0.01, holds_from=8)) as server:
+    script = Script(first_s=0.02, gap_s=0.01, holds_from=8)
+    with server_of(script) as server:
 
         def kill(run: Run) -> None:
             if len(run.records) == 8:
+                assert all(script.held.acquire(timeout=10.0) for _ in range(4))
+                sleep(10 * LATE_S)  # what was sent to the senders, they have read
                 server.kill()
 
         run = Run(kill).do(closed([Row(4, 3)] * 20, concurrency=4), server.target)
