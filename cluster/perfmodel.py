@@ -49,7 +49,7 @@ class DeviceSpeed:
         assert min(self.flops_per_s, self.bandwidth_bytes_per_s, self.memory_bytes) > 0
 
 
-def dense_step_floor_s(model: ModelShape, batch: int, device: DeviceSpeed, devices: int = 1) -> float:
+def dense_step_floor_s(model: ModelShape, batch: float, device: DeviceSpeed, devices: int = 1) -> float:
     """MTIME(B) = max(2NB / FLOPS, eN / BW): the dense operators of one step over `batch` tokens."""
     compute_s = 2 * model.parameters * batch / device.flops_per_s
     weights_s = model.weight_bytes / device.bandwidth_bytes_per_s

@@ -37,8 +37,10 @@ MICRO_BATCHES = 2
 _GAIN_LEAST = 1.03
 """Two micro-batches must promise this much: what they were timed by is noisy."""
 
-_LOOK_STEPS = 32
-"""How often the choice is looked at again while the batch stays the same, in sequences and in rows."""
+_LOOK_STEPS_MOST = 32
+"""How often the choice is looked at again while the batch stays the same, in sequences and in rows. At first
+sooner, twice as many steps later each time: what such a batch takes is only guessed until it was run.
+"""
 
 _IMBALANCE_MOST = 0.25
 """Share of the work by which one side may exceed the other before a sequence changes over."""
@@ -90,8 +92,10 @@ class MicroBatches:
         self._is_split = setting == 2
         self._chosen_for: tuple[int, int] = (0, 0)
         """Chunks and rows of the batch for which the choice was made."""
+        self._looks_after = 0
+        """Steps from the last look at it to the next."""
         self._steps_left = 0
-        """Until it is looked at again."""
+        """Until that one."""
 
     def split(self, chunks: Sequence[_Chunk], *, remote: bool) -> list[list[_Chunk]]:
         """The chunks by micro-batch, in the plan's order; none is empty.
@@ -99,11 +103,13 @@ class MicroBatches:
         `remote`: whether attention runs elsewhere, so that there is something to hide.
         """
         assert chunks, "a step has a chunk"
-        self._assign(chunks)
-        halves = [[chunk for chunk in chunks if self._place[chunk.key] == side] for side in (0, 1)]
-        if not remote or not all(halves) or not self._pays(halves):
+        if not remote or self._setting == 1:
             return [list(chunks)]
-        return halves
+        self._assign(chunks)
+        halves: list[list[_Chunk]] = [[], []]
+        for chunk in chunks:
+            halves[self._place[chunk.key]].append(chunk)
+        return halves if all(halves) and self._pays(halves) else [list(chunks)]
 
     def note(self, work: MicroBatch, dense_s: float, attention_s: float, lane_s: float) -> None:
         """What a micro-batch with remote attention took on both sides and between them."""
@@ -119,8 +125,8 @@ class MicroBatches:
         return (dense, attention) if dense is not None and attention is not None else None
 
     def _pays(self, halves: Sequence[Sequence[NewTokens]]) -> bool:
-        if self._setting != "auto":
-            return self._setting == 2
+        if self._setting == 2:
+            return True
         # By rows too: what pays beside a prompt does not in the decoding steps behind it, of as many chunks.
         batch = sum(map(len, halves)), sum(chunk.count for half in halves for chunk in half)
         if batch == self._chosen_for and self._steps_left > 0:
@@ -128,7 +134,10 @@ class MicroBatches:
             return self._is_split
         dense, attention, lane = self._dense.line(), self._attention.line(), self._lane.line()
         if dense is not None and attention is not None and lane is not None:
-            self._chosen_for, self._steps_left = batch, _LOOK_STEPS
+            self._looks_after = (
+                min(2 * self._looks_after, _LOOK_STEPS_MOST) if batch == self._chosen_for else 1
+            )
+            self._chosen_for, self._steps_left = batch, self._looks_after - 1
             first, second = (work_of(half) for half in halves)
             times = SideTimes(dense, attention, lane.at(first.rows))
             self._is_split = staggering_gain(times, first, second) >= _GAIN_LEAST
@@ -136,14 +145,16 @@ class MicroBatches:
 
     def _assign(self, chunks: Sequence[NewTokens]) -> None:
         """Keep who was there, forget who left, put newcomers on the lighter side, level large differences."""
-        known = self._place
-        self._place = {chunk.key: known[chunk.key] for chunk in chunks if chunk.key in known}
+        known, self._place = self._place, {}
         weights = [0, 0]
+        newcomers = []
         for chunk in chunks:
-            side = self._place.get(chunk.key)
-            if side is not None:
+            side = known.get(chunk.key)
+            if side is None:
+                newcomers.append(chunk)
+            else:
+                self._place[chunk.key] = side
                 weights[side] += _weight(chunk)
-        newcomers = [chunk for chunk in chunks if chunk.key not in self._place]
         for chunk in sorted(newcomers, key=_weight, reverse=True):
             side = 0 if weights[0] <= weights[1] else 1
             self._place[chunk.key] = side

@@ -247,7 +247,7 @@ class SimulatedEngine:
             sequence = self._live[row.key]
             if sequence.admitted_s is None:
                 sequence.admitted_s = self._site.timeline.now_s
-            rows.append(PlannedRow(row, sequence.places))
+            rows.append(PlannedRow(row.key, row.start, row.count, row.samples, sequence.places))
         return self._pricing.price(rows)
 
     def _end_step(self, plan: StepPlan, times: StepTimes, wall_s: float) -> None:

@@ -26,7 +26,7 @@ from loadgen.simulation.measured import Lanes, MeasuredSteps
 from loadgen.simulation.models import SimulatedModel
 from loadgen.simulation.pool import ModelledPool
 from loadgen.simulation.prefixes import Contents, ReportedDirectory
-from loadgen.simulation.steps import Pricing, StepModel, Switches
+from loadgen.simulation.steps import ModelledSteps, Pricing, StepModel, Switches
 from loadgen.simulation.tally import Tally
 from loadgen.simulation.timeline import Timeline
 
@@ -83,10 +83,9 @@ class SimulatedCluster:
     def pricing(self) -> Pricing:
         """What says how long the steps of one dense worker take."""
         if self.calibration is None:
-            staggers = self.switches.staggers and self.config.dense.micro_batches != 1
-            switches = dataclasses.replace(self.switches, staggers=staggers)
-            return StepModel(
-                self.model.shape, self.shape, self.efficiencies, switches, self.prompts_elsewhere
+            model = StepModel(self.model.shape, self.shape, self.efficiencies, self.switches)
+            return ModelledSteps(
+                model, self.config.dense.micro_batches, prompts_elsewhere=self.prompts_elsewhere
             )
         workers = self.shape.attention.devices if self.shape.attention else 1
         spins = self.config.lanes.spin_us != 0

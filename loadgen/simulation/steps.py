@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cluster.perfmodel import (
     DeviceSpeed,
@@ -22,8 +22,10 @@ from cluster.perfmodel import (
     single_step_s,
     staggered_step_s,
 )
+from cluster.policies.micro_batches import MicroBatches
+from cluster.policies.micro_batches import work_of as chunk_work
 from loadgen.simulation.machines import Efficiencies, Shape
-from loadgen.simulation.work import PlannedRow, Work, work_of
+from loadgen.simulation.work import PlannedRow, Work, last_rows, work_of
 
 _STAGGERING_GAIN_LEAST = 1.03
 """As the dense worker has it: two micro-batches must promise this much."""
@@ -73,63 +75,70 @@ class Pricing(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class MicroBatchTimes:
+    """Seconds of one micro-batch over all layers; `attention_s`: of each attention worker."""
+
+    dense_s: float
+    attention_s: tuple[float, ...]
+    lane_s: float
+
+    @property
+    def slowest_s(self) -> float:
+        """Attention of the worker that the others wait for."""
+        return max(self.attention_s)
+
+
 @dataclass(frozen=True)
 class StepModel:
-    """Prices steps of one dense worker of a cluster."""
+    """What steps of one dense worker of a cluster take."""
 
     model: ModelShape
     shape: Shape
     efficiencies: Efficiencies = field(default_factory=Efficiencies)
     switches: Switches = field(default_factory=Switches)
-    prompts_elsewhere: bool = False
-    """Chunks cost nothing here, as where another cluster computes them and their cache comes in the gaps
-    (Lamina's setting).
-    """
 
     @property
     def workers(self) -> int:
         """Attention workers that one dense worker uses."""
         return self.shape.attention.devices if self.shape.attention else 1
 
-    @property
-    def call_s(self) -> float:
-        """See `Pricing`."""
-        return self.efficiencies.call_s
-
-    def price(self, rows: Sequence[PlannedRow]) -> StepTimes:
-        """See `Pricing`."""
-        return self.times(work_of(rows, self.workers, prompts_elsewhere=self.prompts_elsewhere))
+    def step(self, parts: Sequence[MicroBatchTimes]) -> StepTimes:
+        """Of one micro-batch, or of two that are staggered; but the overhead where there is none."""
+        overhead_s = self.efficiencies.step_s
+        if not parts:
+            return StepTimes(overhead_s, 0.0, (0.0,) * self.workers, 0.0, 1)
+        dense_s, lane_s = sum(part.dense_s for part in parts), sum(part.lane_s for part in parts)
+        attention_s = tuple(map(sum, zip(*(part.attention_s for part in parts), strict=True)))
+        if len(parts) == 1:
+            wall_s = single_step_s(dense_s, max(attention_s), lane_s)
+        else:
+            first, second = parts
+            wall_s = staggered_step_s(
+                first.dense_s,
+                second.dense_s,
+                first.slowest_s,
+                second.slowest_s,
+                max(first.lane_s, second.lane_s),
+            )
+        return StepTimes(wall_s + overhead_s, dense_s, attention_s, lane_s, len(parts))
 
     def times(self, work: Work) -> StepTimes:
-        """A step of this work, its micro-batches equal halves; but the overhead where there is none."""
-        if not work.tokens:
-            return StepTimes(self.efficiencies.step_s, 0.0, (0.0,) * self.workers, 0.0, 1)
-        attention_s = tuple(self._attention_s(work, worker) for worker in range(self.workers))
-        slowest_s = max(attention_s)
-        own_s = self._own_attention_s(work)
-        dense_s = self._dense_s(work.tokens) + own_s
-        if self.shape.attention is None:
-            wall_s = single_step_s(dense_s, slowest_s, 0.0) + self.efficiencies.step_s
-            return StepTimes(wall_s, dense_s, attention_s, 0.0, 1)
-        single_s = single_step_s(dense_s, slowest_s, self._lane_s(work, slowest_s, 1.0))
-        wall_s, dense_s, batches = self._staggered(work, single_s, dense_s, own_s, slowest_s)
-        lane_s = self._lane_s(work, slowest_s, 1 / batches)
-        return StepTimes(wall_s + self.efficiencies.step_s, dense_s, attention_s, lane_s, batches)
+        """Of work that may be cut anywhere: as one micro-batch, or as two equal halves where they pay."""
+        whole = self.step([self.micro_batch(work)])
+        if not self.switches.staggers or self.shape.attention is None or work.tokens < 2:
+            return whole
+        halves = self.step([self.micro_batch(work, 0.5)] * 2)
+        return halves if whole.wall_s >= _STAGGERING_GAIN_LEAST * halves.wall_s else whole
 
-    def _staggered(
-        self, work: Work, single_s: float, dense_s: float, own_s: float, slowest_s: float
-    ) -> tuple[float, float, int]:
-        """(seconds, dense seconds, micro-batches): of two equal halves where they pay, else as it was."""
-        if not self.switches.staggers or work.tokens < 2:
-            return single_s, dense_s, 1
-        first = work.tokens // 2
-        first_s, second_s = (self._dense_s(part) + own_s / 2 for part in (first, work.tokens - first))
-        lane_s = self._lane_s(work, slowest_s / 2, 0.5)
-        wall_s = staggered_step_s(first_s, second_s, slowest_s / 2, slowest_s / 2, lane_s)
-        pays = single_s >= _STAGGERING_GAIN_LEAST * wall_s
-        return (wall_s, first_s + second_s, 2) if pays else (single_s, dense_s, 1)
+    def micro_batch(self, work: Work, share: float = 1.0) -> MicroBatchTimes:
+        """A `share` of the work, as one."""
+        attention_s = tuple(share * self._attention_s(work, worker) for worker in range(self.workers))
+        dense_s = self._dense_s(share * work.tokens) + share * self._own_attention_s(work)
+        lane_s = self._lane_s(work, max(attention_s), share) if self.shape.attention is not None else 0.0
+        return MicroBatchTimes(dense_s, attention_s, lane_s)
 
-    def _dense_s(self, tokens: int) -> float:
+    def _dense_s(self, tokens: float) -> float:
         return dense_step_floor_s(self.model, tokens, self._dense_speed, self.shape.dense.devices)
 
     def _own_attention_s(self, work: Work) -> float:
@@ -148,8 +157,8 @@ class StepModel:
         return seconds
 
     def _lane_s(self, work: Work, attention_s: float, share: float) -> float:
-        """Exchange of a `share` of the work over all layers: a round trip each, and the bytes at the busiest
-        network card. With overlap, keys and values travel while attention goes on.
+        """Exchange of a `share` of the work over all layers: a round trip each where there are queries, and
+        the bytes at the busiest network card. With overlap, keys and values travel beside attention.
         """
         width = self.model.hidden_size * self.model.element_bytes * self.model.layers * share
         dense_rate, worker_rate = self._network_bytes_per_s
@@ -158,7 +167,10 @@ class StepModel:
         cache_s = cache_width * max(sum(work.appended) / dense_rate, max(work.appended) / worker_rate)
         if self.switches.overlaps:
             cache_s = max(0.0, cache_s - attention_s)
-        return lane_floor_s(self.model.layers, self.efficiencies.round_trip_s) + ways_s + cache_s
+        trips_s = (
+            lane_floor_s(self.model.layers, self.efficiencies.round_trip_s) if any(work.queries) else 0.0
+        )
+        return trips_s + ways_s + cache_s
 
     @cached_property
     def _score_flop(self) -> float:
@@ -193,3 +205,41 @@ class StepModel:
             speed.bandwidth_bytes_per_s * self.efficiencies.bandwidth,
             speed.memory_bytes,
         )
+
+
+class ModelledSteps:
+    """Prices steps of one dense worker. Owns who is in which micro-batch, and the choice of one or two, which
+    follows from what steps took, as in a real one.
+    """
+
+    def __init__(
+        self, model: StepModel, micro_batches: Literal["auto", 1, 2], *, prompts_elsewhere: bool = False
+    ) -> None:
+        """`micro_batches` as configured; `prompts_elsewhere`: chunks cost nothing but their last row, as
+        where another cluster computes them and their cache comes in the gaps (Lamina's setting).
+        """
+        self._model = model
+        self._micro_batches = MicroBatches(micro_batches if model.switches.staggers else 1)
+        self._prompts_elsewhere = prompts_elsewhere
+
+    @property
+    def workers(self) -> int:
+        """See `Pricing`."""
+        return self._model.workers
+
+    @property
+    def call_s(self) -> float:
+        """See `Pricing`."""
+        return self._model.efficiencies.call_s
+
+    def price(self, rows: Sequence[PlannedRow]) -> StepTimes:
+        """See `Pricing`."""
+        if self._prompts_elsewhere:
+            rows = last_rows(rows)
+        is_remote = self._model.shape.attention is not None
+        split = self._micro_batches.split(rows, remote=is_remote) if rows else []
+        parts = [self._model.micro_batch(work_of(half, self.workers)) for half in split]
+        if is_remote:
+            for half, part in zip(split, parts, strict=True):
+                self._micro_batches.note(chunk_work(half), part.dense_s, part.slowest_s, part.lane_s)
+        return self._model.step(parts)

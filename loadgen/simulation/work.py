@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from cluster.policies.scheduler import Row
 from cluster.types import SequenceKey
 
 Places: TypeAlias = Sequence[tuple[int, int, int]]
@@ -17,23 +16,14 @@ Places: TypeAlias = Sequence[tuple[int, int, int]]
 class PlannedRow:
     """A row of a plan, and where its sequence lies."""
 
-    row: Row
+    key: SequenceKey
+    start: int
+    """Its tokens before the step."""
+    count: int
+    """Tokens that the step computes."""
+    samples: bool
+    """Whether it goes through the head."""
     places: Places
-
-    @property
-    def key(self) -> SequenceKey:
-        """The sequence."""
-        return self.row.key
-
-    @property
-    def start(self) -> int:
-        """Its tokens before the step."""
-        return self.row.start
-
-    @property
-    def count(self) -> int:
-        """Tokens that the step computes."""
-        return self.row.count
 
 
 @dataclass(slots=True)
@@ -59,28 +49,33 @@ class Work:
     """Of chunks of more than one token."""
 
 
-def work_of(rows: Sequence[PlannedRow], workers: int, *, prompts_elsewhere: bool = False) -> Work:
-    """All that a step's rows ask for; `prompts_elsewhere`: chunks cost nothing but their last row."""
+def work_of(rows: Sequence[PlannedRow], workers: int) -> Work:
+    """All that a step's rows ask for."""
     work = Work(0, 0, [0] * workers, [], [0] * workers, [0] * workers)
-    for planned in rows:
-        row, places = planned.row, planned.places
+    for row in rows:
         if row.count == 1:
-            _add_row(work, row.start, places)
-        elif not prompts_elsewhere:
-            _add_chunk(work, row, places)
-        elif row.samples:
-            _add_row(work, row.start + row.count - 1, places)
+            _add_row(work, row)
         else:
-            continue
+            _add_chunk(work, row)
         work.sequences += 1
         work.samples += row.samples
     return work
 
 
-def _add_row(work: Work, start: int, places: Places) -> None:
+def last_rows(rows: Sequence[PlannedRow]) -> list[PlannedRow]:
+    """What is left of a step whose chunks were computed elsewhere: those that sample, with one token each."""
+    return [
+        replace(row, start=row.start + row.count - 1, count=1)
+        for row in rows
+        if row.count == 1 or row.samples
+    ]
+
+
+def _add_row(work: Work, row: PlannedRow) -> None:
     """One token reads all before it, and is appended."""
     work.tokens += 1
-    for arena, first, end in places:
+    start = row.start
+    for arena, first, end in row.places:
         if end > start:
             work.appended[arena] += 1
             if first < start:
@@ -91,12 +86,12 @@ def _add_row(work: Work, start: int, places: Places) -> None:
         work.queries[arena] += 1
 
 
-def _add_chunk(work: Work, row: Row, places: Places) -> None:
+def _add_chunk(work: Work, row: PlannedRow) -> None:
     """A chunk reads what lies before it where it lies, attends to itself, and is appended."""
     work.tokens += row.count
     work.own_scores += row.count * (row.count + 1) // 2
     work.chunk_tokens.append(row.count)
-    for arena, first, end in places:
+    for arena, first, end in row.places:
         cached = min(end, row.start) - first
         if cached > 0:
             work.queries[arena] += row.count

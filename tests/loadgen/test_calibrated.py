@@ -14,7 +14,6 @@ from anabranch.cli.loadgen.command import app
 from cluster.errors import ConfigError
 from cluster.policies.placement import PlacementPolicy
 from cluster.policies.prefixes import Source
-from cluster.policies.scheduler import Row
 from cluster.types import SequenceKey, WorkerId
 from loadgen.records import Record
 from loadgen.scenario import Scenario
@@ -55,7 +54,7 @@ def calibration(lane_s: float = LANE_S) -> Calibration:
 def rows(count: int, start: int) -> list[PlannedRow]:
     """Decoding rows of sequences that lie at one arena."""
     return [
-        PlannedRow(Row(SequenceKey(f"s{n}"), 0, start, 1, samples=True), [(0, 0, start + 64)])
+        PlannedRow(SequenceKey(f"s{n}"), start, 1, samples=True, places=[(0, 0, start + 64)])
         for n in range(count)
     ]
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from anabranch.cli.loadgen.command import app
 from cluster.errors import InvalidRequest, UnsupportedModel
 from cluster.policies.placement import PlacementPolicy
-from cluster.types import WorkerId
+from cluster.types import SequenceKey, WorkerId
 from loadgen.metrics import definition
 from loadgen.records import Outcome, Record
 from loadgen.results import read_records, read_summaries
@@ -22,8 +22,8 @@ from loadgen.simulation import models
 from loadgen.simulation.machines import Efficiencies, Shape
 from loadgen.simulation.pool import ModelledPool
 from loadgen.simulation.simulation import Simulation
-from loadgen.simulation.steps import StepModel, Switches
-from loadgen.simulation.work import Work
+from loadgen.simulation.steps import ModelledSteps, StepModel, Switches
+from loadgen.simulation.work import PlannedRow, Work, work_of
 from tests.loadgen.simulated import cluster, shape, simulate
 from tests.models import tiny_model
 
@@ -37,17 +37,17 @@ LOAD = Scenario(workload="azure-conv", requests=60)
 
 
 def test_one_request_takes_what_a_hand_computes() -> None:
-    """LLaMA3-70B on 2 x H100 + 4 x H20: a prompt of 512 in one chunk, then rows, weights read each time.
+    """LLaMA3-70B on 2 x H100 + 4 x H20: a prompt of 512 in one chunk, which asks nobody, then rows, weights
+    read each time.
 
     To the scheduler and back 1 ms each, and 1 ms for room; 137.5 GB over 2 x 3.35 TB/s; 80 layers of 33 us.
     """
     (record,), _ = simulate(cluster(), Scenario(concurrency=(1,), requests=1, prompt="512", output="4"))
     chunk_s = 2 * 68.75e9 * 512 / (2 * 989e12) + 4 * 8192 * 80 * (512 * 513 / 2) / (2 * 989e12)
-    lanes_s = 80 * 33e-6
     keys_s = 512 * 80 * 2 * 2 * 1024 / (0.914 * 50e9)  # all to one attention worker
-    assert record.ttft_s == pytest.approx(0.003 + chunk_s + lanes_s + keys_s, rel=1e-3)
+    assert record.ttft_s == pytest.approx(0.003 + chunk_s + keys_s, rel=1e-3)
     queries_s = 80 * 2 * 2 * 8192 / (0.914 * 50e9)  # and outputs, of one row
-    row_s = 137.5e9 / (2 * 3.35e12) + lanes_s + queries_s
+    row_s = 137.5e9 / (2 * 3.35e12) + 80 * 33e-6 + queries_s
     for first, second in pairwise(record.deltas_s):
         assert second - first == pytest.approx(row_s + 513 * 327680 / 4e12, rel=2e-3)
 
@@ -207,6 +207,19 @@ def test_switches_only_ever_help() -> None:
     bare = walls[Switches(False, False)]
     assert walls[Switches(True, False)] < bare
     assert all(wall_s <= bare for wall_s in walls.values())
+
+
+def test_micro_batches_are_cut_between_sequences() -> None:
+    """A prompt beside 40 decoding rows is one of the two: it is not cut, and both read the weights."""
+    model = StepModel(models.resolve("llama3-70b").shape, shape())
+    places = [(0, 0, 4096)]
+    rows = [PlannedRow(SequenceKey(f"r{n}"), 1000, 1, True, places) for n in range(40)]
+    prompt = PlannedRow(SequenceKey("prompt"), 1024, 1024, True, places)
+    step = ModelledSteps(model, 2).price([*rows, prompt])
+    halves = [model.micro_batch(work_of(half, 4)) for half in (rows, [prompt])]
+    assert step == model.step(halves)
+    assert step.micro_batches == 2
+    assert step.dense_s > 137.5e9 / (2 * 3.35e12) + 2 * 68.75e9 * 1024 / (2 * 989e12)
 
 
 def test_a_model_may_be_any_folder(tmp_path: Path) -> None:
