@@ -67,6 +67,13 @@ class EmulatedTimes:
         seconds = self._per_layer(width * self._slowest(appended_rows))
         return max(0.0, seconds - attend_s) if self.settings.overlaps else seconds
 
+    def slack_s(self, asked_rows: int) -> float:
+        """By how much attending to so many rows may be late and delay nothing, since the dense worker waits
+        for moments, not for so long: the way of the reply, or, where the cache is beside the weights, the
+        dense work behind it.
+        """
+        return self.dense_s(1, 0) if self.settings.attention is None else self.lane_s([asked_rows]) / 2
+
     def _slowest(self, rows: Sequence[int]) -> float:
         """Seconds that a byte of each of these rows takes, by attention worker, at the busiest card."""
         attention, dense = self.settings.attention, self.settings.dense

@@ -79,6 +79,13 @@ def test_a_chunk_is_read_once_and_computed(tmp_path: Path) -> None:
     assert emulated.attend_s([(2000, 10_000)]) > 2 * emulated.attend_s([(1, 10_000)])
 
 
+def test_what_hides_a_late_attend(tmp_path: Path) -> None:
+    """The reply's way, half of a round trip and more; beside the weights, the dense work behind it."""
+    split, alone = times(tmp_path), times(tmp_path, "h100x2")
+    assert split.slack_s(8) == pytest.approx(split.lane_s([8]) / 2)
+    assert alone.slack_s(8) == pytest.approx(40 * 137.5e9 / (2 * 3.35e12) / 2)
+
+
 def test_a_shape_that_exceeds_the_cores_is_refused(tmp_path: Path) -> None:
     """With the number of processes and what to do; as is a shape that is none."""
     with pytest.raises(ConfigError, match=r"1002 processes.*simulate"):

@@ -107,8 +107,8 @@ def test_auto_splits_where_it_pays(attention_s: float, halves: int) -> None:
 
 
 def test_auto_begins_whole_and_looks_again() -> None:
-    """Before anything was measured a step is whole; the choice follows what is measured later, within 32 steps
-    where the batch has long been the same.
+    """Before anything was measured a step is whole; the choice follows what is measured later, within 32
+    steps where the batch has long been the same.
     """
     batches, chunks = MicroBatches("auto"), chunks_of(sequences(8), [4000] * 8)
     assert len(batches.split(chunks, remote=True)) == 1

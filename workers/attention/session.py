@@ -34,14 +34,12 @@ class AttentionPace:
         self._times = times
 
     def fill(self, spans: Sequence[Span], busy_s: float) -> None:
-        """Wait for what is left after `busy_s` of attending over spans. What takes longer by less than the
-        way of the reply is hidden by that, since the dense worker waits for a moment, not for so long.
-        """
+        """Wait for what is left after `busy_s` of attending over spans."""
         wanted_s = self._times.attend_s(
             (span.row_count, span.visible_end - span.visible_start) for span in spans
         )
-        grace_s = self._times.lane_s([sum(span.row_count for span in spans)]) / 2
-        self.padding.until(time.monotonic() + wanted_s - busy_s, grace_s)
+        slack_s = self._times.slack_s(sum(span.row_count for span in spans))
+        self.padding.until(time.monotonic() + wanted_s - busy_s, slack_s)
 
 
 class _CountedTurn:
