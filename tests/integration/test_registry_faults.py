@@ -17,7 +17,7 @@ from tests.integration.clusters import configured, joining, running
 from tests.models import Reference, random_prompt, reference_tokens, tiny_model
 from tests.redis_server import BINARY, MISSING, LocalRedis, free_port
 
-pytestmark = [pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSING)]
+pytestmark = [pytest.mark.system, pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSING)]
 
 NEAR_TIE = 1e-3
 PROMPT = random_prompt(40, seed=3)

@@ -23,7 +23,7 @@ from tests.controlled import ControlledCluster, await_, controlled
 from tests.models import Reference, random_prompt, reference_tokens, tiny_model
 from tests.redis_server import BINARY, MISSING, LocalRedis
 
-pytestmark = [pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSING)]
+pytestmark = [pytest.mark.system, pytest.mark.redis, pytest.mark.skipif(BINARY is None, reason=MISSING)]
 
 NEAR_TIE = 1e-3
 PROMPTS = [random_prompt(65, seed) for seed in (1, 2, 3)]
