@@ -6,20 +6,28 @@ import json
 import subprocess
 import sys
 import tarfile
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+from rich.console import Console
 
+from anabranch.cli.loadgen.recording import Recorder
+from anabranch.cli.loadgen.study.ways import Ways
 from cluster import hardware
 from cluster.errors import InvalidRequest
+from loadgen.pool import StopSwitch
 from loadgen.report.page import render
 from loadgen.report.study_page import gain, interval, part_table, study_page
 from loadgen.results import PAGE, read_run
 from loadgen.study.figures import Estimate, Runs, StudyResults
 from loadgen.study.study import Study, Way, read
 from tests.loadgen.studied import SIMULATED_ONLY, SOME, told, two_cases
+from tests.tidy.source import ROOT
 
+EXAMPLE = Path(str(files("loadgen.study") / "example.toml"))
 PROGRAM = "from anabranch.cli.entry import loadgen; loadgen()"
 
 
@@ -30,10 +38,32 @@ def _read(folder: Path, text: str) -> Study:
 
 def test_the_example_can_be_read_and_built() -> None:
     """Its devices and models are known, and all ways are in it."""
-    example = read(Path(str(files("loadgen.study") / "example.toml")))
+    example = read(EXAMPLE)
     assert {way for part in example.part for way in part.ways} == set(Way)
     assert example.predicted_models == ("smollm2-135m-instruct",)
     example.require_known(hardware.built_in())
+
+
+def test_the_simulator_keeps_to_the_last_emulations(tmp_path: Path) -> None:
+    """Of every emulated case of the example it says the tokens per second within a tenth, as it is now."""
+    example = read(EXAMPLE)
+    runs = json.loads((ROOT / "bench" / "study.json").read_text("utf-8"))["runs"]
+    emulated = {(run["part"], run["case"]): run["figures"] for run in runs if run["way"] == Way.EMULATED}
+    with closing(StopSwitch()) as stop, Console().status("") as status:
+        ways = Ways(Recorder(Console(), status, stop), None, lambda _: True)
+    for part in example.part:
+        for case in part.case if Way.EMULATED in part.ways else ():
+            with ways.opened(part, case, Way.SIMULATED) as opened:
+                folders = [tmp_path / f"{part.title}-{case.name}-{seed}" for seed in example.seeds]
+                rates = [
+                    opened.measure(part.load.scenario(seed, tmp_path / "rows.csv"), folder)[
+                        "output_throughput"
+                    ]
+                    for seed, folder in zip(example.seeds, folders, strict=True)
+                ]
+            measured = emulated.pop((part.title, case.name))["output_throughput"]
+            assert fmean(rates) == pytest.approx(fmean(measured), rel=0.1), (part.title, case.name)
+    assert not emulated
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ RESULTS = "results.json"
 def study(
     file: Annotated[
         Path | None,
-        typer.Argument(help="The study. Default: the example, which takes 45 minutes.", dir_okay=False),
+        typer.Argument(help="The study. Default: the example, which takes an hour.", dir_okay=False),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A new folder for the results.")] = None,
     only: Annotated[str, typer.Option(help="Parts whose titles begin so. Default: all.")] = "",
