@@ -89,7 +89,7 @@ class MicroBatches:
         self._place: dict[SequenceKey, int] = {}
         self._dense, self._lane = TimesSeen(is_fixed=True), TimesSeen(is_fixed=True)
         self._attention = TimesSeen(is_fixed=False)
-        self._is_split = setting == 2
+        self._is_split = False
         self._chosen_for: tuple[int, int] = (0, 0)
         """Chunks and rows of the batch for which the choice was made."""
         self._looks_after = 0

@@ -54,13 +54,10 @@ def test_the_simulator_keeps_to_the_last_emulations(tmp_path: Path) -> None:
     for part in example.part:
         for case in part.case if Way.EMULATED in part.ways else ():
             with ways.opened(part, case, Way.SIMULATED) as opened:
+                loads = [part.load.scenario(seed, tmp_path / "rows.csv") for seed in example.seeds]
                 folders = [tmp_path / f"{part.title}-{case.name}-{seed}" for seed in example.seeds]
-                rates = [
-                    opened.measure(part.load.scenario(seed, tmp_path / "rows.csv"), folder)[
-                        "output_throughput"
-                    ]
-                    for seed, folder in zip(example.seeds, folders, strict=True)
-                ]
+                summaries = list(map(opened.measure, loads, folders))
+            rates = [summary["output_throughput"] for summary in summaries]
             measured = emulated.pop((part.title, case.name))["output_throughput"]
             assert fmean(rates) == pytest.approx(fmean(measured), rel=0.1), (part.title, case.name)
     assert not emulated

@@ -36,7 +36,9 @@ def main() -> int:
     first, _, end = arguments.seeds.partition(":")
     seeds = range(int(first), int(end or int(first) + 1))
     began_s, failed, events = time.monotonic(), 0, 0
-    for seed in seeds:
+    for done, seed in enumerate(seeds):
+        if done and done % 50 == 0:
+            print(f"{done} of {len(seeds)} seeds, {failed} failed", file=sys.stderr, flush=True)
         simulation = Simulation(seed)
         try:
             simulation.run()

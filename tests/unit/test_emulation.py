@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -21,6 +22,9 @@ from loadgen.simulation.steps import StepModel, Switches
 from loadgen.simulation.work import Work
 from tests.loadgen.simulated import shape
 from tests.loadgen.test_records import WHOLE
+from workers.dense import emulated_attention
+from workers.dense.emulated_attention import DensePace
+from workers.dense.remote_attention import AttentionTimes
 
 
 class Moments:
@@ -84,6 +88,46 @@ def test_what_hides_a_late_attend(tmp_path: Path) -> None:
     split, alone = times(tmp_path), times(tmp_path, "h100x2")
     assert split.slack_s(8) == pytest.approx(split.lane_s([8]) / 2)
     assert alone.slack_s(8) == pytest.approx(40 * 137.5e9 / (2 * 3.35e12) / 2)
+
+
+class _Slow:
+    """Attention beside the weights that takes 10 ms here, whatever it takes on the device that is meant."""
+
+    asked = (((1, 10),),)
+    appended = (1,)
+
+    def __init__(self, clock: Moments) -> None:
+        self.times = AttentionTimes()
+        self._clock = clock
+
+    def send_query(self, layer: int, query: object) -> None:
+        """Attends."""
+        self._clock.sleep(0.010)
+
+    def send_key_value(self, layer: int, key: object, value: object) -> None:
+        """Nothing."""
+
+    def receive(self, layer: int) -> None:
+        """Nothing."""
+
+
+def test_dense_work_makes_up_for_late_attends_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten layers whose attends are late end one attend late, not ten."""
+    clock, emulated = Moments(), times(tmp_path, "h100x2")
+    monkeypatch.setattr(emulated_attention, "monotonic", clock)
+    pace = DensePace(emulated)
+    pace.padding = Padding(clock, clock.sleep)
+    attention: Any = emulated_attention.EmulatedAttention(cast("Any", _Slow(clock)), pace, [1])
+    pace.begin_step()
+    for layer in range(10):
+        attention.send_query(layer, None)
+        attention.send_key_value(layer, None, None)
+        attention.receive(layer)
+    layer_s = emulated.dense_s(1, 0) + emulated.attend_s([(1, 10)])
+    assert emulated.attend_s([(1, 10)]) < 0.001 < 0.010 < emulated.slack_s(1)
+    assert clock.now_s - 100.0 == pytest.approx(10 * layer_s, abs=0.011)
 
 
 def test_a_shape_that_exceeds_the_cores_is_refused(tmp_path: Path) -> None:

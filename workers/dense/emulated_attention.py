@@ -97,9 +97,8 @@ class EmulatedAttention:
             self._inner.times.lane_s += waited_s
             self._inner.times.waited_s += waited_s
         if self._is_local:
-            self._pace.began_s = (
-                self._due_s
-            )  # the same device: the dense work behind makes up for what was late
+            # It is the same device: the dense work behind makes up for what was late.
+            self._pace.began_s = self._due_s
         else:
             self._pace.begin()
         return attended
