@@ -37,7 +37,7 @@ def main() -> int:
     seeds = range(int(first), int(end or int(first) + 1))
     began_s, failed, events = time.monotonic(), 0, 0
     for done, seed in enumerate(seeds):
-        if done and done % 50 == 0:
+        if done and done % 10 == 0:
             print(f"{done} of {len(seeds)} seeds, {failed} failed", file=sys.stderr, flush=True)
         simulation = Simulation(seed)
         try:
