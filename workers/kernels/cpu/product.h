@@ -35,10 +35,41 @@ static void finish_gated(const Product& work, int64_t row, int64_t count, int64_
 // The next panels' weights are fetched so far ahead: some microseconds of memory.
 constexpr int64_t ahead_bytes = 6 * block_bytes;
 
-// Both panels of some rows, sums [count][32]. Numbers below the smallest normal one become zero.
+INLINE Floats widen(__m256i halves) {
+  Floats numbers;
+  numbers.part[0] = (FloatLanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  return numbers;
+}
+
+// silu(x) x up, rounded between: with `silu` and rounding by integers it was a quarter of a gated product.
+INLINE __m256i gated(Floats x, Floats up) {
+  constexpr float log2_e = 1.44269504f;
+  const Floats divisor = power_of_two(x * all(-log2_e)) + all(1.0f);
+  x.part[0] /= divisor.part[0];
+  return round_weights(widen(round_weights(x)) * up);
+}
+
+// As finish_gated, of pairs whose outputs are whole. Numbers below the smallest normal one become zero, here and below.
+static void finish_whole_gated(const Product& work, int64_t row, int64_t count, int64_t pair, const float* sums) {
+  const int64_t output = pair * panel_outputs;
+  Floats bias[2] = {all(0), all(0)};
+  for (int side = 0; side < 2 && work.bias != nullptr; side++)
+    bias[side] = Bfloat16::read((const uint16_t*)work.bias + side * work.outputs + output);
+  uint16_t* out = (uint16_t*)work.out + row * work.outputs + output;
+  for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs, out += work.outputs) {
+    const Floats gate = load(sums) + bias[0], up = load(sums + panel_outputs) + bias[1];
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)up.part[0], (__m512)gate.part[0]);
+    const __m256i numbers = gated(widen(_mm512_castsi512_si256(both)), widen(_mm512_extracti64x4_epi64(both, 1)));
+    _mm256_storeu_si256((__m256i*)out, numbers);
+  }
+}
+
+// Both panels of some rows, sums [count][32].
 static void finish_rows(const Product& work, int64_t row, int64_t count, int64_t panel, const float* sums) {
-  if (work.gated) return finish_gated(work, row, count, panel / 2, sums);
   const int64_t output = panel * panel_outputs;
+  if (work.gated)
+    return work.outputs - output / 2 >= panel_outputs ? finish_whole_gated(work, row, count, panel / 2, sums)
+                                                      : finish_gated(work, row, count, panel / 2, sums);
   if (work.outputs - output < 2 * panel_outputs) {
     for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs) {
       finish_row(work, row + i, panel, sums);
@@ -57,75 +88,83 @@ static void finish_rows(const Product& work, int64_t row, int64_t count, int64_t
   }
 }
 
-template <int RowTiles>
-INLINE void multiply_block(const uint8_t* rows, int64_t row_bytes, const uint8_t* left, const uint8_t* right) {
-  load_tile<4>(rows, row_bytes);
-  if constexpr (RowTiles == 2) load_tile<5>(rows + tile_rows * row_bytes, row_bytes);
-  load_tile<6>(left, line_bytes);
-  load_tile<7>(right, line_bytes);
-  multiply_tiles<CacheType::bfloat16, true, 0, 4, 6>();
-  multiply_tiles<CacheType::bfloat16, true, 1, 4, 7>();
-  if constexpr (RowTiles == 2) {
-    multiply_tiles<CacheType::bfloat16, true, 2, 5, 6>();
-    multiply_tiles<CacheType::bfloat16, true, 3, 5, 7>();
-  }
-}
+// Blocks of two panels that are multiplied with some tiles of rows one after the other.
+struct Slice {
+  int64_t panel, first, end;
 
-// `count` rows, at most sixteen, or twice sixteen, with two panels.
-template <int RowTiles, bool Ahead>
-static void multiply_panels(const Product& work, int64_t row, int64_t count, int64_t panel) {
-  const int64_t row_bytes = work.inputs * 2, panel_bytes = work.inputs * 32;
-  const uint8_t* rows = (const uint8_t*)work.rows + row * row_bytes;
-  const uint8_t* left = (const uint8_t*)work.weights + panel * panel_bytes;
-  const uint8_t* right = left + panel_bytes;
-  zero_tile<0>();
-  zero_tile<1>();
-  if constexpr (RowTiles == 2) {
-    zero_tile<2>();
-    zero_tile<3>();
+  int64_t blocks() const { return end - first; }
+  const uint8_t* weights(const Product& work) const {
+    return (const uint8_t*)work.weights + panel * work.inputs * 32 + first * block_bytes;
   }
-  for (int64_t block = 0; block < work.inputs / block_inputs; block++) {
+};
+
+// Sixteen rows at most with a slice; sums [count][32] are begun, or those of the slice before. Beside each block some
+// lines of both panels of the next slice are fetched from `next` on, that of this tile of `tiles`; a single tile fetches
+// what is near, for nothing else hides memory.
+// Only four tiles are named: where its neighbour thread is at work too, a core has so few more that with all eight each
+// load waits until those that read the tile before are done, and takes twice as long as it saves.
+template <bool Single>
+static void multiply_slice(const Product& work, int64_t row, const Slice& slice, const Slice& next, int64_t tile,
+                           int64_t tiles, float* sums) {
+  const int64_t row_bytes = work.inputs * 2, panel_bytes = work.inputs * 32;
+  const int64_t sums_bytes = 2 * panel_outputs * sizeof *sums, lines = (block_bytes / line_bytes + tiles - 1) / tiles;
+  const uint8_t* rows = (const uint8_t*)work.rows + row * row_bytes + slice.first * line_bytes;
+  const uint8_t *left = slice.weights(work), *right = left + panel_bytes;
+  const uint8_t* far = next.weights(work) + tile * lines * slice.blocks() * line_bytes;
+  if (slice.first == 0) {
+    zero_tile<0>();
+    zero_tile<1>();
+  } else {
+    load_tile<0>(sums, sums_bytes);
+    load_tile<1>(sums + panel_outputs, sums_bytes);
+  }
+  for (int64_t block = 0; block < slice.blocks(); block++) {
     const int64_t place = block * block_bytes;
-    if constexpr (Ahead)
+    if constexpr (Single) {
       for (int64_t line = 0; line < block_bytes; line += line_bytes) {
         fetch_ahead(left + place + ahead_bytes + line);
         fetch_ahead(right + place + ahead_bytes + line);
       }
-    multiply_block<RowTiles>(rows + block * line_bytes, row_bytes, left + place, right + place);
-  }
-  alignas(64) float sums[2 * tile_rows][2 * panel_outputs];
-  store_tile<0>(sums[0], sizeof sums[0]);
-  store_tile<1>(sums[0] + panel_outputs, sizeof sums[0]);
-  if constexpr (RowTiles == 2) {
-    store_tile<2>(sums[tile_rows], sizeof sums[0]);
-    store_tile<3>(sums[tile_rows] + panel_outputs, sizeof sums[0]);
-  }
-  finish_rows(work, row, count, panel, sums[0]);
-}
-
-// Rows row..end with some pairs of panels; the first rows of a pair fetch what follows it.
-static void multiply_rows(const Product& work, Tiles& tiles, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  for (int64_t panel = 2 * first; panel < 2 * last; panel += 2)
-    for (int64_t row = begin; row < end;) {
-      const int64_t left = end - row;
-      const bool is_first = row == begin;
-      if (left >= 2 * tile_rows) {
-        tiles.shape_product(tile_rows);
-        is_first ? multiply_panels<2, true>(work, row, 2 * tile_rows, panel)
-                 : multiply_panels<2, false>(work, row, 2 * tile_rows, panel);
-        row += 2 * tile_rows;
-        continue;
+    } else {
+      for (int64_t line = 0; line < lines; line++, far += line_bytes) {
+        fetch_ahead(far);
+        fetch_ahead(far + panel_bytes);
       }
-      const int64_t count = left < tile_rows ? left : tile_rows;
-      tiles.shape_product((int)count);
-      is_first ? multiply_panels<1, true>(work, row, count, panel)
-               : multiply_panels<1, false>(work, row, count, panel);
-      row += count;
     }
+    load_tile<2>(rows + block * line_bytes, row_bytes);
+    load_tile<3>(left + place, line_bytes);
+    multiply_tiles<CacheType::bfloat16, true, 0, 2, 3>();
+    load_tile<3>(right + place, line_bytes);
+    multiply_tiles<CacheType::bfloat16, true, 1, 2, 3>();
+  }
+  store_tile<0>(sums, sums_bytes);
+  store_tile<1>(sums + panel_outputs, sums_bytes);
 }
 
-// Rows that a cache of the second level holds beside the weights, and whose results lie in few pages.
-constexpr int64_t rows_bytes = 512 * 1024, rows_most = 256;
+// Rows that a cache of the second level holds beside the weights, and whose results lie in few pages; and blocks of two
+// panels that the first level holds beside a tile of rows.
+constexpr int64_t rows_bytes = 512 * 1024, rows_most = 256, blocks_most = 12;
+
+// Rows begin..end with some pairs of panels.
+static void multiply_rows(const Product& work, Tiles& tiles, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  alignas(64) float sums[rows_most][2 * panel_outputs];
+  const int64_t blocks = work.inputs / block_inputs, row_tiles = (end - begin + tile_rows - 1) / tile_rows;
+  const int64_t slices = row_tiles > 1 ? (blocks + blocks_most - 1) / blocks_most : 1;
+  const auto slice_at = [&](int64_t number) {
+    const int64_t part = number % slices;
+    return Slice{2 * (number / slices), blocks * part / slices, blocks * (part + 1) / slices};
+  };
+  for (int64_t number = slices * first; number < slices * last; number++) {
+    const Slice slice = slice_at(number), next = slice_at(number + 1);
+    for (int64_t tile = 0; tile < row_tiles; tile++) {
+      const int64_t row = begin + tile * tile_rows, count = end - row < tile_rows ? end - row : tile_rows;
+      tiles.shape_product((int)count);
+      row_tiles == 1 ? multiply_slice<true>(work, row, slice, next, tile, row_tiles, sums[row - begin])
+                     : multiply_slice<false>(work, row, slice, next, tile, row_tiles, sums[row - begin]);
+      if (slice.end == blocks) finish_rows(work, row, count, slice.panel, sums[row - begin]);
+    }
+  }
+}
 
 static void product(const Product& work, int64_t first, int64_t end) {
   Tiles tiles;

@@ -27,14 +27,14 @@ class Tiles {
     if (rows_) asm volatile("tilerelease");
   }
 
-  // For product.h: four results and two first factors of so many rows, two second factors, all whole.
+  // For product.h: two results and a first factor of so many rows, and a second factor, all whole.
   void shape_product(int rows) {
     if (rows == rows_) return;
     rows_ = rows;
     Config config{};
     config.palette = 1;
-    for (int tile = 0; tile < 6; tile++) config.set(tile, rows, 64);
-    for (int tile = 6; tile < 8; tile++) config.set(tile, tile_rows, 64);
+    for (int tile = 0; tile < 3; tile++) config.set(tile, rows, 64);
+    config.set(3, tile_rows, 64);
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
 
@@ -180,19 +180,19 @@ INLINE void halve_weights(const State& state, int m, const Chunk& chunk, const f
 // Numbers of a head from which on weights may be rounded: of fewer some rows nearly cancel, and miss the bound of 4e-3.
 constexpr int64_t rounding_size = 64;
 
-// 2^x for x up to some units above zero, to some millionths: less than the rounding of weights. NaN stays, what lies
-// far below is nothing.
+// 2^x to 2e-7 of it, by the polynomial that is least wrong between two halves; 1 for zero. NaN stays, what lies far
+// below is nothing.
 INLINE Floats power_of_two(Floats x) {
   const Floats kept = larger(all(-150.0f), x);
   const __m512 n = _mm512_roundscale_ps((__m512)kept.part[0], 8);
   Floats whole;
   whole.part[0] = (FloatLanes)n;
   const Floats r = kept - whole;
-  Floats p = all(1.33335581e-3f);
-  p = multiply_add(p, r, all(9.61812911e-3f));
-  p = multiply_add(p, r, all(5.55041087e-2f));
-  p = multiply_add(p, r, all(2.40226507e-1f));
-  p = multiply_add(p, r, all(6.93147181e-1f));
+  Floats p = all(1.32647272e-3f);
+  p = multiply_add(p, r, all(9.67151269e-3f));
+  p = multiply_add(p, r, all(5.55073374e-2f));
+  p = multiply_add(p, r, all(2.40222421e-1f));
+  p = multiply_add(p, r, all(6.93146978e-1f));
   p = multiply_add(p, r, all(1.0f));
   p.part[0] = (FloatLanes)_mm512_scalef_ps((__m512)p.part[0], n);
   return p;
