@@ -101,8 +101,6 @@ struct Slice {
 // Sixteen rows at most with a slice; sums [count][32] are begun, or those of the slice before. Beside each block some
 // lines of both panels of the next slice are fetched from `next` on, that of this tile of `tiles`; a single tile fetches
 // what is near, for nothing else hides memory.
-// Only four tiles are named: where its neighbour thread is at work too, a core has so few more that with all eight each
-// load waits until those that read the tile before are done, and takes twice as long as it saves.
 template <bool Single>
 static void multiply_slice(const Product& work, int64_t row, const Slice& slice, const Slice& next, int64_t tile,
                            int64_t tiles, float* sums) {
@@ -131,11 +129,11 @@ static void multiply_slice(const Product& work, int64_t row, const Slice& slice,
         fetch_ahead(far + panel_bytes);
       }
     }
-    load_tile<2>(rows + block * line_bytes, row_bytes);
-    load_tile<3>(left + place, line_bytes);
-    multiply_tiles<CacheType::bfloat16, true, 0, 2, 3>();
-    load_tile<3>(right + place, line_bytes);
-    multiply_tiles<CacheType::bfloat16, true, 1, 2, 3>();
+    load_tile<whole_left>(rows + block * line_bytes, row_bytes);
+    load_tile<whole_right>(left + place, line_bytes);
+    multiply_tiles<CacheType::bfloat16, true, 0, whole_left, whole_right>();
+    load_tile<whole_right>(right + place, line_bytes);
+    multiply_tiles<CacheType::bfloat16, true, 1, whole_left, whole_right>();
   }
   store_tile<0>(sums, sums_bytes);
   store_tile<1>(sums + panel_outputs, sums_bytes);
@@ -143,7 +141,7 @@ static void multiply_slice(const Product& work, int64_t row, const Slice& slice,
 
 // Rows that a cache of the second level holds beside the weights, and whose results lie in few pages; and blocks of two
 // panels that the first level holds beside a tile of rows.
-constexpr int64_t rows_bytes = 512 * 1024, rows_most = 256, blocks_most = 12;
+constexpr int64_t rows_bytes = 1024 * 1024, rows_most = 512, blocks_most = 12;
 
 // Rows begin..end with some pairs of panels.
 static void multiply_rows(const Product& work, Tiles& tiles, int64_t begin, int64_t end, int64_t first, int64_t last) {

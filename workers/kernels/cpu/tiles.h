@@ -14,8 +14,10 @@ constexpr int tile_rows = 16;
 
 constexpr bool has_tiles(CacheType type) { return type == CacheType::bfloat16 || type == CacheType::int8; }
 
-// Tiles by number: four results, then both factors, whole and of 16 numbers.
-constexpr int whole_left = 4, short_left = 5, whole_right = 6, short_right = 7;
+// Tiles by number: two results, then both factors, whole and of 16 numbers. No more than four are used at a time: where
+// its neighbour thread is at work too, a core has so few more that with six or eight each load waits until those that read
+// the tile before are done, and takes longer than it saves.
+constexpr int results = 2, whole_left = 2, whole_right = 3, short_left = 4, short_right = 5;
 
 // The shapes of this thread's tiles, given back with the object: tiles in use make switching threads dear.
 class Tiles {
@@ -33,8 +35,8 @@ class Tiles {
     rows_ = rows;
     Config config{};
     config.palette = 1;
-    for (int tile = 0; tile < 3; tile++) config.set(tile, rows, 64);
-    config.set(3, tile_rows, 64);
+    for (int tile = 0; tile <= whole_left; tile++) config.set(tile, rows, 64);
+    config.set(whole_right, tile_rows, 64);
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
 
@@ -44,7 +46,7 @@ class Tiles {
     rows_ = rows;
     Config config{};
     config.palette = 1;
-    for (int tile = 0; tile <= short_left; tile++) config.set(tile, rows, 64);
+    for (int tile = 0; tile <= whole_left; tile++) config.set(tile, rows, 64);
     config.set(whole_right, 16, 64);
     const int bytes = (int)element_bytes(type);
     config.set(short_left, rows, 16 * bytes);
@@ -92,43 +94,37 @@ INLINE void multiply_tiles() {
 
 // One group's share of scores: `Lines` lines of its keys from `line` on. A quarter of the next chunk's same lines is
 // fetched beside each group, in the order of addresses.
-template <CacheType Type, int Group, int Lines, bool Ahead>
-INLINE void multiply_group(const State& state, const Chunk& chunk, const Chunk& next, int64_t line) {
+template <CacheType Type, int Result, int Lines, bool Ahead>
+INLINE void multiply_group(const State& state, const Chunk& chunk, const Chunk& next, int64_t line, int group) {
   constexpr int left = Lines == 16 ? whole_left : short_left, right = Lines == 16 ? whole_right : short_right;
-  if (Group < chunk.count) {
-    load_tile<right>(chunk.key[Group] + line * state.key_stride, state.key_stride);
-    multiply_tiles<Type, true, Group, left, right>();
+  if (group < chunk.count) {
+    load_tile<right>(chunk.key[group] + line * state.key_stride, state.key_stride);
+    multiply_tiles<Type, true, Result, left, right>();
   }
   if (!Ahead) return;
   constexpr int quarter = Lines / chunk_groups;
   for (int ahead = 0; ahead < quarter; ahead++)
     for (int g = 0; g < chunk.count; g++)
-      fetch_ahead(next.key[g] + (line + Group * quarter + ahead) * state.key_stride);
+      fetch_ahead(next.key[g] + (line + group * quarter + ahead) * state.key_stride);
 }
 
 template <CacheType Type, int Lines, bool Ahead>
 INLINE void multiply_lines(const State& state, const Chunk& chunk, const Chunk& next, const uint8_t* query,
-                           int64_t query_stride, int64_t line) {
+                           int64_t query_stride, int64_t line, int group) {
   load_tile<Lines == 16 ? whole_left : short_left>(query + line * 4, query_stride);
-  multiply_group<Type, 0, Lines, Ahead>(state, chunk, next, line);
-  multiply_group<Type, 1, Lines, Ahead>(state, chunk, next, line);
-  multiply_group<Type, 2, Lines, Ahead>(state, chunk, next, line);
-  multiply_group<Type, 3, Lines, Ahead>(state, chunk, next, line);
+  multiply_group<Type, 0, Lines, Ahead>(state, chunk, next, line, group);
+  multiply_group<Type, 1, Lines, Ahead>(state, chunk, next, line, group + 1);
 }
 
 INLINE void zero_results() {
   zero_tile<0>();
   zero_tile<1>();
-  zero_tile<2>();
-  zero_tile<3>();
 }
 
-// state.products [rows][chunk_tokens]: sums of products, of each part of a vector.
-INLINE void store_results(const State& state) {
-  store_tile<0>(state.products, chunk_tokens * 4);
-  store_tile<1>(state.products + 16, chunk_tokens * 4);
-  store_tile<2>(state.products + 32, chunk_tokens * 4);
-  store_tile<3>(state.products + 48, chunk_tokens * 4);
+// Into both groups' columns of state.products [rows][chunk_tokens]: sums of products, of each part of a vector.
+INLINE void store_results(const State& state, int group) {
+  store_tile<0>(state.products + group * 16, chunk_tokens * 4);
+  store_tile<1>(state.products + group * 16 + 16, chunk_tokens * 4);
 }
 
 template <CacheType Type, int Split, bool Ahead>
@@ -136,13 +132,15 @@ INLINE void multiply_keys_in_tiles(const State& state, int64_t vector, const Chu
   constexpr int short_lines = (int)element_bytes(Type) * 4;
   const uint8_t* query = (const uint8_t*)(state.query + vector * state.size);
   const int64_t query_stride = state.size * 4 / Split, lines = state.size * element_bytes(Type) / 4;
-  zero_results();
-  int64_t line = 0;
-  for (; line + 16 <= lines; line += 16)
-    multiply_lines<Type, 16, Ahead>(state, chunk, next, query, query_stride, line);
-  for (; line < lines; line += short_lines)
-    multiply_lines<Type, short_lines, Ahead>(state, chunk, next, query, query_stride, line);
-  store_results(state);
+  for (int group = 0; group < chunk_groups; group += results) {
+    zero_results();
+    int64_t line = 0;
+    for (; line + 16 <= lines; line += 16)
+      multiply_lines<Type, 16, Ahead>(state, chunk, next, query, query_stride, line, group);
+    for (; line < lines; line += short_lines)
+      multiply_lines<Type, short_lines, Ahead>(state, chunk, next, query, query_stride, line, group);
+    store_results(state, group);
+  }
 }
 
 // Scores of an int8 vector from the products of its high and low bytes.
@@ -238,8 +236,6 @@ INLINE void multiply_sixteens(const State& state, const uint8_t* weights, const 
   load_tile<Whole ? whole_left : short_left>(weights + g * 16 * bytes, chunk_tokens * bytes);
   multiply_sixteen<Type, 0, Whole, Ahead>(state, chunk, next, g, sixteen, count);
   multiply_sixteen<Type, 1, Whole, Ahead>(state, chunk, next, g, sixteen, count);
-  multiply_sixteen<Type, 2, Whole, Ahead>(state, chunk, next, g, sixteen, count);
-  multiply_sixteen<Type, 3, Whole, Ahead>(state, chunk, next, g, sixteen, count);
 }
 
 // All groups' values of some sixteens, added to the results.
@@ -281,11 +277,11 @@ template <CacheType Type, bool Ahead>
 INLINE void add_values_in_tiles(const State& state, int64_t vector, int rows, const Chunk& chunk, const Chunk& next,
                                 const float* shrink, const float* unit) {
   const int64_t sixteens = state.size / 16;
-  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += 4) {
-    const int count = (int)(sixteens - sixteen < 4 ? sixteens - sixteen : 4);
+  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += results) {
+    const int count = (int)(sixteens - sixteen < results ? sixteens - sixteen : results);
     zero_results();
     multiply_values<Type, Ahead>(state, chunk, next, sixteen, count);
-    store_results(state);
+    store_results(state, 0);
     for (int m = 0; m < rows; m++) add_products<Type>(state, vector, sixteen, count, shrink[m], unit[m], m);
   }
 }
@@ -299,8 +295,6 @@ INLINE void move_sums(float* sums, int64_t stride, int count, bool into) {
 INLINE void move_all_sums(float* sums, int64_t stride, int count, bool into) {
   move_sums<0>(sums, stride, count, into);
   move_sums<1>(sums, stride, count, into);
-  move_sums<2>(sums, stride, count, into);
-  move_sums<3>(sums, stride, count, into);
 }
 
 // Up to sixteen vectors of bfloat16 over one chunk.
@@ -325,8 +319,8 @@ static void attend_sixteen(const State& state, int64_t vector, int rows, const C
     for (int64_t i = 0; i < state.size; i += 16) store(sums + i, load(sums + i) * all(shrink));
   }
   const int64_t sixteens = state.size / 16, stride = state.size * 4;
-  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += 4) {
-    const int count = (int)(sixteens - sixteen < 4 ? sixteens - sixteen : 4);
+  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += results) {
+    const int count = (int)(sixteens - sixteen < results ? sixteens - sixteen : results);
     float* sums = state.sums + vector * state.size + sixteen * 16;
     move_all_sums(sums, stride, count, true);
     multiply_values<CacheType::bfloat16, Ahead>(state, chunk, next, sixteen, count);
