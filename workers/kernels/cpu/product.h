@@ -6,7 +6,7 @@
 // of what it lets through. A step of few rows reads each weight once, in the order of addresses; of many rows, blocks
 // of them stay in the cache while the panels pass by.
 
-constexpr int64_t panel_outputs = 16, line_bytes = 64, block_inputs = 32, block_bytes = 1024;
+constexpr int64_t panel_outputs = 16, line_bytes = 64, block_inputs = 32, block_lines = 16, block_bytes = 1024;
 
 INLINE void finish_row(const Product& work, int64_t row, int64_t panel, const float* sums) {
   const int64_t output = panel * panel_outputs, left = work.outputs - output;
@@ -16,60 +16,37 @@ INLINE void finish_row(const Product& work, int64_t row, int64_t panel, const fl
   write_left<Bfloat16>((uint16_t*)work.out + row * work.outputs + output, numbers, left);
 }
 
-// Rows of sums of both panels of a pair, [count][32].
-static void finish_gated(const Product& work, int64_t row, int64_t count, int64_t pair, const float* sums) {
-  const int64_t output = pair * panel_outputs, left = work.outputs - output;
-  Floats bias[2] = {all(0), all(0)};
-  for (int side = 0; side < 2 && work.bias != nullptr; side++)
-    bias[side] = read_left<Bfloat16>((const uint16_t*)work.bias + side * work.outputs + output, left);
-  uint16_t* out = (uint16_t*)work.out + row * work.outputs + output;
-  for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs, out += work.outputs) {
-    const Floats gate = Bfloat16::rounded(load(sums) + bias[0]);
-    const Floats up = Bfloat16::rounded(load(sums + panel_outputs) + bias[1]);
-    write_left<Bfloat16>(out, Bfloat16::rounded(silu(gate)) * up, left);
-  }
-}
-
 #if defined(__AMX_BF16__)
 
 // The next panels' weights are fetched so far ahead: some microseconds of memory.
 constexpr int64_t ahead_bytes = 6 * block_bytes;
-
-INLINE Floats widen(__m256i halves) {
-  Floats numbers;
-  numbers.part[0] = (FloatLanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-  return numbers;
-}
 
 // silu(x) x up, rounded between: with `silu` and rounding by integers it was a quarter of a gated product.
 INLINE __m256i gated(Floats x, Floats up) {
   constexpr float log2_e = 1.44269504f;
   const Floats divisor = power_of_two(x * all(-log2_e)) + all(1.0f);
   x.part[0] /= divisor.part[0];
-  return round_weights(widen(round_weights(x)) * up);
+  return narrow(widen(narrow(x)) * up);
 }
 
-// As finish_gated, of pairs whose outputs are whole. Numbers below the smallest normal one become zero, here and below.
-static void finish_whole_gated(const Product& work, int64_t row, int64_t count, int64_t pair, const float* sums) {
-  const int64_t output = pair * panel_outputs;
+// Rows of sums of both panels of a pair, [count][32]. Numbers below the smallest normal one become zero, here and below.
+static void finish_gated(const Product& work, int64_t row, int64_t count, int64_t pair, const float* sums) {
+  const int64_t output = pair * panel_outputs, left = work.outputs - output;
+  const __mmask16 kept = left < panel_outputs ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
   Floats bias[2] = {all(0), all(0)};
   for (int side = 0; side < 2 && work.bias != nullptr; side++)
-    bias[side] = Bfloat16::read((const uint16_t*)work.bias + side * work.outputs + output);
+    bias[side] = read_left<Bfloat16>((const uint16_t*)work.bias + side * work.outputs + output, left);
   uint16_t* out = (uint16_t*)work.out + row * work.outputs + output;
   for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs, out += work.outputs) {
     const Floats gate = load(sums) + bias[0], up = load(sums + panel_outputs) + bias[1];
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)up.part[0], (__m512)gate.part[0]);
-    const __m256i numbers = gated(widen(_mm512_castsi512_si256(both)), widen(_mm512_extracti64x4_epi64(both, 1)));
-    _mm256_storeu_si256((__m256i*)out, numbers);
+    _mm256_mask_storeu_epi16(out, kept, gated(widen(narrow(gate)), widen(narrow(up))));
   }
 }
 
 // Both panels of some rows, sums [count][32].
 static void finish_rows(const Product& work, int64_t row, int64_t count, int64_t panel, const float* sums) {
+  if (work.gated) return finish_gated(work, row, count, panel / 2, sums);
   const int64_t output = panel * panel_outputs;
-  if (work.gated)
-    return work.outputs - output / 2 >= panel_outputs ? finish_whole_gated(work, row, count, panel / 2, sums)
-                                                      : finish_gated(work, row, count, panel / 2, sums);
   if (work.outputs - output < 2 * panel_outputs) {
     for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs) {
       finish_row(work, row + i, panel, sums);
@@ -105,7 +82,8 @@ template <bool Single>
 static void multiply_slice(const Product& work, int64_t row, const Slice& slice, const Slice& next, int64_t tile,
                            int64_t tiles, float* sums) {
   const int64_t row_bytes = work.inputs * 2, panel_bytes = work.inputs * 32;
-  const int64_t sums_bytes = 2 * panel_outputs * sizeof *sums, lines = (block_bytes / line_bytes + tiles - 1) / tiles;
+  const int64_t sums_bytes = 2 * panel_outputs * sizeof *sums, shared = (block_lines + tiles - 1) / tiles;
+  const int64_t lines = tile * shared < block_lines ? shared : 0;
   const uint8_t* rows = (const uint8_t*)work.rows + row * row_bytes + slice.first * line_bytes;
   const uint8_t *left = slice.weights(work), *right = left + panel_bytes;
   const uint8_t* far = next.weights(work) + tile * lines * slice.blocks() * line_bytes;
@@ -173,6 +151,20 @@ static void product(const Product& work, int64_t first, int64_t end) {
 }
 
 #else
+
+// Rows of sums of both panels of a pair, [count][32].
+static void finish_gated(const Product& work, int64_t row, int64_t count, int64_t pair, const float* sums) {
+  const int64_t output = pair * panel_outputs, left = work.outputs - output;
+  Floats bias[2] = {all(0), all(0)};
+  for (int side = 0; side < 2 && work.bias != nullptr; side++)
+    bias[side] = read_left<Bfloat16>((const uint16_t*)work.bias + side * work.outputs + output, left);
+  uint16_t* out = (uint16_t*)work.out + row * work.outputs + output;
+  for (int64_t i = 0; i < count; i++, sums += 2 * panel_outputs, out += work.outputs) {
+    const Floats gate = Bfloat16::rounded(load(sums) + bias[0]);
+    const Floats up = Bfloat16::rounded(load(sums + panel_outputs) + bias[1]);
+    write_left<Bfloat16>(out, Bfloat16::rounded(silu(gate)) * up, left);
+  }
+}
 
 constexpr int64_t lines_ahead = 48;
 

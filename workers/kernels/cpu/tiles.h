@@ -17,7 +17,7 @@ constexpr bool has_tiles(CacheType type) { return type == CacheType::bfloat16 ||
 // Tiles by number: two results, then both factors, whole and of 16 numbers. No more than four are used at a time: where
 // its neighbour thread is at work too, a core has so few more that with six or eight each load waits until those that read
 // the tile before are done, and takes longer than it saves.
-constexpr int results = 2, whole_left = 2, whole_right = 3, short_left = 4, short_right = 5;
+constexpr int result_tiles = 2, whole_left = 2, whole_right = 3, short_left = 4, short_right = 5;
 
 // The shapes of this thread's tiles, given back with the object: tiles in use make switching threads dear.
 class Tiles {
@@ -132,7 +132,7 @@ INLINE void multiply_keys_in_tiles(const State& state, int64_t vector, const Chu
   constexpr int short_lines = (int)element_bytes(Type) * 4;
   const uint8_t* query = (const uint8_t*)(state.query + vector * state.size);
   const int64_t query_stride = state.size * 4 / Split, lines = state.size * element_bytes(Type) / 4;
-  for (int group = 0; group < chunk_groups; group += results) {
+  for (int group = 0; group < chunk_groups; group += result_tiles) {
     zero_results();
     int64_t line = 0;
     for (; line + 16 <= lines; line += 16)
@@ -160,18 +160,21 @@ template <int Split>
 INLINE __m256i* row_of_weights(const State& state, int m) {
   return (__m256i*)((uint8_t*)state.bytes + m * Split * chunk_tokens * 2);
 }
-INLINE __m256i round_weights(Floats weights) { return (__m256i)_mm512_cvtneps_pbh((__m512)weights.part[0]); }
+INLINE __m256i narrow(Floats numbers) { return (__m256i)_mm512_cvtneps_pbh((__m512)numbers.part[0]); }
+INLINE Floats widen(__m256i halves) {
+  Floats numbers;
+  numbers.part[0] = (FloatLanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  return numbers;
+}
 
 // And beside them what their rounding lost.
 INLINE void halve_weights(const State& state, int m, const Chunk& chunk, const float* weights) {
   __m256i* row = row_of_weights<2>(state, m);
   for (int g = 0; g < chunk.count; g++) {
     const Floats number = load(weights + g * 16);
-    const __m256i high = round_weights(number);
+    const __m256i high = narrow(number);
     _mm256_store_si256(row + g, high);
-    Ints kept;
-    kept.part[0] = (IntLanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-    _mm256_store_si256(row + chunk_groups + g, round_weights(number - as_floats(kept)));
+    _mm256_store_si256(row + chunk_groups + g, narrow(number - widen(high)));
   }
 }
 
@@ -206,7 +209,7 @@ INLINE float weigh_whole(const State& state, int64_t vector, const float* scores
   Floats sums = all(0);
   for (int g = 0; g < chunk_groups; g++) {
     const Floats weights = power_of_two(multiply_add(kept[g], all(scale * log2_e), all(-after * log2_e)));
-    _mm256_store_si256(row + g, round_weights(weights));
+    _mm256_store_si256(row + g, narrow(weights));
     sums = sums + weights;
   }
   const float shrink = before == minus_infinity ? 0 : before == after ? 1 : __builtin_expf(before - after);
@@ -277,8 +280,8 @@ template <CacheType Type, bool Ahead>
 INLINE void add_values_in_tiles(const State& state, int64_t vector, int rows, const Chunk& chunk, const Chunk& next,
                                 const float* shrink, const float* unit) {
   const int64_t sixteens = state.size / 16;
-  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += results) {
-    const int count = (int)(sixteens - sixteen < results ? sixteens - sixteen : results);
+  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += result_tiles) {
+    const int count = (int)(sixteens - sixteen < result_tiles ? sixteens - sixteen : result_tiles);
     zero_results();
     multiply_values<Type, Ahead>(state, chunk, next, sixteen, count);
     store_results(state, 0);
@@ -312,15 +315,15 @@ static void attend_sixteen(const State& state, int64_t vector, int rows, const C
       shrink = weigh_whole(state, vector + m, scores, scale, row);
     } else {
       shrink = weigh(state, vector + m, chunk, scores, scale);
-      for (int g = 0; g < chunk.count; g++) _mm256_store_si256(row + g, round_weights(load(scores + g * 16)));
+      for (int g = 0; g < chunk.count; g++) _mm256_store_si256(row + g, narrow(load(scores + g * 16)));
     }
     if (shrink == 1) continue;
     float* sums = state.sums + (vector + m) * state.size;
     for (int64_t i = 0; i < state.size; i += 16) store(sums + i, load(sums + i) * all(shrink));
   }
   const int64_t sixteens = state.size / 16, stride = state.size * 4;
-  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += results) {
-    const int count = (int)(sixteens - sixteen < results ? sixteens - sixteen : results);
+  for (int64_t sixteen = 0; sixteen < sixteens; sixteen += result_tiles) {
+    const int count = (int)(sixteens - sixteen < result_tiles ? sixteens - sixteen : result_tiles);
     float* sums = state.sums + vector * state.size + sixteen * 16;
     move_all_sums(sums, stride, count, true);
     multiply_values<CacheType::bfloat16, Ahead>(state, chunk, next, sixteen, count);
