@@ -15,8 +15,8 @@ constexpr int tile_rows = 16;
 constexpr bool has_tiles(CacheType type) { return type == CacheType::bfloat16 || type == CacheType::int8; }
 
 // Tiles by number: two results, then both factors, whole and of 16 numbers. No more than four are used at a time: where
-// its neighbour thread is at work too, a core has so few more that with six or eight each load waits until those that read
-// the tile before are done, and takes longer than it saves.
+// its neighbour thread is at work too, a core has so few more that with six or eight each load waits until those that
+// read the tile before are done, and takes longer than it saves.
 constexpr int result_tiles = 2, whole_left = 2, whole_right = 3, short_left = 4, short_right = 5;
 
 // The shapes of this thread's tiles, given back with the object: tiles in use make switching threads dear.
