@@ -203,6 +203,19 @@ def test_scores_that_overflow_half_precision_stay_exact() -> None:
         assert result.lse.item() == pytest.approx(16 * 80.0**2)
 
 
+@pytest.mark.parametrize("climb", [2.0, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", levels())
+def test_scores_may_climb_slowly_or_fast(level: str, dtype: torch.dtype, climb: float) -> None:
+    """From chunk to chunk, so that what weights are measured by lags behind them, or changes each time."""
+    batch = packed_batch(8, dtype, (6, 2), shards=((24, 300), (1, 300))).batch
+    for span in batch.spans:
+        for slot in range(span.visible_end):
+            batch.cache.key[span.blocks[slot // 16], slot % 16, :, 0] = climb * (slot // 64) / 8
+    batch.query[:, :, 0] = 8 / batch.scale
+    assert_within(pack(batch, dtype), CpuKernel(threads=2, level=level), dtype)
+
+
 @pytest.mark.parametrize("block_tokens", [1, 7, 16, 32])
 @pytest.mark.parametrize("dtype", OUT_BOUND, ids=str)
 def test_rows_come_back_as_they_went_in(dtype: torch.dtype, block_tokens: int) -> None:
@@ -240,6 +253,25 @@ def test_rows_of_any_stride_and_type_go_in_as_their_copies_do(dtype: torch.dtype
         layout.append(copied, slots.contiguous(), key.to(rows).contiguous(), value.to(rows).contiguous())
         assert torch.equal(strided.key, copied.key)
         assert torch.equal(strided.value, copied.value)
+
+
+@pytest.mark.parametrize("block_tokens", [7, 16, 24, 64])
+@pytest.mark.parametrize("dtype", OUT_BOUND, ids=str)
+def test_many_rows_go_in_as_each_by_itself_does(dtype: torch.dtype, block_tokens: int) -> None:
+    """Whole groups of tokens, parts of them before and behind, and enough for several threads."""
+    layout = PackedLayout()
+    for head_size in (64, 80, 9):
+        blocks = -(-1600 // block_tokens)
+        shape = CacheShape(1, blocks, block_tokens, 3, head_size, dtype)
+        together, apart = (layout.allocate(shape, torch.device("cpu"))[0] for _ in range(2))
+        slots = torch.cat((torch.arange(3, 820), torch.arange(1500, 1550), torch.arange(900, 1200)))
+        rows = torch.float32 if dtype == torch.int8 else dtype
+        key, value = torch.randn(len(slots), 2, 3, head_size).to(rows).unbind(1)
+        layout.append(together, slots, key, value)
+        for row in torch.arange(len(slots)).split(1):
+            layout.append(apart, slots[row], key[row], value[row])
+        assert torch.equal(together.key, apart.key)
+        assert torch.equal(together.value, apart.value)
 
 
 def _refused_batches() -> dict[str, Packed]:

@@ -73,6 +73,7 @@ def append(
     key_stride_bytes: int,
     value: int,
     value_stride_bytes: int,
+    threads: int,
     /,
 ) -> None:
     """Write rows at addresses, which the caller vouches for; slots, at an address too, are checked."""

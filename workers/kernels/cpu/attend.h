@@ -36,7 +36,7 @@ struct State {
   int64_t key_stride;     // bytes between lines of a key group
   uint32_t* query;        // [vectors][size] 32-bit words: floats, pairs of bfloat16, or bytes high and low
   float* sums;            // [vectors][size], of weighted values
-  float* most;            // [vectors] largest score
+  float* most;            // [vectors] about the largest score, see `measure`
   float* total;           // [vectors][16] sums of weights
   float* step;            // [vectors] int8: value of the low byte's unit
   float* shift;           // [vectors][2] int8: what 128 added to every key adds to a sum of bytes
@@ -44,7 +44,7 @@ struct State {
   int64_t* newest;        // [vectors] one past the last
   uint8_t* edge;          // value groups with unseen tokens zeroed
   float* scores;          // [tile_most][chunk_tokens]
-  uint32_t* bytes;        // [tile_most][2][chunk_tokens / 4] int8: weights, high and low; or halves for tiles
+  uint32_t* bytes;        // [tile_most][2][chunk_tokens / 4] int8: weights, high and low; or halves for tiles, twice [16][chunk_tokens]
   float* products;        // [2 tile_most][chunk_tokens] what matrix tiles return, or whole numbers
 };
 
@@ -307,6 +307,11 @@ INLINE bool sees_whole(const State& state, int64_t vector, const Chunk& chunk) {
   return state.oldest[vector] <= chunk.slot[0] && state.newest[vector] >= chunk.slot[chunk.count - 1] + 16;
 }
 
+// What a vector's weights are measured by: its largest score, or one so near that nothing overflows. Another one costs
+// a jump that nobody foresees and all sums anew, and of random scores the largest of a chunk often is the largest yet.
+constexpr float slack = 5;
+INLINE float measure(Floats most, float before) { return exceeds(most, before + slack) ? largest(most) : before; }
+
 // Turn the scores of one vector into weights; the factor by which its sums so far shrink.
 INLINE float weigh(const State& state, int64_t vector, const Chunk& chunk, float* scores, float scale) {
   Floats most = all(minus_infinity);
@@ -324,8 +329,7 @@ INLINE float weigh(const State& state, int64_t vector, const Chunk& chunk, float
     store(scores + g * 16, scaled);
     most = larger(most, scaled);
   }
-  const float before = state.most[vector];
-  const float after = exceeds(most, before) ? largest(most) : before;
+  const float before = state.most[vector], after = measure(most, before);
   if (after == minus_infinity) {
     for (int g = 0; g < chunk.count; g++) store(scores + g * 16, all(0));
     return 1;
@@ -537,9 +541,8 @@ static void write_out(const Attention& work, const Piece& piece, const State& st
       __builtin_memcpy(kept + 2, sums, state.size * 4);
       continue;
     }
-    if (state.most[vector] == minus_infinity) continue;  // the result is empty already
     const int64_t place = work.place(piece, vector);
-    const float inverse = 1 / total;
+    const float inverse = total == 0 ? 0 : 1 / total;  // nothing where nothing is seen
     for (int64_t d = 0; d < head_size; d++) work.out[place * head_size + d] = sums[d] * inverse;
     work.lse[place] = state.most[vector] + __builtin_logf(total);
   }

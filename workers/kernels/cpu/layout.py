@@ -79,6 +79,7 @@ class PackedLayout:
         _native.append(
             *(packed.native, places.data_ptr(), count),
             *(key.data_ptr(), key_stride_bytes, value.data_ptr(), value_stride_bytes),
+            torch.get_num_threads(),
         )
 
     def read(self, cache: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,12 +97,12 @@ void check_rows(const Cache& cache, const Indices& slots, const Numbers& key, co
 
 // Rows at addresses, as in operators.cpp: layout.py, the only caller, checks their tensors.
 void append_rows(const Layer& layer, uintptr_t slots, int64_t count, uintptr_t key, int64_t key_stride_bytes,
-                 uintptr_t value, int64_t value_stride_bytes) {
+                 uintptr_t value, int64_t value_stride_bytes, int threads) {
   const int64_t* places = reinterpret_cast<const int64_t*>(slots);
   check_slots(layer.cache().shape, places, count);
   nb::gil_scoped_release released;
   write_rows(layer.cache(), places, count, {reinterpret_cast<const uint8_t*>(key), key_stride_bytes},
-             {reinterpret_cast<const uint8_t*>(value), value_stride_bytes});
+             {reinterpret_cast<const uint8_t*>(value), value_stride_bytes}, threads);
 }
 
 void gather_rows(const Layer& layer, Indices slots, nb::ndarray<nb::c_contig, nb::device::cpu> key,

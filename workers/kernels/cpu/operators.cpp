@@ -6,7 +6,9 @@
 #include <nanobind/stl/tuple.h>
 
 #include <algorithm>
+#include <atomic>
 #include <tuple>
+#include <vector>
 
 #include "boundary.h"
 #include "pool.h"
@@ -20,8 +22,9 @@ namespace {
 constexpr int64_t part_numbers = 65536;
 
 // So many rows are a thread's own in a product, which then reads all weights rather than a part of them for all rows:
-// those that it worked on before lie in its cache. Of blocks that matrix tiles take whole.
-constexpr int64_t own_rows = 128, row_block = 32;
+// those that it worked on before lie in its cache. Of blocks that matrix tiles take whole. A thread that has done its
+// own takes what others have left, in so many shares of the weights: cores are seldom equally fast.
+constexpr int64_t own_rows = 128, row_block = 32, shares = 8;
 
 class RowOperators {
  public:
@@ -87,9 +90,15 @@ class RowOperators {
     const int64_t pairs = work.pairs();
     if (count >= own_rows * threads) {
       const int64_t blocks = (count + row_block - 1) / row_block;
+      std::vector<std::atomic<int64_t>> taken(threads);
       return Pool::get().run(threads, [&](int part) {
-        const int64_t begin = blocks * part / threads * row_block;
-        code_.product(rows_of(work, begin, std::min(count, blocks * (part + 1) / threads * row_block)), 0, pairs);
+        for (int turn = 0; turn < threads; turn++) {
+          const int owner = (part + turn) % threads;
+          const int64_t begin = blocks * owner / threads * row_block;
+          const Product rows = rows_of(work, begin, std::min(count, blocks * (owner + 1) / threads * row_block));
+          for (int64_t share; (share = taken[owner]++) < shares;)
+            code_.product(rows, pairs * share / shares, pairs * (share + 1) / shares);
+        }
       });
     }
     const int64_t parts = std::min<int64_t>({threads, pairs, pairs * inputs * 32 / part_numbers + 1});

@@ -122,15 +122,30 @@ struct Cut {
   std::vector<Bytes> memory_;
 };
 
+// Results of the rows that no piece has: nothing seen.
+void empty_others(const std::vector<Piece>& pieces, const Attention& work, int64_t rows) {
+  const int64_t heads = work.query_heads, numbers = heads * work.cache.shape.head_size;
+  std::vector<bool> has_piece(rows);
+  for (const Piece& piece : pieces)
+    std::fill_n(has_piece.begin() + piece.row_start, piece.rows, true);
+  for (int64_t row = 0; row < rows; row++) {
+    if (has_piece[row]) continue;
+    std::fill_n(work.out + row * numbers, numbers, 0.0f);
+    std::fill_n(work.lse + row * heads, heads, -std::numeric_limits<float>::infinity());
+  }
+}
+
 void merge(const Piece& piece, const std::vector<float*>& partials, const Attention& work) {
   const int64_t size = work.cache.shape.padded_size();
   const int64_t head_size = work.cache.shape.head_size;
   for (int64_t vector = 0; vector < work.vectors(piece); vector++) {
     float most = -std::numeric_limits<float>::infinity(), total = 0;
     for (const float* partial : partials) most = std::max(most, partial[vector * (size + 2)]);
-    if (std::isinf(most) && most < 0) continue;
     const int64_t place = work.place(piece, vector);
     float* out = work.out + place * head_size;
+    std::fill(out, out + head_size, 0.0f);
+    work.lse[place] = most;
+    if (std::isinf(most) && most < 0) continue;
     for (const float* partial : partials) {
       const float* of_vector = partial + vector * (size + 2);
       const float factor = std::exp(of_vector[0] - most);
@@ -181,9 +196,8 @@ void Plan::check(const Shape& shape, int64_t rows) const {
 
 void run_plan(const Plan& plan, const Attention& work, const Level& level, int threads, int64_t rows) {
   const int64_t size = work.cache.shape.padded_size();
-  std::fill(work.out, work.out + rows * work.query_heads * work.cache.shape.head_size, 0.0f);
-  std::fill(work.lse, work.lse + rows * work.query_heads, -std::numeric_limits<float>::infinity());
   const std::vector<Piece> pieces = whole_pieces(plan, work);
+  empty_others(pieces, work, rows);
   int64_t vectors_most = 0;
   for (const Piece& piece : pieces) vectors_most = std::max(vectors_most, work.vectors(piece));
   const Cut cut(pieces, work, threads);

@@ -4,10 +4,14 @@
 #include <cmath>
 #include <cstring>
 
+#include "pool.h"
+
 namespace anabranch {
 
 namespace {
 
+// Numbers that are worth a thread: waking one takes as long as some ten thousand.
+constexpr int64_t part_numbers = 65536;
 
 // One token's keys or values of one head: the number of head dimension d lies at start + place(d).
 struct KeyRow {
@@ -106,34 +110,88 @@ int64_t row_bytes(const Shape& shape) {
   return shape.head_size * (shape.type == CacheType::int8 ? 4 : element_bytes(shape.type));
 }
 
-// Call each(key row, value row, row, head).
+// All of a group's rows of one head in bfloat16: line by line, where row by row each line is written sixteen times.
+void write_group(const Shape& shape, const KeyRow& row, const uint8_t* from, int64_t stride_bytes) {
+  for (int64_t pair = 0; pair < shape.head_size / 2; pair++) {
+    uint8_t* line = row.at(2 * pair);
+    for (int64_t token = 0; token < group_tokens; token++)
+      std::memcpy(line + token * 4, from + token * stride_bytes + pair * 4, 4);
+  }
+}
+void write_group(const Shape& shape, const ValueRow& row, const uint8_t* from, int64_t stride_bytes) {
+  const int64_t size = shape.head_size, line_bytes = shape.padded_size() * 4;
+  for (int64_t token = 0; token < group_tokens; token += 2) {
+    uint8_t* __restrict line = row.start + token / 2 * line_bytes;
+    const uint8_t *first = from + token * stride_bytes, *second = first + stride_bytes;
+    for (int64_t d = 0; d < size; d++) {
+      uint16_t low, high;
+      std::memcpy(&low, first + d * 2, 2);
+      std::memcpy(&high, second + d * 2, 2);
+      const uint32_t both = low | static_cast<uint32_t>(high) << 16;
+      std::memcpy(line + d * 4, &both, 4);
+    }
+  }
+}
+
+// Whether rows from `row` on fill a group.
+bool fills_group(const Shape& shape, const int64_t* slots, int64_t row, int64_t end) {
+  const int64_t offset = slots[row] % shape.block_tokens;
+  if (end - row < group_tokens || offset % group_tokens != 0 || offset + group_tokens > shape.block_tokens)
+    return false;
+  for (int64_t token = 1; token < group_tokens; token++)
+    if (slots[row + token] != slots[row] + token) return false;
+  return true;
+}
+
+// Call each(key row, value row, head) of a slot.
 template <class Each>
-void each_row(const Cache& cache, const int64_t* slots, int64_t count, Each each) {
+void each_head(const Cache& cache, int64_t slot, Each each) {
+  const int64_t block = slot / cache.shape.block_tokens, offset = slot % cache.shape.block_tokens;
+  for (int64_t head = 0; head < cache.shape.kv_heads; head++)
+    each(KeyRow(cache, block, head, offset), ValueRow(cache, block, head, offset), head);
+}
+
+void write_some(const Cache& cache, const int64_t* slots, int64_t begin, int64_t end, const Rows& key,
+                const Rows& value) {
   const Shape& shape = cache.shape;
-  for (int64_t row = 0; row < count; row++) {
-    const int64_t block = slots[row] / shape.block_tokens, offset = slots[row] % shape.block_tokens;
-    for (int64_t head = 0; head < shape.kv_heads; head++)
-      each(KeyRow(cache, block, head, offset), ValueRow(cache, block, head, offset), row, head);
+  const int64_t bytes = row_bytes(shape);
+  const bool has_groups = shape.type == CacheType::bfloat16 && shape.head_size % 2 == 0;
+  for (int64_t row = begin; row < end;) {
+    const bool is_group = has_groups && fills_group(shape, slots, row, end);
+    each_head(cache, slots[row], [&](const KeyRow& keys, const ValueRow& values, int64_t head) {
+      const uint8_t* key_from = key.first + row * key.stride_bytes + head * bytes;
+      const uint8_t* value_from = value.first + row * value.stride_bytes + head * bytes;
+      if (is_group) {
+        write_group(shape, keys, key_from, key.stride_bytes);
+        write_group(shape, values, value_from, value.stride_bytes);
+      } else {
+        write_row(shape, keys, key_from);
+        write_row(shape, values, value_from);
+      }
+    });
+    row += is_group ? group_tokens : 1;
   }
 }
 
 }  // namespace
 
-void write_rows(const Cache& cache, const int64_t* slots, int64_t count, const Rows& key, const Rows& value) {
-  const int64_t bytes = row_bytes(cache.shape);
-  each_row(cache, slots, count, [&](const KeyRow& keys, const ValueRow& values, int64_t row, int64_t head) {
-    write_row(cache.shape, keys, key.first + row * key.stride_bytes + head * bytes);
-    write_row(cache.shape, values, value.first + row * value.stride_bytes + head * bytes);
+void write_rows(const Cache& cache, const int64_t* slots, int64_t count, const Rows& key, const Rows& value,
+                int threads) {
+  const int64_t numbers = count * cache.shape.kv_heads * cache.shape.head_size;
+  const int parts = static_cast<int>(std::clamp<int64_t>(numbers / part_numbers, 1, threads));
+  Pool::get().run(parts, [&](int part) {
+    write_some(cache, slots, count * part / parts, count * (part + 1) / parts, key, value);
   });
 }
 
 void read_rows(const Cache& cache, const int64_t* slots, int64_t count, void* key, void* value) {
   const int64_t bytes = row_bytes(cache.shape);
-  each_row(cache, slots, count, [&](const KeyRow& keys, const ValueRow& values, int64_t row, int64_t head) {
-    const int64_t place = (row * cache.shape.kv_heads + head) * bytes;
-    read_row(cache.shape, keys, static_cast<uint8_t*>(key) + place);
-    read_row(cache.shape, values, static_cast<uint8_t*>(value) + place);
-  });
+  for (int64_t row = 0; row < count; row++)
+    each_head(cache, slots[row], [&](const KeyRow& keys, const ValueRow& values, int64_t head) {
+      const int64_t place = (row * cache.shape.kv_heads + head) * bytes;
+      read_row(cache.shape, keys, static_cast<uint8_t*>(key) + place);
+      read_row(cache.shape, values, static_cast<uint8_t*>(value) + place);
+    });
 }
 
 }  // namespace anabranch

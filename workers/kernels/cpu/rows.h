@@ -14,7 +14,9 @@ struct Rows {
 
 // key, value: [count, kv_heads, head_size]; slots: block x block_tokens + offset, checked by the caller.
 // Of the cache's type, or float32 for int8, where each token and head is quantised by its largest number.
-void write_rows(const Cache& cache, const int64_t* slots, int64_t count, const Rows& key, const Rows& value);
+// Slots are distinct: threads write them in no order.
+void write_rows(const Cache& cache, const int64_t* slots, int64_t count, const Rows& key, const Rows& value,
+                int threads);
 void read_rows(const Cache& cache, const int64_t* slots, int64_t count, void* key, void* value);
 
 }  // namespace anabranch

@@ -181,22 +181,22 @@ INLINE void halve_weights(const State& state, int m, const Chunk& chunk, const f
 // Numbers of a head from which on weights may be rounded: of fewer some rows nearly cancel, and miss the bound of 4e-3.
 constexpr int64_t rounding_size = 64;
 
-// 2^x to 2e-7 of it, by the polynomial that is least wrong between two halves; 1 for zero. NaN stays, what lies far
-// below is nothing.
-INLINE Floats power_of_two(Floats x) {
-  const Floats kept = larger(all(-150.0f), x);
-  const __m512 n = _mm512_roundscale_ps((__m512)kept.part[0], 8);
+// Polynomials for 2^x between -1/2 and 1/2, the factor of the highest power first: the one is right to 2e-7, with 1 for
+// zero, the other to 3e-6, for weights that are rounded to bfloat16 and whose sum is not.
+constexpr float exact_power[] = {1.32647272e-3f, 9.67151269e-3f, 5.55073374e-2f,
+                                 2.40222421e-1f, 6.93146978e-1f, 1.0f};
+constexpr float rough_power[] = {9.57010366e-3f, 5.59178659e-2f, 2.40247448e-1f, 6.93121814e-1f, 9.99999261e-1f};
+
+// 2^x, by such a polynomial. NaN stays, and infinity becomes it.
+template <int Count>
+INLINE Floats power_of_two(Floats x, const float (&polynomial)[Count]) {
   Floats whole;
-  whole.part[0] = (FloatLanes)n;
-  const Floats r = kept - whole;
-  Floats p = all(1.32647272e-3f);
-  p = multiply_add(p, r, all(9.67151269e-3f));
-  p = multiply_add(p, r, all(5.55073374e-2f));
-  p = multiply_add(p, r, all(2.40222421e-1f));
-  p = multiply_add(p, r, all(6.93146978e-1f));
-  p = multiply_add(p, r, all(1.0f));
-  p.part[0] = (FloatLanes)_mm512_scalef_ps((__m512)p.part[0], n);
-  return p;
+  whole.part[0] = (FloatLanes)_mm512_roundscale_ps((__m512)x.part[0], 8);
+  const Floats rest = x - whole;
+  Floats sum = all(polynomial[0]);
+  for (int i = 1; i < Count; i++) sum = multiply_add(sum, rest, all(polynomial[i]));
+  sum.part[0] = (FloatLanes)_mm512_scalef_ps((__m512)sum.part[0], (__m512)whole.part[0]);
+  return sum;
 }
 
 // As `weigh` and the rounding of its weights, for a vector that sees a whole chunk.
@@ -205,12 +205,17 @@ INLINE float weigh_whole(const State& state, int64_t vector, const float* scores
   Floats kept[chunk_groups];
   for (int g = 0; g < chunk_groups; g++) kept[g] = load(scores + g * 16);
   const Floats most = larger(larger(kept[0], kept[1]), larger(kept[2], kept[3])) * all(scale);
-  const float before = state.most[vector], after = exceeds(most, before) ? largest(most) : before;
+  const float before = state.most[vector], after = measure(most, before);
   Floats sums = all(0);
-  for (int g = 0; g < chunk_groups; g++) {
-    const Floats weights = power_of_two(multiply_add(kept[g], all(scale * log2_e), all(-after * log2_e)));
-    _mm256_store_si256(row + g, narrow(weights));
-    sums = sums + weights;
+  for (int g = 0; g < chunk_groups; g += 2) {
+    Floats weights[2];
+    for (int i = 0; i < 2; i++) {
+      const Floats scaled = multiply_add(kept[g + i], all(scale * log2_e), all(-after * log2_e));
+      weights[i] = power_of_two(scaled, rough_power);
+      sums = sums + weights[i];
+    }
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)weights[1].part[0], (__m512)weights[0].part[0]);
+    _mm512_store_si512(row + g, (__m512i)both);
   }
   const float shrink = before == minus_infinity ? 0 : before == after ? 1 : __builtin_expf(before - after);
   state.most[vector] = after;
