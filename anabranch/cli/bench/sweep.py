@@ -13,6 +13,9 @@ from anabranch.cli.bench.contender import Cell, Contender, Served
 SWEEP_CELLS = (Cell(8, 128), Cell(4, 2048))
 """One that matrix products rule, one that attention does."""
 
+_SWEEP_ROUNDS = 2
+"""Of each cell, whose best counts: settings are not chosen by who had the machine to himself."""
+
 _VLLM_MODEL_TOKENS = 8192
 _VLLM_CACHE_GIB = 1
 _VLLM_BASE: dict[str, Any] = {
@@ -70,8 +73,9 @@ class Trial:
     say: Callable[[str], None]
 
     def best(self, candidates: Sequence[Candidate]) -> Contender:
-        """The one whose product of decode and prefill rates over the cells is greatest, still running; the
-        others are closed, two at most run at a time, and the sweep is kept in the winner's settings.
+        """The one whose product of decode and prefill rates over the cells is greatest, still running, each
+        the best of some rounds; the others are closed, two at most run at a time, and the sweep is kept in
+        the winner's settings.
         """
         best: Contender | None = None
         best_score = 0.0
@@ -94,8 +98,8 @@ class Trial:
 
     def _score(self, contender: Contender) -> float:
         only = {contender.name: contender}
-        served = [one for cell in self.cells for one in self.rounds(cell, only, 1)[contender.name]]
-        return prod(one.decode * one.prefill for one in served)
+        served = [self.rounds(cell, only, _SWEEP_ROUNDS)[contender.name] for cell in self.cells]
+        return prod(max(one.decode for one in each) * max(one.prefill for one in each) for each in served)
 
 
 def _vllm_environment(threads: int) -> dict[str, str]:
