@@ -101,6 +101,18 @@ def short(generator: random.Random) -> tuple[int, int]:
     return prompt, output
 
 
+def midway(generator: random.Random) -> tuple[int, int]:
+    """A short request as one finds it at any moment: what it has been given so far is part of its prompt.
+
+    Long outputs are found more often, at any of their tokens. A loop that begins with these is at once as it
+    stays: if all began anew, they would all be small for a while, then all large.
+    """
+    requests = [short(generator) for _ in range(100)]
+    ((prompt, output),) = generator.choices(requests, [output for _, output in requests])
+    done = generator.randrange(output)
+    return prompt + done, output - done
+
+
 def held(requests: Sequence[tuple[int, int]]) -> float:
     """Mean tokens of a running short request: it grows from its prompt on, and long outputs run longer."""
     steps = sum(output for _, output in requests)
@@ -124,8 +136,10 @@ def rate(client: Client, load: Load, seed: int, seconds: float) -> float:
 
     def loop(index: int) -> None:
         generator = random.Random(1000 * seed + index)
+        lengths = midway(generator)
         while not stop.is_set():
-            read(*short(generator), generator.getrandbits(31))
+            read(*lengths, generator.getrandbits(31))
+            lengths = short(generator)
 
     with ThreadPoolExecutor(load.clients + 1) as pool:
         running = []
