@@ -44,7 +44,7 @@ struct State {
   int64_t* newest;        // [vectors] one past the last
   uint8_t* edge;          // value groups with unseen tokens zeroed
   float* scores;          // [tile_most][chunk_tokens]
-  uint32_t* bytes;        // [tile_most][2][chunk_tokens / 4] int8: weights, high and low; or halves for tiles, twice [16][chunk_tokens]
+  uint32_t* bytes;        // [tile_most][2][chunk_tokens / 4] int8: weights, high and low; or halves for tiles
   float* products;        // [2 tile_most][chunk_tokens] what matrix tiles return, or whole numbers
 };
 

@@ -183,8 +183,7 @@ void Exchange::append() {
   const int64_t count = static_cast<int64_t>(of_->slots.size());
   const int64_t stride = cache.shape.kv_heads * cache.shape.head_size * element_bytes(row_type(cache.shape));
   const uint8_t* key = incoming_.bytes() + header_bytes + (has_query() ? query_bytes(*of_) : 0);
-  write_rows(cache, of_->slots.data(), count, {key, stride}, {key + count * stride, stride},
-             terms_.threads);
+  write_rows(cache, of_->slots.data(), count, {key, stride}, {key + count * stride, stride}, terms_.threads);
   compute_s_ += now_s() - began_s;
 }
 

@@ -18,9 +18,6 @@ namespace nb = nanobind;
 namespace anabranch {
 namespace {
 
-// Numbers that are worth a thread: waking one takes as long as some ten thousand.
-constexpr int64_t part_numbers = 65536;
-
 // So many rows are a thread's own in a product, which then reads all weights rather than a part of them for all rows:
 // those that it worked on before lie in its cache. Of blocks that matrix tiles take whole. A thread that has done its
 // own takes what others have left, in so many shares of the weights: cores are seldom equally fast.

@@ -12,6 +12,9 @@
 
 namespace anabranch {
 
+// Numbers that are worth a thread: waking one takes as long as some ten thousand.
+constexpr int64_t part_numbers = 65536;
+
 class Pool {
  public:
   // The pool of this process; a forked child has one of its own.

@@ -10,9 +10,6 @@ namespace anabranch {
 
 namespace {
 
-// Numbers that are worth a thread: waking one takes as long as some ten thousand.
-constexpr int64_t part_numbers = 65536;
-
 // One token's keys or values of one head: the number of head dimension d lies at start + place(d).
 struct KeyRow {
   uint8_t* start;

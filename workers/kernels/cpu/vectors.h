@@ -167,7 +167,7 @@ INLINE Floats load_halves(const void* from) {
   return result;
 }
 
-// exp(x) for x <= 0 within 1e-7, 0 below -87: 2^n times a polynomial over [-ln 2 / 2, ln 2 / 2].
+// exp(x) for x of at most 80 within 1e-7, 0 below -87: 2^n times a polynomial over [-ln 2 / 2, ln 2 / 2].
 INLINE Floats exponential(Floats x) {
 #if defined(__AVX512F__)
   // What makes NaN of minus infinity is masked in the end.
