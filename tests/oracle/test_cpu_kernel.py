@@ -268,8 +268,9 @@ def test_many_rows_go_in_as_each_by_itself_does(dtype: torch.dtype, block_tokens
         rows = torch.float32 if dtype == torch.int8 else dtype
         key, value = torch.randn(len(slots), 2, 3, head_size).to(rows).unbind(1)
         layout.append(together, slots, key, value)
-        for row in torch.arange(len(slots)).split(1):
-            layout.append(apart, slots[row], key[row], value[row])
+        for row in range(len(slots)):
+            one = slice(row, row + 1)
+            layout.append(apart, slots[one], key[one], value[one])
         assert torch.equal(together.key, apart.key)
         assert torch.equal(together.value, apart.value)
 
