@@ -203,6 +203,19 @@ def test_scores_that_overflow_half_precision_stay_exact() -> None:
         assert result.lse.item() == pytest.approx(16 * 80.0**2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", levels())
+def test_a_score_below_all_numbers_has_no_weight(level: str, dtype: torch.dtype) -> None:
+    """In chunks that rows see whole, and in those they do not."""
+    batch = packed_batch(9, dtype, (6, 2), shards=((24, 300), (1, 70))).batch
+    batch.query[:, :, 0] = 1e30
+    for span in batch.spans:
+        batch.cache.key[list(span.blocks), :, :, 0] = 0
+        for slot in range(5, span.visible_end, 7):
+            batch.cache.key[span.blocks[slot // 16], slot % 16, :, 0] = -1e30
+    assert_within(pack(batch, dtype), CpuKernel(threads=1, level=level), dtype)
+
+
 @pytest.mark.parametrize("climb", [2.0, 6.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("level", levels())

@@ -187,7 +187,7 @@ constexpr float exact_power[] = {1.32647272e-3f, 9.67151269e-3f, 5.55073374e-2f,
                                  2.40222421e-1f, 6.93146978e-1f, 1.0f};
 constexpr float rough_power[] = {9.57010366e-3f, 5.59178659e-2f, 2.40247448e-1f, 6.93121814e-1f, 9.99999261e-1f};
 
-// 2^x, by such a polynomial. NaN stays, and infinity becomes it.
+// 2^x, by such a polynomial. NaN stays; of infinities the rest is NaN, but scaled by them it is nothing or infinity.
 template <int Count>
 INLINE Floats power_of_two(Floats x, const float (&polynomial)[Count]) {
   Floats whole;
