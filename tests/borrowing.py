@@ -4,12 +4,15 @@ Two instances of one dense and one attention worker, each instance on one core, 
 random weights in bfloat16: like a large model's, its steps are mostly the reading of weights. One long
 request takes 80 % of an arena while clients in a closed loop bring short ones, whose lengths follow quantiles
 of the Azure conversation trace (fitted: nine quantiles of prompts and of outputs, joined by lines), clipped:
-prompts to 64 tokens, since one core computes them no faster beside others, outputs to 256.
+prompts to 32 tokens, about what one core computes while it reads the weights, outputs to 256. Room is asked
+for 16 tokens ahead, in blocks of 16: the defaults, 64 and 32, are made for arenas of a hundred thousand
+tokens, and would leave a third of these small ones empty.
+
 Tokens per second of all streams with `placement.instances: borrowing` over those of `separate`, where the
 better of waiting (a sequence begins when there is room for all of it) and preempting (room grows, the last
 gives way) counts; three caps of the arenas, three seeds. There are as many clients as what both arenas have
-beside the long request holds of short ones, each at the mean of what it holds while it runs. And with short
-requests alone, where borrowing can only cost.
+beside the long request holds of short ones, each at the mean of what it reserves while it runs. And with
+short requests alone, where borrowing can only cost.
 
 Beside it what DistKV-LLM's model says: batches by memory, steps by T(b) = base + each x b, fitted to short
 requests alone at two batch sizes, prefill included.
@@ -44,21 +47,23 @@ from tests.processes import process_cluster
 SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 PROMPTS = (2, 181, 207, 396, 1020, 1189, 2735, 4083, 14050)
 OUTPUTS = (1, 41, 54, 85, 129, 395, 424, 451, 1000)
-PROMPT_MOST, OUTPUT_LEAST, OUTPUT_MOST = 64, 16, 256
+PROMPT_MOST, OUTPUT_LEAST, OUTPUT_MOST = 32, 16, 256
 
 SHAPE: dict[str, Any] = {
-    "hidden_size": 1536,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 11,
-    "num_attention_heads": 24,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 32,
     "num_key_value_heads": 4,
     "max_position_embeddings": 8192,
 }
 
-CAPS = (1024, 1536, 2048)
+CAPS = (1536, 2048, 3072)
 """Tokens of each arena."""
 SEEDS = (1, 2, 3)
 LONG_SHARE = 0.8
+AHEAD = BLOCK = 16
+"""Tokens: room asked for beyond what is needed now, and what a block holds."""
 WARM_S = 6.0
 MODES: dict[str, dict[str, Any]] = {
     "waiting": {"placement.instances": "separate", "dense.reserve_ahead_tokens": 4096},
@@ -114,9 +119,12 @@ def midway(generator: random.Random) -> tuple[int, int]:
 
 
 def held(requests: Sequence[tuple[int, int]]) -> float:
-    """Mean tokens of a running short request: it grows from its prompt on, and long outputs run longer."""
+    """Mean tokens that a running short request has reserved: it grows from its prompt on, and long outputs
+    run longer; `AHEAD` to twice that lie ahead, and half of the last block is empty.
+    """
     steps = sum(output for _, output in requests)
-    return sum(output * (prompt + output / 2) for prompt, output in requests) / steps
+    tokens = sum(output * (prompt + output / 2) for prompt, output in requests) / steps
+    return tokens + 1.5 * AHEAD + BLOCK / 2
 
 
 def rate(client: Client, load: Load, seed: int, seconds: float) -> float:
@@ -164,7 +172,9 @@ def settings(cap: int, token_bytes: int, mode: str) -> dict[str, Any]:
         "dense.replicas": 2,
         "attention.replicas": 2,
         "attention.arena": cap * token_bytes,
+        "attention.block_tokens": BLOCK,
         "attention.prefix_sharing": False,
+        "dense.reserve_ahead_tokens": AHEAD,
         "dense.cores": [0, 1],
         "attention.cores": [0, 1],
         "lanes.spin_us": 0,
@@ -189,7 +199,7 @@ def predicted(cap: int, clients: int, step: Line, held_each: float) -> float:
 @contextmanager
 def clusters(model: Path, cap: int, modes: Sequence[str]) -> Iterator[dict[str, Client]]:
     """One of each mode, all there at once: measured in turn, so that a slow minute is everybody's."""
-    token_bytes = ModelSpec.from_folder(model).geometry("bfloat16", 32).token_bytes
+    token_bytes = ModelSpec.from_folder(model).geometry("bfloat16", BLOCK).token_bytes
     with ExitStack() as stack:
         yield {
             mode: stack.enter_context(
