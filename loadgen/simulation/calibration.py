@@ -88,10 +88,12 @@ class Calibration:
     in the dense process; `remote`: in another, whose lanes ask for bytes before they sleep; `asleep`: whose
     lanes do not. `turns`: of their core, what asking that one about so many rows takes a dense worker that
     shares it: handing over, taking back, and finding its caches cold, since another computed meanwhile.
+    `read_bytes_per_s`: what memory gave one core while all this was measured; nothing is predicted from it.
     """
 
     model: str
     machine: Mapping[str, Any]
+    read_bytes_per_s: float
     decode: Points
     first: Points
     later: Points
@@ -140,7 +142,7 @@ class Calibration:
 
     def to_json(self) -> str:
         """For a file."""
-        told = {name: getattr(self, name) for name in ("model", "machine", *_POINTS)}
+        told = {name: getattr(self, name) for name in ("model", "machine", _READ, *_POINTS)}
         told |= {name: getattr(self, name).shapes for name in _SHAPES}
         return json.dumps(told, indent=1)
 
@@ -151,9 +153,8 @@ class Calibration:
             [(int(n), float(s)) for n, s in told[name]] for name in _POINTS
         )
         local, remote, asleep = (AttendCost([_shape(row) for row in told[name]]) for name in _SHAPES)
-        return cls(
-            told["model"], told["machine"], decode, first, later, own, head, turns, local, remote, asleep
-        )
+        parts = decode, first, later, own, head, turns, local, remote, asleep
+        return cls(told["model"], told["machine"], float(told[_READ]), *parts)
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
@@ -166,6 +167,7 @@ class Calibration:
             ) from error
 
 
+_READ = "read_bytes_per_s"
 _POINTS = ("decode", "first", "later", "own", "head", "turns")
 _SHAPES = ("local", "remote", "asleep")
 

@@ -48,7 +48,9 @@ def calibration(lane_s: float = LANE_S) -> Calibration:
     costs = AttendCost(shapes)
     own, head = [(n, n * 1e-5) for n in SIZES[4:]], [(n, 0.001) for n in SIZES[:7]]
     turns = [(n, TURNS_S) for n in SIZES]
-    return Calibration("round", {"cores": 2}, decode, first, first, own, head, turns, costs, costs, costs)
+    return Calibration(
+        "round", {"cores": 2}, 1e10, decode, first, first, own, head, turns, costs, costs, costs
+    )
 
 
 def rows(count: int, start: int) -> list[PlannedRow]:

@@ -19,6 +19,7 @@ from anabranch.cli.bench import (
     step_attention,
 )
 from anabranch.cli.bench.children import next_line, start
+from anabranch.cli.bench.others import watched
 from anabranch.cli.bench.step_settings import StepSettings
 from cluster.errors import ConfigError
 from loadgen.simulation.calibration import Calibration
@@ -36,16 +37,18 @@ def measure(model: Path, dtype: str, say: Callable[[str], None]) -> Calibration:
         str(model), (cores[0],), dtype=_checked(dtype), prefix_sharing=False, arena_bytes=_ARENA_BYTES
     )
     split = replace(alone, attention_cores=(cores[1],))
-    say("dense work: steps without attention, and their parts")
-    told: dict[str, Any] = _ask(calibration_dense.__name__, alone)
-    say("attention in the dense process")
-    told["local"] = _ask(calibration_attention.__name__, alone)
-    for name, is_spinning in (("remote", True), ("asleep", False)):
-        say(f"attention in another process, lanes {'spinning' if is_spinning else 'asleep'}")
-        told[name] = _remote(replace(split, spins=is_spinning))
-    say("attention asked by two dense workers of one core, lanes asleep")
-    told["turns"] = _turns(replace(split, spins=False))
-    return Calibration.from_json(told | {"model": model.name, "machine": results_file.machine()})
+    with watched() as others:
+        say("dense work: steps without attention, and their parts")
+        told: dict[str, Any] = _ask(calibration_dense.__name__, alone)
+        say("attention in the dense process")
+        told["local"] = _ask(calibration_attention.__name__, alone)
+        for name, is_spinning in (("remote", True), ("asleep", False)):
+            say(f"attention in another process, lanes {'spinning' if is_spinning else 'asleep'}")
+            told[name] = _remote(replace(split, spins=is_spinning))
+        say("attention asked by two dense workers of one core, lanes asleep")
+        told["turns"] = _turns(replace(split, spins=False))
+    told |= {"model": model.name, "machine": results_file.machine()}
+    return Calibration.from_json(told | {"read_bytes_per_s": others.read_bytes_per_s})
 
 
 def _remote(settings: StepSettings) -> Any:

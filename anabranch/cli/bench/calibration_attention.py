@@ -9,7 +9,8 @@ to memory that was not touched before, as in an arena that fills.
 
 Prints a line of JSON, [[sequences, rows, cached, attend_s, sent_s, lane_s], ...]: seconds over all layers of
 a step in which so many sequences ask with so many rows each over so many cached tokens each: attending,
-handing messages over, and whatever else there was until the reply.
+handing messages over, and whatever else there was until the reply. Means, of rounds through all shapes: what
+is predicted is a sum of many steps, slow ones too, and a slow moment is not one shape's alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from statistics import median
+from statistics import fmean
 from time import monotonic, thread_time
 
 import torch
@@ -40,8 +41,10 @@ from workers.lanes.plans import PlanEncoder
 from workers.peer import AttentionPeer
 
 _DEADLINE_MS = 60_000
-_STEPS = 9
+_ROUNDS = 3
+_STEPS = 5
 _PASSED_OVER = 2
+_READS = 9
 _SHAPES = (
     *((sequences, 1, cached) for sequences in (1, 4, 16) for cached in (64, 512, 2048)),
     (32, 1, 64),
@@ -52,6 +55,8 @@ _SHAPES = (
 )
 
 Found = list[tuple[int, int, int, float, float, float]]
+Seconds = tuple[float, float, float, float]
+"""Of a step: attending, handing over, what else there was until the reply, and what this thread computed."""
 
 
 class AttentionParts:
@@ -69,45 +74,53 @@ class AttentionParts:
         self._generation = wire_generation(FIRST_GENERATION, 0)
 
     def measure(self) -> Found:
-        """Medians by shape."""
-        return [(*shape, *self._shape(*shape)) for shape in _SHAPES]
+        """Means by shape: attending, handing over, and what is left."""
+        filled = [self._filled(*shape, _ROUNDS * _STEPS) for shape in _SHAPES]
+        seconds: list[list[Seconds]] = [[] for _ in _SHAPES]
+        for turn in range(_ROUNDS):
+            for found, (_, rows, cached), shards in zip(seconds, _SHAPES, filled, strict=True):
+                found.append(self._steps(shards, rows, cached, turn * _STEPS, _STEPS))
+        means = [tuple(map(fmean, zip(*found, strict=True))) for found in seconds]
+        return [
+            (*shape, attend_s, sent_s, lane_s)
+            for shape, (attend_s, sent_s, lane_s, _) in zip(_SHAPES, means, strict=True)
+        ]
 
     def close(self) -> None:
         """Close the lanes."""
         self._filler.close()
         self._lane.close()
 
-    def _shape(self, sequences: int, rows: int, cached: int) -> tuple[float, float, float]:
-        """Attending, handing over, and what is left: the medians of some steps."""
-        attend_s, sent_s, lane_s, _ = self.steps(sequences, rows, cached, _STEPS)
-        return attend_s, sent_s, lane_s
+    def steps(self, sequences: int, rows: int, cached: int, count: int) -> Seconds:
+        """Means of so many steps."""
+        return self._steps(self._filled(sequences, rows, cached, count), rows, cached, 0, count)
 
-    def steps(self, sequences: int, rows: int, cached: int, count: int) -> tuple[float, float, float, float]:
-        """Medians of so many steps: attending, handing over, what else there was until the reply, and what
-        this thread computed in all.
-        """
+    def _filled(self, sequences: int, rows: int, cached: int, count: int) -> Sequence[ShardRef]:
         keys = [SequenceKey(f"calibration-{os.getpid()}-{next(self._numbers)}") for _ in range(sequences)]
-        shards = self._filler.fill(keys, cached, count * rows)
+        return self._filler.fill(keys, cached, count * rows)
+
+    def _steps(self, shards: Sequence[ShardRef], rows: int, cached: int, first: int, count: int) -> Seconds:
         encoder = PlanEncoder()
         steps = [
-            self._step(encoder, shards, rows, cached, cached + number * rows) for number in range(count)
+            self._step(encoder, shards, rows, cached, cached + number * rows)
+            for number in range(first, first + count)
         ][_PASSED_OVER:]
-        attend_s, sent_s, lane_s, computed_s = map(median, zip(*steps, strict=True))
+        attend_s, sent_s, lane_s, computed_s = map(fmean, zip(*steps, strict=True))
         return attend_s, sent_s, lane_s, computed_s
 
     def read_s(self) -> float:
-        """What this thread computes to read all layers' weights: the median of some times."""
+        """What this thread computes to read all layers' weights: the mean of some times."""
         found = []
-        for _ in range(_STEPS):
+        for _ in range(_READS):
             began_s = thread_time()
             for layer in range(self._geometry.layers):
                 self._weights[layer].sum()
             found.append(thread_time() - began_s)
-        return median(found)
+        return fmean(found)
 
     def _step(
         self, encoder: PlanEncoder, shards: Sequence[ShardRef], rows: int, cached: int, start: int
-    ) -> tuple[float, float, float, float]:
+    ) -> Seconds:
         sizes, number = self._geometry, next(self._numbers)
         dtype, asked = torch_dtype(sizes), rows * len(shards)
         query = torch.randn(asked, sizes.query_heads, sizes.head_size).to(dtype)

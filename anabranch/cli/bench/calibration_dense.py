@@ -7,6 +7,8 @@ SETTINGS is the JSON of `StepSettings`. Prints a line of JSON, {part: [[size, se
 decode  a step of so many rows, from end to end, with plan and apply; first: one of a prompt's first chunk of
         so many tokens, the layers alone; later: one of a chunk behind others, which merges what it sees;
         own: attention of so many tokens over themselves, all layers; head: head and sampler of so many rows.
+
+Means, of rounds through all parts: what is predicted is a sum of many steps, slow ones too.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean
 from time import monotonic
 
 import torch
@@ -42,8 +44,9 @@ from workers.lanes.messages import LayerMessage, PartialReply
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WAIT_S = 120.0
-_STEPS = 12
-_REPEATS = 7
+_ROUNDS = 3
+_STEPS = 20
+_REPEATS = 3
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _CHUNKS = (16, 32, 64, 128, 256)
 _PROMPT = 8
@@ -153,8 +156,15 @@ class DenseParts:
         assert self._engine.pool.wait_connected(_WAIT_S), "no lane within the process"
 
     def measure(self) -> dict[str, Points]:
-        """Medians by part and size."""
+        """Means by part and size."""
         self._batch(1, max(_CHUNKS), _STEPS)  # first calls compile and touch memory
+        rounds = [self._round() for _ in range(_ROUNDS)]
+        return {
+            part: [(size, fmean(dict(found[part])[size] for found in rounds)) for size, _ in rounds[0][part]]
+            for part in rounds[0]
+        }
+
+    def _round(self) -> dict[str, Points]:
         return {
             "decode": [(rows, self._decode_s(rows)) for rows in _ROWS],
             "first": [(tokens, self._chunk_s(0, tokens)) for tokens in _CHUNKS],
@@ -187,13 +197,13 @@ class DenseParts:
         return self._watch.ends_s
 
     def _decode_s(self, rows: int) -> float:
-        ends = self._batch(rows, _PROMPT, 4 * _STEPS)
+        ends = self._batch(rows, _PROMPT, _STEPS)
         full = [
             later_s - earlier_s
             for (earlier_s, before), (later_s, outcome) in itertools.pairwise(ends)
             if len(before.chunks) == len(outcome.chunks) == len(outcome.sampled) == rows
         ]
-        return median(full[_OFTEN:])
+        return fmean(full[_OFTEN:])
 
     def _chunk_s(self, before: int, tokens: int) -> float:
         """A chunk behind `before` tokens, which make one step themselves."""
@@ -203,13 +213,13 @@ class DenseParts:
             outcome = outcomes[1 if before else 0]
             assert outcome.chunks[0].count == tokens, "a chunk in one step"
             found.append(outcome.times.wall_s - outcome.times.head_s)
-        return median(found)
+        return fmean(found)
 
     def _own_s(self, tokens: int) -> float:
         spec, dtype = self._spec, self._decoder.dtype
         query = torch.randn(tokens, spec.query_heads, spec.head_size).to(dtype)
         key, value = (torch.randn(tokens, spec.kv_heads, spec.head_size).to(dtype) for _ in range(2))
-        return spec.layers * _median_s(
+        return spec.layers * _mean_s(
             lambda: self._kernel.causal(query, key, value, (tokens,), spec.head_size**-0.5, None)
         )
 
@@ -222,19 +232,19 @@ class DenseParts:
         hidden = torch.randn(rows, self._spec.hidden_size).to(self._decoder.dtype)
         parameters = SamplingParameters(temperature=0.0, ignore_eos=True, seed=0, max_tokens=2)
         chosen = [SampleRow(parameters, 0, 0, 0)] * rows
-        return _median_s(lambda: sampler.sample(self._decoder.logits(hidden), chosen))
+        return _mean_s(lambda: sampler.sample(self._decoder.logits(hidden), chosen))
 
 
-def _median_s(call: object) -> float:
+def _mean_s(call: object) -> float:
     """Of some calls, without the first ones."""
     assert callable(call)
     found = []
     with torch.inference_mode():
-        for _ in range(_OFTEN + 3 * _REPEATS):
+        for _ in range(_OFTEN + 2 * _REPEATS):
             began_s = monotonic()
             call()
             found.append(monotonic() - began_s)
-    return median(found[_OFTEN:])
+    return fmean(found[_OFTEN:])
 
 
 def main(settings: StepSettings) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from anabranch.cli import model as models
-from anabranch.cli.loadgen.others import Others, watched
+from anabranch.cli.bench.others import Others, watched
 from anabranch.cli.loadgen.watching import LiveLine
 from anabranch.cli.models.catalogue import DEFAULT_MODEL
 from cluster.config import Config, TlsConfig
@@ -31,6 +31,8 @@ _TIMEOUT_S = 600.0
 _BEYOND_MOST = 1
 _OTHERS_MOST = 0.05
 """Share of the machine that others may take while a real run is measured."""
+_SPEEDS_APART_MOST = 0.15
+"""How far memory may be from the speed that it had while the machine was calibrated."""
 
 _WARM_UP = Scenario(concurrency=(4,), requests=8, prompt="300", output="8")
 """First calls compile, touch memory, and tell dense workers what their steps take."""
@@ -111,15 +113,23 @@ def _checked(
     for name, values in figures.items():
         line = f"{case.name}: {name} {values['real']:.1f}, predicted {values['predicted']:.1f}"
         console.print(f"{line} ({values['off']:+.1%})", highlight=False)
+    memory = others.read_bytes_per_s / calibration.read_bytes_per_s
     if others.share > _OTHERS_MOST:
         raise Unavailable(
             f"{case.name}: others took {others.share:.0%} of the machine, so this run says nothing: repeat "
             f'it when nothing else runs (--only "{case.name}")'
         )
+    if abs(memory - 1) > _SPEEDS_APART_MOST:
+        raise Unavailable(
+            f"{case.name}: memory gave {memory:.2f} of what it gave while the machine was calibrated, so "
+            f'this run says nothing: repeat it (--only "{case.name}"), or calibrate again'
+        )
     return {
         "figures": figures,
         "rate": scenario.rate,
         "others_share": others.share,
+        "memory": round(memory, 3),
+        "calibration": json.loads(calibration.to_json()),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": results_file.commit(),
     }
@@ -127,9 +137,7 @@ def _checked(
 
 def _keep(json_file: Path, calibration: Calibration, found: dict[str, Any]) -> None:
     cases = json.loads(json_file.read_text("utf-8"))["cases"] if json_file.exists() else {}
-    parts = json.loads(calibration.to_json())
-    told = {"machine": calibration.machine, "model": calibration.model, "calibration": parts}
-    told["cases"] = cases | found
+    told = {"machine": calibration.machine, "model": calibration.model, "cases": cases | found}
     json_file.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
 
 
