@@ -228,6 +228,7 @@ def test_an_unknown_case_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.system
+@pytest.mark.timeout(360)
 def test_the_calibration_measures_every_part(tmp_path: Path) -> None:
     """On a tiny model: the command's file has all points, each of which took some time."""
     file, folder = tmp_path / "machine.json", tiny_model(tmp_path, max_position_embeddings=16_384)

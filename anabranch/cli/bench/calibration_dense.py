@@ -45,7 +45,7 @@ from workers.lanes.messages import LayerMessage, PartialReply
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WAIT_S = 120.0
 _ROUNDS = 3
-_STEPS = 20
+_STEPS = 48
 _REPEATS = 3
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _CHUNKS = (16, 32, 64, 128, 256)
@@ -190,7 +190,7 @@ class DenseParts:
         for _ in range(batch):
             number = next(self._numbers)
             key, deadline_s = SequenceKey(f"calibration-{number}"), monotonic() + _WAIT_S
-            prompt_ids = (1 + number % 30_000,) * prompt
+            prompt_ids = (1 + number % (self._spec.vocabulary_size - 1),) * prompt
             submission = Submission(key, 1, prompt_ids, (), sampling, 0, tokens, 0, deadline_s, "")
             self._engine.submit(submission, self._watch, _WAIT_S)
         self._watch.wait()
