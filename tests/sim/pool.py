@@ -22,8 +22,7 @@ from workers.attention.shard_blocks import Sharing
 from workers.attention.store import Store
 from workers.attention.transfer import Copy, Piece, fetch, pull
 from workers.kernels.reference import ReferenceKernel
-from workers.lanes.inproc import InProcessLane
-from workers.lanes.messages import LayerMessage, PartialReply
+from workers.lanes.messages import Lane, LayerMessage, PartialReply
 from workers.peer import Acquisition, PullSource, ShardPrefix
 
 _T = TypeVar("_T")
@@ -173,7 +172,7 @@ class SimulatedPeer:
 class SimulatedLane:
     """A `Lane` that may break at any message."""
 
-    def __init__(self, world: World, inner: InProcessLane, require_way: Callable[[], None]) -> None:
+    def __init__(self, world: World, inner: Lane, require_way: Callable[[], None]) -> None:
         self._world = world
         self._inner = inner
         self._require_way = require_way

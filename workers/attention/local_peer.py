@@ -9,6 +9,7 @@ from cluster.types import Generation, SequenceKey, ShardId
 from workers.attention.session import AttendSession
 from workers.attention.store import Store
 from workers.lanes.inproc import InProcessLane
+from workers.lanes.messages import Lane
 from workers.peer import Acquisition, Adoption, HeldShard, PullSource, Reservation, ShardPrefix
 
 
@@ -79,7 +80,7 @@ class LocalPeer:
         """See `AttentionPeer.locate`."""
         return self._store.locate(key)
 
-    def open_lane(self) -> InProcessLane:
+    def open_lane(self) -> Lane:
         """See `AttentionPeer.open_lane`."""
         return InProcessLane(self._session(), on_close=_nothing)
 

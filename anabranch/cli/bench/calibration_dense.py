@@ -89,7 +89,7 @@ class _Peer(LocalPeer):
 
     lane: InstantLane
 
-    def open_lane(self) -> InstantLane:  # type: ignore[override]
+    def open_lane(self) -> InstantLane:
         """See `AttentionPeer.open_lane`."""
         return self.lane
 
