@@ -6,17 +6,22 @@ import argparse
 import os
 import sys
 import time
-import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 
-from tests.sim.simulation import Simulation
+import torch
+
+from tests.sim.seed import run_seed
 
 _EPILOG = """\
 A seed draws the shape of a cluster, its requests, and what goes wrong. Equal seeds give equal runs: the
 program starts itself again with PYTHONHASHSEED=0. Exit status: 0 when all seeds hold, 1 otherwise.
 
-  python -m tests.sim --seeds 0:2000       # some minutes
+  python -m tests.sim --seeds 0:2000       # some seconds a seed
   python -m tests.sim --seeds 17 --story   # what happened in one of them
 """
+_EACH = 50
+"""Seeds between two lines of progress."""
 
 
 def main() -> int:
@@ -30,26 +35,23 @@ def main() -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    cores = len(os.sched_getaffinity(0))
     parser.add_argument("--seeds", default="0:200", metavar="FROM:TO", help="or one seed; default 0:200")
+    parser.add_argument("--jobs", type=int, default=cores, help="processes; default: one a core")
     parser.add_argument("--story", action="store_true", help="print what happened")
     arguments = parser.parse_args()
     first, _, end = arguments.seeds.partition(":")
     seeds = range(int(first), int(end or int(first) + 1))
     began_s, failed, events = time.monotonic(), 0, 0
-    for done, seed in enumerate(seeds):
-        if done and done % 10 == 0:
-            print(f"{done} of {len(seeds)} seeds, {failed} failed", file=sys.stderr, flush=True)
-        simulation = Simulation(seed)
-        try:
-            simulation.run()
-        except Exception:  # noqa: BLE001  the next seed may tell more
-            failed += 1
-            print(f"seed {seed} fails: {simulation.shape}")
-            traceback.print_exc(file=sys.stdout)
-            print("\n".join(simulation.world.journal[-30:]), flush=True)
-        events += simulation.world.events
-        if arguments.story:
-            print("\n".join(simulation.world.journal))
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        runs = [pool.submit(run_seed, seed, tells=arguments.story) for seed in seeds]
+        for done, run in enumerate(as_completed(runs), start=1):
+            holds, passed, words = run.result()
+            failed += not holds
+            events += passed
+            print(words, end="", flush=True)
+            if done % _EACH == 0:
+                print(f"{done} of {len(seeds)} seeds, {failed} failed", file=sys.stderr, flush=True)
     seconds = time.monotonic() - began_s
     print(f"{len(seeds)} seeds, {events} events in {seconds:.1f} s; {failed} failed")
     return 1 if failed else 0
