@@ -19,6 +19,10 @@ from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, WorkerId
 MEMBERS_MOST = 8192
 _PAST_EPOCHS_MOST = 64
 """Dead incarnations remembered per slot; older ones are told to register and lose to the newest."""
+_READERS = (inference_pb2.ROLE_GATEWAY, inference_pb2.ROLE_DENSE)
+"""Who decides by the loads of others. An attention worker hears only who comes, goes or drains."""
+_LOADS_PER_S = 100_000
+"""Loads told to all readers together, each of which costs the controller some microseconds."""
 RESTORED_GRACE_S = 5.0
 """What a member known from an earlier controller gets beyond the expiry, in order to find this one."""
 
@@ -67,9 +71,9 @@ class MembershipTable:
                                +------another epoch registers for the slot------+
 
     The version grows with each change, loads included; loads are published by `sweep`, so that many
-    heartbeats cost one version. An incarnation unknown here gets NotFound and registers again: that
-    is how the table is rebuilt after a restart of the controller. Those that `restore` brought back count
-    as members until then.
+    heartbeats cost one version, and the less often the more there are to tell. An incarnation unknown here
+    gets NotFound and registers again: that is how the table is rebuilt after a restart of the controller.
+    Those that `restore` brought back count as members until then.
 
     `on_change` is called, outside the lock, with each member that joined or changed its state.
     """
@@ -86,8 +90,10 @@ class MembershipTable:
         self._lock = threading.Lock()
         self._slots: dict[str, _Slot] = {}
         self._version = 0
+        self._faces_version = 0  # that of the last change but of loads
+        self._told: control_pb2.Membership | None = None  # to who asked, as of this version
         self._loads_changed = False
-        self._swept_s = clock()
+        self._loads_due_s = self._swept_s = clock()
 
     def register(self, request: control_pb2.RegisterRequest) -> control_pb2.Membership:
         """Admit an incarnation; the one that had the slot before is fenced.
@@ -103,13 +109,14 @@ class MembershipTable:
             if slot.entry is not None and slot.entry.member.epoch != member.epoch:
                 slot.retire()
             slot.entry = _Entry(member, self._clock())
-            self._version += 1
+            self._change_faces()
             membership = self._snapshot()
         self._on_change(_copy(member))
         return membership
 
     def heartbeat(self, request: control_pb2.HeartbeatRequest) -> control_pb2.Membership | None:
-        """Note a sign of life; returns the membership if the caller's version is old.
+        """Note a sign of life; returns the membership, not to be modified, where the caller's is too old for
+        what its role decides.
 
         Raises NotFound for an incarnation unknown here, Fenced for one that was replaced or expired.
         """
@@ -120,10 +127,12 @@ class MembershipTable:
             changed = request.state != member.state
             if changed:
                 member.state = request.state
-                self._version += 1
+                self._change_faces()
             self._loads_changed |= _says_more_than_memory(member.load, request.load)
             member.load.CopyFrom(request.load)
-            news = self._snapshot() if request.membership_version != self._version else None
+            needed = self._version if member.role in _READERS else self._faces_version
+            is_known = needed <= request.membership_version <= self._version
+            news = None if is_known else self._news()
             told = _copy(member) if changed else None
         if told is not None:
             self._on_change(told)
@@ -143,9 +152,10 @@ class MembershipTable:
             forgiven_s = passed_s if frozen else max(0.0, passed_s - 2 * self.terms.heartbeat_ms / 1000)
             self._swept_s = now_s
             silent = list(self._retire_silent(now_s, forgiven_s))
-            if silent or self._loads_changed:
-                self._version += 1
-                self._loads_changed = False
+            if silent:
+                self._change_faces()
+            elif self._loads_changed and now_s >= self._loads_due_s:
+                self._publish_loads(now_s)
             return tuple(entry.member for entry in silent if not entry.is_restored)
 
     def restore(
@@ -166,7 +176,8 @@ class MembershipTable:
                 if slot.entry is not None and slot.entry.member.epoch in slot.past:
                     slot.retire()
             restored = sum(self._bring_back(registration) for registration in registrations)
-            self._version = max(self._version, version) + 1
+            self._version = max(self._version, version)
+            self._change_faces()
             return restored
 
     def registrations(self) -> tuple[int, list[control_pb2.RegisterRequest]]:
@@ -181,7 +192,7 @@ class MembershipTable:
             for name in self._slots.values():
                 if name.entry is not None and name.entry.member.slot == slot:
                     name.retire()
-                    self._version += 1
+                    self._change_faces()
 
     def holds(self, worker_id: str, epoch: int) -> bool:
         """Whether this incarnation lives."""
@@ -236,9 +247,30 @@ class MembershipTable:
             raise Fenced(f"{worker_id}: incarnation {epoch:016x} was replaced or taken for dead; end")
         raise NotFound(f"{worker_id} is not registered here; register again")
 
+    def _change_faces(self) -> None:
+        self._version += 1
+        self._faces_version = self._version
+        self._told = None
+
+    def _publish_loads(self, now_s: float) -> None:
+        self._version += 1
+        self._told = None
+        self._loads_changed = False
+        living = [member.role for member in self._living_members()]
+        told = len(living) * sum(role in _READERS for role in living)
+        self._loads_due_s = now_s + told / _LOADS_PER_S
+
+    def _living_members(self) -> list[inference_pb2.Member]:
+        return [slot.entry.member for slot in self._slots.values() if slot.entry is not None]
+
+    def _news(self) -> control_pb2.Membership:
+        """Made once a version, since all ask for it."""
+        if self._told is None:
+            self._told = self._snapshot()
+        return self._told
+
     def _snapshot(self) -> control_pb2.Membership:
-        living = (slot.entry.member for slot in self._slots.values() if slot.entry is not None)
-        members = sorted(living, key=lambda member: member.worker_id)
+        members = sorted(self._living_members(), key=lambda member: member.worker_id)
         return control_pb2.Membership(version=self._version, members=members)
 
 

@@ -60,7 +60,7 @@ def test_lanes_are_measured_beside_bare_loops() -> None:
 def test_the_directory_is_measured() -> None:
     """Rates, memory and times of a small cluster; an odd number of blocks is no special case."""
     values = verified({"directory": directory.measure(workers=3, blocks=7)})
-    assert len(values) == 5
+    assert len(values) == 7
     assert all(value > 0 for value in values.values())
 
 

@@ -31,7 +31,7 @@ class Cluster:
         self.changed.append((member.worker_id, member.state))
 
     def register(self, worker_id: str = "dense-0", epoch: int = 1, **facts: Any) -> control_pb2.Membership:
-        """Join as a dense worker; `facts` replace what was agreed."""
+        """Join, as a dense worker unless told otherwise; `facts` replace what was agreed."""
         return self.table.register(registration(worker_id, epoch, **facts))
 
     def beat(
@@ -55,17 +55,17 @@ class Cluster:
         return [member.worker_id for member in self.table.membership().members]
 
 
-def registration(worker_id: str, epoch: int, **facts: Any) -> control_pb2.RegisterRequest:
-    """What a dense worker says when it joins."""
+def registration(
+    worker_id: str, epoch: int, *, role: Any = inference_pb2.ROLE_DENSE, **facts: Any
+) -> control_pb2.RegisterRequest:
+    """What a worker says when it joins."""
     agreed: dict[str, Any] = {
         "wire_version": WIRE_VERSION,
         "layout_version": LAYOUT_VERSION,
         "config_digest": DIGEST,
     }
     return control_pb2.RegisterRequest(
-        member=inference_pb2.Member(
-            worker_id=worker_id, role=inference_pb2.ROLE_DENSE, epoch=epoch, address="127.0.0.1:1"
-        ),
+        member=inference_pb2.Member(worker_id=worker_id, role=role, epoch=epoch, address="127.0.0.1:1"),
         **agreed | facts,
     )
 
@@ -200,6 +200,45 @@ def test_a_change_of_state_is_news_at_once() -> None:
     assert news is not None
     assert news.members[0].state == inference_pb2.MEMBER_STATE_READY
     assert cluster.changed[-1] == ("dense-0", inference_pb2.MEMBER_STATE_READY)
+
+
+def test_loads_are_told_to_those_who_decide_by_them() -> None:
+    """An attention worker hears who comes, goes or drains, and nothing of loads in between."""
+    cluster = Cluster()
+    cluster.register("dense-0")
+    version = cluster.register("attention-0", 2, role=inference_pb2.ROLE_ATTENTION).version
+    cluster.beat(load=inference_pb2.Load(sequences_running=1))
+    cluster.table.sweep()
+    assert cluster.beat("attention-0", 2, membership_version=version) is None
+    told = cluster.beat(membership_version=version, load=inference_pb2.Load(sequences_running=1))
+    assert told is not None
+    cluster.beat(state=inference_pb2.MEMBER_STATE_DRAINING, membership_version=told.version)
+    news = cluster.beat("attention-0", 2, membership_version=version)
+    assert news is not None
+    assert news.members[1].state == inference_pb2.MEMBER_STATE_DRAINING
+
+
+def test_many_loads_are_told_less_often() -> None:
+    """A thousand members whose loads always change are told to a hundred dense workers at a bounded rate."""
+    cluster = Cluster()
+    names = [f"dense-{number}" for number in range(100)]
+    for number in range(900):
+        cluster.register(f"attention-{number}", role=inference_pb2.ROLE_ATTENTION)
+    for name in names:
+        cluster.register(name)
+    versions = dict.fromkeys(names, cluster.table.membership().version)
+    told = 0
+    for turn in range(20):
+        cluster.pass_time(HEARTBEAT_S)
+        for name in names:
+            load = inference_pb2.Load(sequences_running=turn + 1)
+            news = cluster.beat(name, load=load, membership_version=versions[name])
+            if news is not None:
+                versions[name] = news.version
+                told += len(news.members)
+        for number in range(900):
+            cluster.beat(f"attention-{number}")
+    assert 5 * 100_000 <= told <= 10 * 100_000
 
 
 def test_loads_are_published_once_per_sweep() -> None:

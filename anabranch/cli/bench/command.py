@@ -246,8 +246,8 @@ def directory(
         str, typer.Option(metavar="PROGRAM", help="Redis server for the copy; left out where there is none.")
     ] = "redis-server",
 ) -> None:
-    """Reports a controller takes per second, memory of what it knows, and a question about a prefix; the same
-    of the copy that it keeps in a Redis.
+    """Reports a controller takes per second, heartbeats it answers, memory of what it knows, and a question
+    about a prefix; the same of the copy that it keeps in a Redis.
 
     \b
     anabranch bench directory

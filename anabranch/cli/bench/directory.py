@@ -1,4 +1,4 @@
-"""The controller's directory at the size of a large cluster: reports taken, memory, questions, evictions."""
+"""The controller at the size of a large cluster: reports it takes, heartbeats it answers, memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from time import perf_counter
 from anabranch.cli.bench.records import Results, figure
 from anabranch.v1 import control_pb2, inference_pb2
 from cluster.blocks import BlockHash, child
+from cluster.clock import ManualClock
 from cluster.policies.directory import Directory, Life
-from cluster.types import Epoch, WorkerId
+from cluster.types import LAYOUT_VERSION, WIRE_VERSION, Epoch, WorkerId
 from controller.directory_service import DirectoryKeeper, read_report
 from controller.membership import MembershipTable, Terms
 from workers.attention.journal import Journal
 from workers.attention.ledger import BlockLedger
+from workers.role import read_memory
 
+_TERMS = Terms("bench", 500, 2500)
+_DENSE_EVERY = 10
+"""One in so many members is a dense worker, which decides by what the others report."""
+_ROUNDS = 10
 _REPORTS_PER_SAMPLE = 50
 QUESTIONS = 101
 PREFIX_BLOCKS = 63
@@ -27,13 +33,17 @@ _ROOT = BlockHash(bytes(32))
 def measure(workers: int, blocks: int) -> Results:
     """Records of a directory of `workers` x `blocks` entries; reports arrive as bytes, as from the wire."""
     settings = {"workers": workers, "blocks_per_worker": blocks}
-    keeper = DirectoryKeeper(MembershipTable(Terms("bench", 1000, 2000)))
+    keeper = DirectoryKeeper(MembershipTable(_TERMS))
     keeper.follow(from_nothing=True)  # as a controller does for the registry's copy
     first = list(_rates(keeper, workers, blocks, number=1))
     churn = list(_rates(keeper, workers, blocks, number=2))
+    rounds = list(_rounds_s(workers))
+    resident_bytes = read_memory().resident_bytes  # of all that the process has loaded, too
     return {
         "entries_taken": figure(first, "1/s", settings=settings),
         "entries_changed": figure(churn, "1/s", settings=settings),
+        "memory": figure([float(resident_bytes)], "B", settings=settings),
+        "heartbeats": figure(rounds, "s", settings={"workers": workers, "dense": workers // _DENSE_EVERY}),
         "memory_per_entry": figure([_entry_bytes(min(workers, 100), blocks)], "B", settings=settings),
         "question": figure(_question_s(), "s", settings={"blocks": PREFIX_BLOCKS}),
         "eviction": figure(_eviction_s(), "s", settings={"blocks": blocks}),
@@ -52,6 +62,53 @@ def _rates(keeper: DirectoryKeeper, workers: int, blocks: int, number: int) -> I
         for payload in payloads:
             assert keeper.take(control_pb2.HeartbeatRequest.FromString(payload))
         yield len(sent) * blocks / (perf_counter() - began_s)
+
+
+def _rounds_s(workers: int) -> Iterator[float]:
+    """Of answering one heartbeat of every member, from bytes to bytes; all loads change all the time."""
+    clock = ManualClock()
+    table = MembershipTable(_TERMS, clock)
+    versions = [table.register(_registration(number)).version for number in range(workers)]
+    for turn in range(_ROUNDS):
+        clock.advance(_TERMS.heartbeat_ms / 1000)
+        table.sweep()
+        payloads = [
+            control_pb2.HeartbeatRequest(
+                worker_id=_name(number),
+                epoch=number + 1,
+                load=_load(turn),
+                membership_version=version,
+            ).SerializeToString()
+            for number, version in enumerate(versions)
+        ]
+        began_s = perf_counter()
+        for number, payload in enumerate(payloads):
+            news = table.heartbeat(control_pb2.HeartbeatRequest.FromString(payload))
+            control_pb2.HeartbeatResponse(membership=news).SerializeToString()
+            versions[number] = news.version if news is not None else versions[number]
+        yield perf_counter() - began_s
+
+
+def _registration(number: int) -> control_pb2.RegisterRequest:
+    role = inference_pb2.ROLE_ATTENTION if number % _DENSE_EVERY else inference_pb2.ROLE_DENSE
+    member = inference_pb2.Member(
+        worker_id=_name(number), role=role, epoch=number + 1, address=f"host-{number}:8700", load=_load(0)
+    )
+    return control_pb2.RegisterRequest(
+        member=member,
+        wire_version=WIRE_VERSION,
+        layout_version=LAYOUT_VERSION,
+        config_digest=_TERMS.config_digest,
+    )
+
+
+def _name(number: int) -> str:
+    return f"worker-{number}"
+
+
+def _load(turn: int) -> inference_pb2.Load:
+    account = inference_pb2.BlockAccount(capacity=10**6, free=10**5 + turn, sealed_referenced=10**5)
+    return inference_pb2.Load(blocks=account, sequences_running=100 + turn, busy_seconds=float(turn))
 
 
 def report_of(worker: int, blocks: int, number: int) -> control_pb2.HeartbeatRequest:
