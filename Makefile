@@ -8,11 +8,12 @@ VARIANT ?= cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 RESULTS := bench/results.json
+POOL_RESULTS := bench/pool.json
 BENCH_MODEL := smollm2-135m-instruct
 # The demo does without what tests and checks need; where that is installed, it has all.
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),.venv/.installed-demo)
 
-.PHONY: demo demo-long test test-system check proto chart image oracle-full validation bench bench-peers study gpu-bundle clean help
+.PHONY: demo demo-long test test-system check proto chart image oracle-full validation bench bench-pool bench-peers study gpu-bundle clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -69,6 +70,14 @@ bench: $(STAMP)  ## measure the hot path; writes bench/results.json
 	$(BIN)/anabranch bench lane --json $(RESULTS)
 	$(BIN)/anabranch bench step --json $(RESULTS)
 	$(BIN)/anabranch bench verify $(RESULTS)
+
+bench-pool: $(STAMP)  ## measure the pool and the controller, long contexts included; writes bench/pool.json
+	$(BIN)/anabranch model fetch $(BENCH_MODEL)
+	$(BIN)/anabranch bench directory --json $(POOL_RESULTS)
+	$(BIN)/anabranch bench prefix --json $(POOL_RESULTS)
+	$(BIN)/anabranch bench long-prefill --json $(POOL_RESULTS)
+	$(BIN)/anabranch bench long-decode --json $(POOL_RESULTS)
+	$(BIN)/python -m tests.controller_stopped --json $(POOL_RESULTS)
 
 bench-peers: $(STAMP) .venv-peers/.installed  ## the same batches through vLLM and transformers, in turn with ours
 	$(BIN)/anabranch model fetch $(BENCH_MODEL)

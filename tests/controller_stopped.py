@@ -1,12 +1,14 @@
-"""What a stopped controller costs new requests: `python -m tests.controller_stopped`.
+"""What a stopped controller costs new requests: `python -m tests.controller_stopped [--json FILE]`.
 
 SmolLM2 in float32, a gateway, a dense and two attention workers, one thread each. Four clients ask one short
 request after the other: for a minute undisturbed, for one with the controller stopped (SIGSTOP), and for one
-afterwards. Prints requests per second of each, and the ratio of the second to the first and third.
+afterwards. Prints requests per second of each, and the ratio of the second to the first and third; exit
+status 1 where that is below what is asked.
 """
 
+import argparse
 import signal
-import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from anabranch import Client
+from anabranch.cli.bench import results_file
+from anabranch.cli.bench.records import Record, ratio
 from cluster.registry.settings import RegistryConfig
 from tests.controlled import ControlledCluster, controlled
 from tests.models import random_prompt
@@ -27,6 +31,8 @@ SETTINGS: dict[str, Any] = {
 }
 CLIENTS = 4
 MINUTE_S = 60.0
+LEAST = 0.9
+"""Of the usual rate of new requests."""
 
 
 def requests_of(client: Client, index: int, until_s: float) -> int:
@@ -50,8 +56,8 @@ def rate(client: Client, seed: int) -> float:
     return answered / (time.monotonic() - began_s)
 
 
-def measure(cluster: ControlledCluster) -> None:
-    """Three minutes."""
+def measure(cluster: ControlledCluster) -> Record:
+    """Three minutes: the rate with the controller stopped over that of the two others."""
     for name in ROLES:
         cluster.launch(name)
     cluster.await_ready(*ROLES)
@@ -66,17 +72,33 @@ def measure(cluster: ControlledCluster) -> None:
         after = rate(client, 20)
         print(f"afterwards: {after:.2f} requests/s", flush=True)
         cluster.await_ready(*ROLES)
-    print(f"stopped over the mean of both others: {stopped / statistics.mean((before, after)):.2f}")
+    found = ratio(
+        ("stopped", [stopped]),
+        ("running", [before, after]),
+        "1/s",
+        at_least=LEAST,
+        settings={"clients": CLIENTS},
+    )
+    print(f"stopped over the median of both others: {found['value']:.2f} (asked {LEAST})")
+    return found
 
 
-def main() -> None:
+def main() -> int:
     """Measure on a fresh cluster."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the rates here, beside what else is there")
+    options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,
         controlled(Path(folder), smollm2_folder(), RegistryConfig(), **SETTINGS) as cluster,
     ):
-        measure(cluster)
+        found = measure(cluster)
+    if options.json:
+        results_file.write(options.json, results_file.stamp({"controller_stopped": found}))
+    return int(found["value"] < LEAST)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
