@@ -116,6 +116,7 @@ SETTING = {
     "cluster": "its shape, or its address",
     "settings": "engine settings that differed from point to point",
     "load": "how hard it was asked",
+    "fault": "why the load was not borne",
     "shape": "devices that are paid for, by role",
     "prices": "of one device of each kind, with date and source",
     "notes": "what was changed on the way from what was asked for",

@@ -58,7 +58,7 @@ def sweep_page(courses: Sequence[Course], standard: Standard, *, is_search: bool
     return Content(
         title=f"{head['model_id']}, swept",
         subtitle=f"{len(points)} points on {len(courses)} clusters or settings · {head['date']}",
-        warnings=tuple(bests[0].summary["warnings"]) if bests else (),
+        warnings=tuple(filter(None, (*bests[0].summary["warnings"], bests[0].warning))) if bests else (),
         cards=tuple(headlines(f"{best.subject}, {best.load}", best.summary) for best in bests[:1]),
         sections=tuple(
             section
@@ -166,7 +166,7 @@ def _all(points: Sequence[Point]) -> Table:
         (
             point.subject,
             str(point.load),
-            "yes" if point.is_kept else "no",
+            f"no: {point.fault}" if point.fault else "yes",
             *(text(point.summary.get(key)) for _, key in _COLUMNS),
         )
         for point in points

@@ -14,6 +14,9 @@ from loadgen.scenario import REQUESTS, Scenario
 ROUNDS = 4
 """Requests of each user of a closed loop, at least: fewer would be mostly beginning and end."""
 
+STAYS = 4
+"""How many times the p95 end-to-end latency an open loop lasts, at least: in less, little can pile up."""
+
 
 class LoadKind(StrEnum):
     """Open or closed loop."""
@@ -51,7 +54,9 @@ class Standard:
     attained: float = 0.9
     """Share of the requests that must keep the objectives."""
     slack: float = 0.05
-    """Share that may fail or pile up, and what more users must gain at least in tokens per second."""
+    """Share that may fail, pile up or be left unsent, and what more users must gain at least in tokens per
+    second.
+    """
     maximise: str = ""
     """Key of the summaries; empty: tokens per dollar where there are prices, else per second, and where there
     are objectives of requests that kept them.
@@ -61,19 +66,36 @@ class Standard:
         if not 0 < self.attained <= 1:
             raise InvalidRequest("--attain is a share above 0, at most 1")
 
-    def is_kept(self, load: Load, summary: Summary, lower: Summary | None) -> bool:
-        """Whether the cluster bears a load. `lower`: the highest load it bore below, where one was tried: a
-        closed loop without objectives can only be asked whether more users gained anything.
+    def fault(self, load: Load, summary: Summary, lower: Summary | None) -> str:
+        """Why a load was not borne, in plain words; empty where it was. `lower`: the highest load borne
+        below, where one was tried: a closed loop without objectives can only be asked whether more users
+        gained anything.
         """
-        if not summary["completed"] or summary["failed"] > self.slack * summary["num_prompts"]:
-            return False
-        if (summary["piled_up_share"] or 0.0) > self.slack:
-            return False
+        if not summary["completed"]:
+            return "no request was completed"
+        if summary["failed"] > self.slack * summary["num_prompts"]:
+            return f"{summary['failed'] / summary['num_prompts']:.1%} of the requests failed"
+        if not self.is_sent(summary):
+            return f"only {summary['achieved_over_asked']:.0%} of it was sent: give more --senders"
+        if (piled_up := summary["piled_up_share"] or 0.0) > self.slack:
+            return f"{piled_up:.1%} of the requests piled up"
         if self.objectives.bounds_ms:
-            return bool(summary["goodput_share"] >= self.attained)
+            share = summary["goodput_share"]
+            return "" if share >= self.attained else f"only {share:.1%} keep the objectives"
         if load.kind is LoadKind.RATE or lower is None:
+            return ""
+        fewer, more = lower["output_throughput"], summary["output_throughput"]
+        is_gain = more >= (1 + self.slack) * fewer
+        return "" if is_gain else f"{more:,.0f} tokens/s, {fewer:,.0f} with fewer users"
+
+    def is_sent(self, summary: Summary) -> bool:
+        """Whether a load was put on the cluster at all: else it tells what the senders bear. Of few requests
+        the share alone says nothing: their lag must matter beside the run, too.
+        """
+        share, lag_ms = summary["achieved_over_asked"], summary["p99_send_lag_ms"]
+        if share is None or lag_ms is None:
             return True
-        return bool(summary["output_throughput"] >= (1 + self.slack) * lower["output_throughput"])
+        return bool(share >= 1 - self.slack or lag_ms <= 1000 * self.slack * summary["duration"])
 
     def key(self, summary: Summary) -> str:
         """The figure by which points are compared."""
@@ -95,10 +117,27 @@ class Point:
     settings: Mapping[str, Any]
     """Engine settings that differ from point to point, by key of the configuration."""
     load: Load
-    is_kept: bool
+    fault: str
+    """Why the load was not borne; empty where it was."""
     worth: float
     """The figure by which points are compared; 0 where the load was not borne."""
     summary: Summary
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the load was borne."""
+        return not self.fault
+
+    @property
+    def warning(self) -> str:
+        """Where the run was too short to say what its load piles up; else empty."""
+        stay_ms, duration_s = self.summary["p95_e2el_ms"], self.summary["duration"]
+        if self.load.kind is not LoadKind.RATE or stay_ms is None or 1000 * duration_s >= STAYS * stay_ms:
+            return ""
+        return (
+            f"{duration_s:.1f} s are fewer than {STAYS} times the p95 end to end of {stay_ms / 1000:.1f} s, "
+            "too few to see requests pile up: give a longer --duration"
+        )
 
     @property
     def line(self) -> Summary:
@@ -110,6 +149,7 @@ class Point:
             "settings": dict(self.settings),
             "load": str(self.load),
             "is_kept": self.is_kept,
+            "fault": self.fault,
             "worth": self.worth,
         }
 

@@ -72,6 +72,8 @@ class Sweep:
                     self._keep(point)
         except AnabranchError as error:
             problem = error.message
+        if self._loads.searches and points and not self._standard.is_sent(points[-1].summary):
+            problem = "the senders were the limit, not the cluster, which may bear more: give more --senders"
         return Course(subject.name, subject.cluster, subject.settings, tuple(points), problem)
 
     def _points(self, subject: Subject, measure: Measure) -> Iterator[Point]:
@@ -90,6 +92,8 @@ class Sweep:
             search.told(wanted, is_borne=point.is_kept)
             borne = point if point.is_kept else borne
             yield point
+            if not self._standard.is_sent(point.summary):
+                return
 
     def _point(self, subject: Subject, measure: Measure, value: float, lower: Point | None) -> Point | None:
         """None where the sweep was told to stop: what was measured until then is no point."""
@@ -99,17 +103,17 @@ class Sweep:
         summary = measure(load.of(self._scenario))
         if not self._goes_on():
             return None
-        is_kept = standard.is_kept(load, summary, lower.summary if lower else None)
+        fault = standard.fault(load, summary, lower.summary if lower else None)
         key = standard.key(summary)
         if key not in summary:
             raise InvalidRequest(f"--maximise {key}: a summary has no such figure; `report` lists them")
-        worth = float(summary[key] or 0.0) if is_kept else 0.0
+        worth = 0.0 if fault else float(summary[key] or 0.0)
         return Point(
             subject.name,
             subject.cluster,
             subject.settings,
             load,
-            is_kept,
+            fault,
             worth,
             {**summary, "stage": str(load)},
         )

@@ -20,8 +20,16 @@ from tests.loadgen.test_records import WHOLE
 OUTPUT_TOKENS = 10
 
 
-def queue(places: int, stay_s: float, objectives: Objectives, settings: Mapping[str, Any]) -> Subject:
-    """Bears `places / stay_s` requests per second; more users than `places` gain nothing."""
+def queue(
+    places: int,
+    stay_s: float,
+    objectives: Objectives,
+    settings: Mapping[str, Any],
+    sent_per_s: float = float("inf"),
+) -> Subject:
+    """Bears `places / stay_s` requests per second; more users than `places` gain nothing. Its senders send no
+    more than `sent_per_s`.
+    """
 
     def measure(scenario: Scenario) -> Summary:
         (stage,) = scenarios.plan(scenario, 4096).stages
@@ -43,7 +51,7 @@ def queue(places: int, stay_s: float, objectives: Objectives, settings: Mapping[
             "workload": {"requests": stage.requests},
             "notes": [],
         }
-        return {**head, **summarize(_served(stage, places, stay_s), facts)}
+        return {**head, **summarize(_served(stage, places, stay_s, sent_per_s), facts)}
 
     @contextmanager
     def opened() -> Iterator[Measure]:
@@ -64,18 +72,21 @@ def swept_queues(standard: Standard) -> list[Course]:
     ]
 
 
-def _served(stage: Stage, places: int, stay_s: float) -> list[Record]:
+def _served(stage: Stage, places: int, stay_s: float, sent_per_s: float) -> list[Record]:
     """In the order of their beginning; in a closed loop each user is asked again when answered."""
     free_s = [0.0] * places
+    sent_s = 0.0
     users_s = [0.0] * (stage.concurrency or 0)
     records = []
     for session in stage.sessions:
         due_s = heapq.heappop(users_s) if session.at_s is None else session.at_s
-        begins_s = max(due_s, heapq.heappop(free_s))
+        sent_s = max(due_s, sent_s + 1 / sent_per_s) if stage.concurrency is None else due_s
+        begins_s = max(sent_s, heapq.heappop(free_s))
         heapq.heappush(free_s, begins_s + stay_s)
         if session.at_s is None:
             heapq.heappush(users_s, begins_s + stay_s)
-        records.append(_record(stage.name, session.index, due_s, begins_s + stay_s, begins_s + stay_s / 2))
+        served = _record(stage.name, session.index, due_s, begins_s + stay_s, begins_s + stay_s / 2)
+        records.append(dataclasses.replace(served, sent_s=sent_s))
     return records
 
 
@@ -87,7 +98,6 @@ def _record(stage: str, number: int, due_s: float, ended_s: float, first_s: floa
         turn=0,
         stage=stage,
         intended_s=due_s,
-        sent_s=due_s,
         first_token_s=first_s,
         last_token_s=ended_s,
         ended_s=ended_s,

@@ -97,6 +97,51 @@ def test_the_rate_a_queue_bears_is_its_capacity(objectives: str) -> None:
         assert piles_up or misses
 
 
+@pytest.mark.parametrize("objectives", ["", "ttft:1000"])
+def test_a_load_that_is_not_sent_is_not_borne(objectives: str) -> None:
+    """Senders that reach half of what a queue bears end the search there, with what to do; nothing beyond
+    what was sent is called borne.
+    """
+    standard, told = Standard(Objectives.parse(objectives)), list[Point]()
+    loads = Loads(LoadKind.RATE, (1.0,), searches=True)
+    sweep = Sweep(
+        Scenario(duration_s=200.0, prompt="8", output="8"), loads, standard, told.append, lambda: True
+    )
+    course = sweep.run(queue(PLACES, STAY_S, standard.objectives, {}, sent_per_s=CAPACITY / 2))
+    *_, last = course.points
+    assert course.highest is not None
+    assert course.highest.load.value <= CAPACITY / 2 < last.load.value
+    assert "of it was sent" in last.fault
+    assert "--senders" in course.problem
+    assert not last.is_kept
+    assert last.worth == 0
+
+
+def test_few_late_requests_are_no_limit_of_the_senders() -> None:
+    """A lag that is nothing beside the run, though the gaps of three requests hardly are more."""
+    summary = _swept(Loads(LoadKind.RATE, (4.0,)), Standard(), Scenario(duration_s=10.0)).points[0].summary
+    late = {**summary, "achieved_over_asked": 0.9}
+    assert Standard().is_sent({**late, "p99_send_lag_ms": 20.0})
+    assert not Standard().is_sent({**late, "p99_send_lag_ms": 2000.0})
+
+
+def test_lines_say_what_was_not_kept_and_runs_that_were_too_short() -> None:
+    """Each criterion in words; a run that lasts fewer than four stays of its requests is doubted."""
+    loads = Loads(LoadKind.RATE, (1.0, 64.0))
+    kept, piled_up = _swept(loads, Standard(), Scenario(duration_s=60.0)).points
+    assert (kept.fault, kept.warning) == ("", "")
+    assert re.fullmatch(r"[\d.]+% of the requests piled up", piled_up.fault)
+    missed = _swept(loads, Standard(Objectives.parse("ttft:1")), Scenario(duration_s=60.0)).points[0]
+    assert missed.fault == "only 0.0% keep the objectives"
+    users = Loads(LoadKind.CONCURRENCY, (float(PLACES),), searches=True)
+    more = _swept(users, Standard(), Scenario(requests=400)).points[1]
+    assert re.fullmatch(r"[\d,]+ tokens/s, [\d,]+ with fewer users", more.fault)
+    failed = Standard().fault(kept.load, {**kept.summary, "failed": kept.summary["num_prompts"]}, None)
+    assert failed == "100.0% of the requests failed"
+    (short,) = _swept(Loads(LoadKind.RATE, (4.0,)), Standard(), Scenario(duration_s=1.0)).points
+    assert "fewer than 4 times the p95 end to end of 0.5 s" in short.warning
+
+
 def test_more_users_than_places_gain_nothing() -> None:
     """A closed loop without objectives ends where more users bring no more; with them, where they fail."""
     loads = Loads(LoadKind.CONCURRENCY, (1.0,), searches=True)
@@ -275,6 +320,7 @@ def test_a_running_server_is_swept(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     few, many = (json.loads(line) for line in (tmp_path / "out" / POINTS).read_text().splitlines())
     assert (few["is_kept"], many["is_kept"]) == (True, False)
+    assert f"not borne ({many['fault']})" in done.output
     assert few["model_id"] == MODEL
     for number, point in enumerate((few, many), 1):
         (summary,) = read_summaries(tmp_path / "out" / f"run-{number:03d}")

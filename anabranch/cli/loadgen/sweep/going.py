@@ -115,12 +115,12 @@ def _line(point: Point) -> str:
     summary = point.summary
     share = summary["goodput_share"]
     parts = (
-        f"{point.subject}, {point.load}: {'borne' if point.is_kept else 'too much'}",
+        f"{point.subject}, {point.load}: {f'not borne ({point.fault})' if point.fault else 'borne'}",
         f"{summary['output_throughput'] or 0.0:,.0f} tokens/s",
         f"TTFT p99 {_ms(summary['p99_ttft_ms'])}, TPOT {_ms(summary['mean_tpot_ms'])}",
         "" if share is None else f"{share:.1%} keep the objectives",
     )
-    return ", ".join(filter(None, parts))
+    return "; ".join(filter(None, (", ".join(filter(None, parts)), point.warning)))
 
 
 def _ms(value: float | None) -> str:
