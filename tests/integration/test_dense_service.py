@@ -20,7 +20,7 @@ from cluster.config import TlsConfig
 from cluster.errors import AnabranchError, Fenced, InvalidRequest, VersionMismatch
 from cluster.sampling import SamplingParameters
 from cluster.types import WIRE_VERSION, Epoch, SequenceKey, WorkerId
-from tests.cluster_harness import WAIT_S, DenseCluster, Shape, decoder_of, request, wait_until
+from tests.cluster_harness import WAIT_S, DenseCluster, Shape, counted, decoder_of, request, wait_until
 from tests.models import random_prompt
 from workers.dense.deltas import Delta
 from workers.dense.service import GatewayStream
@@ -280,6 +280,45 @@ def test_draining_hands_over_and_is_seen_by_health_checks(worker: DenseWorker, c
         assert client.last().handoff
         assert health.Check(service).status == health_pb2.HealthCheckResponse.NOT_SERVING
     cluster.wait_all_free()  # nobody came for it: its lease ends
+
+
+def test_a_submission_handed_over_after_its_stream_is_an_orphan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway dies just after it sent a submission, and the engine hears of the stream's end first: the
+    sequence is nobody's, takes no steps, and its blocks are left to their leases, not held for ever.
+    """
+    overrides = {"dense": {"orphan_grace_ms": 200}, "attention": {"lease_ms": 400}}
+    with DenseCluster(folder, Shape(attention_workers=1, overrides=overrides)) as cluster:
+        worker = DenseWorker(cluster.config, decoder_of(folder), WORKER, EPOCH)
+        worker.start()
+        worker.set_members(_members(cluster))
+        try:
+            assert worker.wait_connected(WAIT_S)
+            engine, arrived, is_over, is_late = worker.engine, *(threading.Event() for _ in range(3))
+            submit, disconnect = engine.submit, engine.disconnect
+
+            def submit_late(*arguments: Any) -> None:
+                arrived.set()
+                assert is_over.wait(WAIT_S)
+                submit(*arguments)
+                engine.hand_over([], None, lambda _nothing: is_late.set())  # once the engine took it in
+
+            def note_end(stream: GatewayStream) -> None:
+                disconnect(stream)
+                is_over.set()
+
+            monkeypatch.setattr(engine, "submit", submit_late)
+            monkeypatch.setattr(engine, "disconnect", note_end)
+            with gateway(worker) as client:
+                client.submit(SequenceKey("late"), sampling=sampling(max_tokens=400))
+                assert arrived.wait(WAIT_S)
+            assert is_late.wait(WAIT_S)
+            wait_until(engine.is_idle)
+            cluster.wait_all_free(within_s=5.0)
+            assert counted(engine, "anabranch_dense_tokens_sampled") < 400
+        finally:
+            worker.stop()
 
 
 def test_a_gateway_that_does_not_read_is_cut_off() -> None:

@@ -112,13 +112,13 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
         if not context.add_callback(stream.close):
             return
         self._streams.add(stream)
-        yield self._hello()
-        reader = threading.Thread(
-            target=self._read, args=(requests, stream), name=f"from-{stream.gateway}", daemon=True
-        )
-        reader.start()
-        _log.info("gateway_connected", gateway=stream.gateway)
         try:
+            yield self._hello()
+            reader = threading.Thread(
+                target=self._read, args=(requests, stream), name=f"from-{stream.gateway}", daemon=True
+            )
+            reader.start()
+            _log.info("gateway_connected", gateway=stream.gateway)
             yield from stream.messages()
         finally:
             stream.close()
@@ -168,7 +168,9 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
         return dense_pb2.ServeResponse(hello=hello)
 
     def _read(self, requests: Iterator[dense_pb2.ServeRequest], stream: GatewayStream) -> None:
-        """Hand messages over until the gateway ends or breaks its stream."""
+        """Hand messages over until the gateway ends or breaks its stream. The last may be a submission that
+        comes behind the stream's end, and its sequence nobody's: so the engine hears of the end once more.
+        """
         try:
             for request in requests:
                 self._take(request, stream)
@@ -176,7 +178,9 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
             _log.info("gateway_broke", gateway=stream.gateway, problem=str(error))
         except AnabranchError as error:
             _log.warning("gateway_refused", gateway=stream.gateway, problem=error.message)
-        stream.close()
+        finally:
+            stream.close()
+            self._engine.disconnect(stream)
 
     def _take(self, request: dense_pb2.ServeRequest, stream: GatewayStream) -> None:
         match request.WhichOneof("message"):
