@@ -263,13 +263,14 @@ async def test_a_gateway_tells_what_its_tokens_cost(tmp_path: Path) -> None:
         await generate(cluster.stub(), completion())
         registry = cluster.gateways[0].metrics.registry
         label = {"model_name": "tiny"}
+        paid = label | {"role": "dense"}
 
         def tokens(name: str) -> float:
             return registry.get_sample_value(f"vllm:{name}_tokens_total", label) or 0.0
 
-        before_usd = registry.get_sample_value("anabranch:allocated_usd_total", label)
+        before_usd = registry.get_sample_value("anabranch:allocated_usd_total", paid)
         per_mtok = registry.get_sample_value("anabranch:usd_per_mtok", label | {"basis": "allocation"})
-        after_usd = registry.get_sample_value("anabranch:allocated_usd_total", label)
+        after_usd = registry.get_sample_value("anabranch:allocated_usd_total", paid)
         assert before_usd is not None
         assert per_mtok is not None
         assert after_usd is not None
