@@ -1,8 +1,8 @@
 """Named points on a request's way at which a test holds a process, to kill, freeze or cut it off there.
 
 Off, which is always but in processes that a test or `anabranch chaos` starts for the purpose, a point costs
-one look at a name. Armed by the environment, a process tells whoever listens at a unix socket who it is, and
-then, one line at a time:
+one look at a name. Armed, which takes a start argument that no controller gives and nothing is inherited
+from, a process tells whoever listens at a unix socket who it is, and then, one line at a time:
 
     hold POINT -->  (the next thread that gets there stops)  --> reached POINT
     go         -->  (it goes on; so it does by itself after HOLD_MOST_S, or when the listener is gone)
@@ -18,9 +18,6 @@ from collections.abc import Mapping
 from typing import IO
 
 from cluster.telemetry import logger
-
-ENVIRONMENT = "ANABRANCH_FAULT_POINTS"
-"""Path of the listener's socket; unset in every process that serves anybody."""
 
 HOLD_MOST_S = 5.0
 
@@ -83,13 +80,11 @@ class FaultPoints:
 _armed: FaultPoints | None = None
 
 
-def arm(worker: str) -> None:
-    """Arm this process if its environment says so, which is logged loudly."""
+def arm(path: str, worker: str) -> None:
+    """Arm this process, which is logged loudly. `path`: the listener's socket. Raises OSError."""
     global _armed
-    path = os.environ.get(ENVIRONMENT)
-    if path:
-        _log.warning("fault_points_armed", listener=path, remark="a test may hold or kill this process")
-        _armed = FaultPoints(path, worker)
+    _log.warning("fault_points_armed", listener=path, remark="a test may hold or kill this process")
+    _armed = FaultPoints(path, worker)
 
 
 def reach(point: str) -> None:

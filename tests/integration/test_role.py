@@ -71,9 +71,9 @@ def config_file(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def running(script: str, config_file: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs a script with the arguments of a role; killed at the end if need be."""
-    command = [sys.executable, "-c", script, *arguments(config_file)]
+def running(script: str, config_file: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs a script with the arguments of a role, and more; killed at the end if need be."""
+    command = [sys.executable, "-c", script, *arguments(config_file), *more]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -147,6 +147,27 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for word in ("--config FILE", "--worker-id NAME", "python -m workers.dense", "SIGTERM", "Exit status"):
         assert word in said
+
+
+def test_fault_points_are_armed_by_a_start_argument_alone(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is told of a listener says who it is, and first, in its log, that it is armed. One
+    that merely inherits a variable, as a whole cluster may by accident, is not.
+    """
+    path = str(tmp_path / "listener")
+    monkeypatch.setenv("ANABRANCH_FAULT_POINTS", path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with running(_OBEDIENT, config_file) as process:
+            assert next_event(process)["event"] == "running"
+        with running(_OBEDIENT, config_file, "--fault-points", path) as process:
+            assert next_event(process)["event"] == "fault_points_armed"
+            listener.settimeout(DEADLINE_S)
+            armed, _ = listener.accept()
+            with armed:
+                assert armed.recv(100).decode() == f"attention-3 {process.pid}\n"
 
 
 def test_the_worker_is_named_after_role_and_index(config_file: Path) -> None:

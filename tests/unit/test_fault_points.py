@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster import fault_points
 from cluster.fault_points import POINTS, FaultPoints
 
 WAIT_S = 5.0
@@ -126,13 +125,6 @@ def test_a_listener_that_goes_before_it_hears_ends_nothing(
     listener.say("hold append-apply")
     assert tried.wait(WAIT_S)
     walker.end()
-
-
-def test_nothing_is_armed_without_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process is armed by one variable only, and is not otherwise: a point passes."""
-    monkeypatch.delenv(fault_points.ENVIRONMENT, raising=False)
-    fault_points.arm("dense-0")
-    fault_points.reach("append-apply")
 
 
 def test_every_point_is_reached_in_its_role() -> None:

@@ -20,7 +20,7 @@ from anabranch.cli.chaos.schedule import Role
 from anabranch.cli.chaos.seen_members import SeenMembers
 from anabranch.v1 import inference_pb2, kv_pb2, kv_pb2_grpc
 from anabranch.wire import geometry_message
-from cluster import fault_points, rpc
+from cluster import rpc
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.model_spec import ModelSpec
@@ -81,8 +81,8 @@ class Fleet:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            fault_points.ENVIRONMENT: str(fault_listener),
         }
+        self._fault_listener = fault_listener
         controller = config.controller
         self.table = SeenMembers(Terms(config.digest, controller.heartbeat_ms, controller.expiry_ms), network)
         geometry = ModelSpec.from_folder(Path(config.model.path)).geometry(
@@ -236,6 +236,7 @@ class Fleet:
         port = self._network.listen_for(way, f"127.0.0.1:{self._server.port}")
         command = [sys.executable, "-m", f"workers.{role}", "--config", str(self._file)]
         command += ["--worker-id", slot, "--index", str(index), "--controller", f"127.0.0.1:{port}"]
+        command += ["--fault-points", str(self._fault_listener)]
         guarded = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), *command]
         log_file = self._folder / f"{slot}.log"
         with log_file.open("ab") as log:
