@@ -16,7 +16,8 @@ from anabranch.cli.chaos.lost_capacity import Lost
 from anabranch.cli.chaos.run import Course, Settings
 from anabranch.cli.chaos.schedule import Fault, Kind, Loss, Request, Role
 from anabranch.cli.chaos.strike import Struck
-from anabranch.cli.chaos.verdict import percentile, summary, verdict
+from anabranch.cli.chaos.verdict import summary, verdict
+from cluster.perfmodel import Line
 
 TIE = 1e-3
 
@@ -39,7 +40,19 @@ def _course(calm: Answer, disturbed: Answer, *struck: Struck) -> Course:
 
 
 def _struck(role: Role, kind: Kind, at_s: float) -> Struck:
-    return Struck(Fault(role, kind, None, 0, None), f"{role}-0", at_s, 1, False, True, 1.0)
+    """The fleet was whole after a second; steps take 10 ms, and 1 ms for each token."""
+    step = Line(0.01, 0.001)
+    return Struck(Fault(role, kind, None, 0, None), f"{role}-0", at_s, 1, False, True, 1.0, step)
+
+
+def _event(at_s: float, event: str, **fields: Any) -> dict[str, Any]:
+    """Of the only request, as a process logs it; before 60 s."""
+    return {
+        "time": f"1970-01-01T00:00:{at_s:09.6f}Z",
+        "event": event,
+        "request_id": "chaos-0-0-chaos",
+        **fields,
+    }
 
 
 def _lost(answers: Sequence[Answer], again: Sequence[Answer] = ()) -> Lost:
@@ -65,22 +78,35 @@ def test_a_seed_always_means_the_same() -> None:
     assert first == second
 
 
-def test_rounds_hold_every_role_and_kind_and_half_at_points() -> None:
+@pytest.mark.parametrize(
+    ("seed", "kinds", "pairs"),
+    [(1, schedule.KINDS, 9), (2, schedule.KINDS, 7), (1, ("kill", "freeze"), 6), (2, ("kill",), 3)],
+)
+def test_rounds_hold_every_role_and_kind_and_every_other_fault_is_at_a_point(
+    seed: int, kinds: Sequence[Kind], pairs: int
+) -> None:
     """Two rounds strike each role in each way twice, once of them at a named point; where lanes are sockets
-    of this machine only a gateway can be cut off.
+    of this machine only a gateway can be cut off. Wherever a run ends, half of its faults were at points.
     """
-    for seed, pairs in ((1, 9), (2, 7)):
-        drawn = list(itertools.islice(schedule.faults(seed), 2 * pairs))
-        assert set(Counter((fault.role, fault.kind) for fault in drawn).values()) == {2}
-        assert sum(fault.point is not None for fault in drawn) == pairs
+    drawn = list(itertools.islice(schedule.faults(seed, kinds), 4 * pairs))
+    assert [fault.point is not None for fault in drawn] == [True, False] * (2 * pairs)
+    for first in (0, 2 * pairs):
+        two_rounds = drawn[first : first + 2 * pairs]
+        struck = Counter((fault.role, fault.kind, fault.point is not None) for fault in two_rounds)
+        assert len(struck) == 2 * pairs
 
 
 def test_a_pace_makes_the_load_that_is_asked_for() -> None:
-    """Requests are spread so that their outputs make so many tokens per second until the last one is sent."""
+    """Requests are spread so that their outputs make so many tokens per second until the last one is sent,
+    fewer where a least time is asked for.
+    """
     asked = schedule.requests(5, 100)
     paced = schedule.paced(asked, tokens_per_second=50.0)
     assert sum(request.max_tokens for request in paced) / paced[-1].at_s == pytest.approx(50.0)
     assert [request.prompt for request in paced] == [request.prompt for request in asked]
+    slower = schedule.paced(asked, tokens_per_second=50.0, seconds_least=paced[-1].at_s + 1)
+    assert slower[-1].at_s == pytest.approx(paced[-1].at_s + 1)
+    assert schedule.paced(asked, tokens_per_second=50.0, seconds_least=1.0) == paced
 
 
 def test_a_calm_course_has_no_failures() -> None:
@@ -137,18 +163,55 @@ def test_what_was_given_up_says_why_and_nothing_else() -> None:
     struck = _struck("dense", "kill", 12.5)
     course = Course(Settings(0), calm, [_answer(requests[1], [11, 12, 15, 16])], [struck])
     course.problems.append("the machine is busy")
+    course.logs = {"gateway-0": [_event(12.6, "resubmit") | {"request_id": "chaos-0-1-chaos"}]}
     report = verdict(course, _never, TIE)
     assert report["failures"] == ["the machine is busy"]
     assert report["faults"][0]["extra_s"] == [pytest.approx(2.0)]
 
 
-def test_the_extra_silence_is_that_around_the_fault_beyond_the_own_calm_one() -> None:
-    """A request's longest calm gap is subtracted from the gap in which the fault struck."""
+def test_the_extra_silence_is_the_longest_until_the_fleet_is_whole_beyond_the_own_calm_one() -> None:
+    """A request's longest calm gap is subtracted from the longest gap while the fault lasts: not always that
+    in which it struck, for what was on its way then still arrives. The next token is the one that ends it.
+    """
+    request = _request(0, tokens=5)
+    calm = _answer(request, [1, 2, 3.5, 4, 5], [7, 8, 9, 10, 11])
+    disturbed = _answer(request, [11, 12, 12.6, 15.6, 25], [7, 8, 9, 10, 11])
+    course = _course(calm, disturbed, _struck("dense", "kill", 12.5))
+    course.logs = {"gateway-0": [_event(13.0, "resubmit")]}
+    (fault,) = verdict(course, _never, TIE)["faults"]
+    assert fault["extra_s"] == [pytest.approx(1.5)]
+    assert fault["next_token_s"] == [pytest.approx(3.1)]
+
+
+@pytest.mark.parametrize("role", schedule.ROLES)
+def test_only_streams_that_gave_the_victim_up_lost_it(role: Role) -> None:
+    """Another stream that is open meanwhile does not make the percentiles better."""
     request = _request(0)
-    calm = _answer(request, [1, 2, 3.5, 4])
-    disturbed = _answer(request, [11, 12, 15, 16])
-    report = verdict(_course(calm, disturbed, _struck("dense", "kill", 12.5)), _never, TIE)
-    assert report["faults"][0]["extra_s"] == [pytest.approx(1.5)]
+    calm, disturbed = _answer(request, [1, 2, 3, 4]), _answer(request, [11, 12, 15, 16])
+    course = _course(calm, disturbed, _struck(role, "freeze", 12.5))
+    course.logs = {"dense-0": [_event(12.6, "shards_lost", worker="dense-0", peer="attention-1", tokens=9)]}
+    assert verdict(course, _never, TIE)["faults"][0]["extra_s"] == []
+    disturbed.resumes = [0, 0, 1, 1]
+    course.logs = {
+        "gateway-0": [_event(12.6, "resubmit")],
+        "dense-0": [_event(12.6, "shards_lost", worker="dense-0", peer="attention-0", tokens=9)],
+    }
+    assert verdict(course, _never, TIE)["faults"][0]["extra_s"] == [pytest.approx(2.0)]
+
+
+def test_the_recompute_that_the_model_predicts_is_that_of_the_busier_dense_worker() -> None:
+    """What each dense worker's sequences lost at the victim takes it full steps, both side by side."""
+    request = _request(0)
+    calm, disturbed = _answer(request, [1, 2, 3, 4]), _answer(request, [11, 12, 15, 16])
+    course = _course(calm, disturbed, _struck("attention", "kill", 12.5))
+    course.logs = {
+        "dense-0": [
+            _event(12.6, "shards_lost", worker="dense-0", peer="attention-0", tokens=60),
+            _event(12.6, "shards_lost", worker="dense-0", peer="attention-0", tokens=40),
+        ],
+        "dense-1": [_event(12.6, "shards_lost", worker="dense-1", peer="attention-0", tokens=64)],
+    }
+    assert verdict(course, _never, TIE)["faults"][0]["recompute_s"] == pytest.approx(2 * 0.01 + 100 * 0.001)
 
 
 def test_what_a_resubmission_found_less_than_the_prompt_was_computed_again() -> None:
@@ -156,48 +219,51 @@ def test_what_a_resubmission_found_less_than_the_prompt_was_computed_again() -> 
     request = _request(0)
     calm = _answer(request, [1, 2, 3, 4])
     course = _course(calm, _answer(request, [11, 12, 15, 16]), _struck("dense", "kill", 12.5))
-    admitted = {"time": "1970-01-01T00:00:13Z", "event": "admitted", "request_id": "chaos-0-0-chaos"}
-    course.logs = {"dense-1": [{**admitted, "tokens": 5, "found": 1}]}
+    course.logs = {"dense-1": [_event(13.0, "admitted", tokens=5, found=1)]}
     report = verdict(course, _never, TIE)
     assert report["faults"][0]["prompt_tokens_recomputed"] == 2
     assert report["failures"] == ["2 prompt tokens were computed again without an attention worker's loss"]
 
 
-@pytest.mark.parametrize(("second", "recomputed"), [("11.5", 2), ("12.2", 0), ("12.8", 0)])
-def test_what_an_attention_worker_had_lost_is_no_failure_of_a_take_over(second: str, recomputed: int) -> None:
-    """A dense worker is struck while a sequence is silent because shards of it were lost; a loss before the
-    last token that came was made good by then.
+@pytest.mark.parametrize(("found", "again"), [(5, 0), (4, 0), (3, 1)])
+def test_a_lost_gateway_costs_no_token_but_that_of_the_step_under_way(found: int, again: int) -> None:
+    """Of six known tokens the last is computed in any case, and the one before it where its step was under
+    way; any other that was not found was computed again.
+    """
+    request = _request(0)
+    calm = _answer(request, [1, 2, 3, 4])
+    course = _course(calm, _answer(request, [11, 12, 15, 16]), _struck("gateway", "kill", 12.5))
+    course.logs = {"dense-1": [_event(13.0, "admitted", tokens=6, found=found)]}
+    assert verdict(course, _never, TIE)["faults"][0]["tokens_recomputed"] == again
+
+
+@pytest.mark.parametrize("event", ["shards_lost", "preempted"])
+@pytest.mark.parametrize(("second", "recomputed"), [(11.5, 2), (12.2, 0), (12.8, 0)])
+def test_what_was_gone_before_is_no_failure_of_a_take_over(
+    second: float, recomputed: int, event: str
+) -> None:
+    """A dense worker is struck while a sequence is silent because shards of it were lost, or it was
+    preempted; a loss before the last token that came was made good by then.
     """
     request = _request(0)
     calm = _answer(request, [1, 2, 3, 4])
     course = _course(calm, _answer(request, [11, 12, 15, 16]), _struck("dense", "kill", 12.5))
-    lost = {"time": f"1970-01-01T00:00:{second}Z", "event": "shards_lost", "request_id": "chaos-0-0-chaos"}
-    admitted = {**lost, "time": "1970-01-01T00:00:13Z", "event": "admitted", "tokens": 5, "found": 1}
-    course.logs = {"dense-0": [{**lost, "peer": "attention-1"}], "dense-1": [admitted]}
+    admitted = _event(13.0, "admitted", tokens=5, found=1)
+    course.logs = {"dense-0": [_event(second, event, peer="attention-1")], "dense-1": [admitted]}
     assert verdict(course, _never, TIE)["faults"][0]["prompt_tokens_recomputed"] == recomputed
 
 
-@pytest.mark.parametrize(("moment", "recomputed"), [("15.9", 2), ("16.1", 0)])
-def test_a_take_over_that_comes_when_its_client_has_everything_is_none(moment: str, recomputed: int) -> None:
+@pytest.mark.parametrize(("moment", "recomputed"), [(15.9, 2), (16.1, 0)])
+def test_a_take_over_that_comes_when_its_client_has_everything_is_none(
+    moment: float, recomputed: int
+) -> None:
     """A gateway was cut off with a resubmission on its way, while the client went on elsewhere to the end."""
     request = _request(0)
     calm = _answer(request, [1, 2, 3, 4])
     struck = replace(_struck("gateway", "cut", 12.5), whole_again_s=9.0)
     course = _course(calm, _answer(request, [11, 12, 15, 16]), struck)
-    admitted = {"event": "admitted", "request_id": "chaos-0-0-chaos", "tokens": 5, "found": 1}
-    course.logs = {"dense-1": [{"time": f"1970-01-01T00:00:{moment}Z", **admitted}]}
+    course.logs = {"dense-1": [_event(moment, "admitted", tokens=5, found=1)]}
     assert verdict(course, _never, TIE)["faults"][0]["prompt_tokens_recomputed"] == recomputed
-
-
-def test_a_summary_counts_and_ranks() -> None:
-    """Faults per role and kind, and nearest-rank percentiles over the streams of all seeds."""
-    fault: dict[str, Any] = {"role": "dense", "kind": "kill", "point": "append-apply"}
-    seed: dict[str, Any] = {"requests": 2, "near_ties": [], "failures": [], "load_share": 0.2, "losses": []}
-    whole = summary([{**seed, "faults": [{**fault, "extra_s": [float(i)]}]} for i in range(20)])
-    assert whole["faults"] == {"dense kill": 20}
-    assert whole["faults_at_points"] == {"append-apply": 20}
-    assert whole["extra_s"]["dense"] == {"streams": 20, "p50": 9.0, "p95": 18.0}
-    assert percentile([], 0.5) is None
 
 
 def test_each_role_is_lost_once_and_attention_also_in_part() -> None:

@@ -45,6 +45,9 @@ def chaos(
     undisturbed, and while a drawn process is lost again as soon as the fleet is whole. A request that
     ends in an error, hangs, or has another token fails the run; so does a block that stays held.
 
+    Targets, such as how soon streams go on, are judged over all seeds, a line for each. One that is missed
+    fails the command, too; on a machine that is busy, a target in seconds says more of that machine.
+
     With --lost-capacity every process of a role is killed and none is started for some seconds, each role in
     turn, and once all attention workers but one, which cannot hold what runs. Then requests may fail, with
     UNAVAILABLE, RESOURCE_EXHAUSTED or DEADLINE_EXCEEDED, but not have another token or hang; sent again when
@@ -70,7 +73,12 @@ def chaos(
             json_file.write_text(json.dumps({"summary": summary(reports), "seeds": reports}, indent=1) + "\n")
     whole = summary(reports)
     console.print(_losses_table(whole) if lost_capacity else _table(whole))
-    raise typer.Exit(1 if whole["failures"] else 0)
+    for target in whole["targets"]:
+        said = {True: "met", False: "missed", None: "not judged, too few"}[target["met"]]
+        line = f"target {target['target']}: {said} ({target['found']})"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    is_missed = any(target["met"] is False for target in whole["targets"])
+    raise typer.Exit(1 if whole["failures"] or is_missed else 0)
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -109,13 +117,18 @@ def _one(seed: int, settings: dict[str, Any], keep: Path | None, console: Consol
 
 
 def _table(whole: dict[str, Any]) -> Table:
-    """Per role and kind: how often, and how much longer than its own longest calm silence a stream waited."""
-    table = _headed(whole, "lost", "faults", "streams", "extra silence p50, s", "p95, s")
+    """Per role and kind: how often, how much longer than its own longest calm silence a stream waited that
+    lost the process, and how soon after the fault it went on.
+    """
+    table = _headed(
+        whole, "lost", "faults", "streams", "extra silence p50, s", "p95, s", "next token p50, s", "p95, s"
+    )
     for name, extra in whole["extra_s"].items():
         count = whole["faults"].get(name) or sum(
             times for pair, times in whole["faults"].items() if pair.startswith(f"{name} ")
         )
-        table.add_row(name, str(count), str(extra["streams"]), *_percentiles(extra))
+        following = _percentiles(whole["next_token_s"][name])
+        table.add_row(name, str(count), str(extra["streams"]), *_percentiles(extra), *following)
     return table
 
 

@@ -33,6 +33,22 @@ def deadline_s(request: Request) -> float:
     return _HASTY_DEADLINE_S if request.is_hasty else _DEADLINE_S
 
 
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """Of one stream, between two tokens or before the first; monotonic seconds. `is_reopened`: the stream was
+    opened anew in it.
+    """
+
+    began_s: float
+    ended_s: float
+    is_reopened: bool
+
+    @property
+    def seconds(self) -> float:
+        """How long it was."""
+        return self.ended_s - self.began_s
+
+
 @dataclass(slots=True)
 class Answer:
     """What became of one request. Times are monotonic seconds; `resumes` how often its stream was opened anew
@@ -71,18 +87,19 @@ class Answer:
         """When its last token before a moment arrived; when it was sent where none did."""
         return max((arrival_s for arrival_s in self.arrivals_s if arrival_s <= moment_s), default=self.sent_s)
 
-    def silence_at(self, moment_s: float) -> tuple[float, bool] | None:
-        """The silence around a moment while it was open: how long, and whether the stream was opened anew in
-        it. None where it was not open, or no token came after it.
+    def silences(self, from_s: float, until_s: float) -> list[Silence]:
+        """Those around a moment and up to another: none where it was not open at the first, or no token came
+        after it.
         """
+        if from_s < self.sent_s:
+            return []
+        found = []
         before_s, resumes = self.sent_s, 0
-        if moment_s < before_s:
-            return None
         for arrival_s, resumed in zip(self.arrivals_s, self.resumes, strict=True):
-            if arrival_s > moment_s:
-                return arrival_s - before_s, resumed > resumes
+            if arrival_s > from_s and before_s <= until_s:
+                found.append(Silence(before_s, arrival_s, resumed > resumes))
             before_s, resumes = arrival_s, resumed
-        return None
+        return found
 
 
 class Load:

@@ -77,10 +77,10 @@ def report(lost: Lost, calm: Mapping[str, Answer]) -> dict[str, Any]:
     touched = [answer for answer in lost.answers if lost.touched(answer)]
     next_token_s = []
     for answer in touched:
-        silence = answer.silence_at(lost.back_s)
-        if answer.is_whole and silence is not None and silence[0] > calm[answer.request.name].longest_gap_s():
-            next_s = next(arrival_s for arrival_s in answer.arrivals_s if arrival_s > lost.back_s)
-            next_token_s.append(round(next_s - lost.back_s, 4))
+        longest_s = calm[answer.request.name].longest_gap_s()
+        silence = next(iter(answer.silences(lost.back_s, lost.back_s)), None)
+        if answer.is_whole and silence is not None and silence.seconds > longest_s:
+            next_token_s.append(round(silence.ended_s - lost.back_s, 4))
     return {
         "lost": lost.loss.name,
         "away_s": round(lost.loss.away_s, 3),

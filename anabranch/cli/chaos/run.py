@@ -22,6 +22,8 @@ from cluster import config as configuration
 from cluster.config import Config
 from cluster.errors import Unavailable
 
+STEP_TOKENS = 64
+
 _FREE_S = 20.0
 """Time after the load in which every block must be free again: leases of lost sequences run out in it."""
 
@@ -30,14 +32,16 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is run. load: share of what the fleet can serve. faults_most: no more than this many, None: as
-    many as the load's time allows. expiry_ms: silence after which a process is taken for dead.
-    lost_capacity: whole roles are lost instead, in arenas so small that one cannot hold what runs.
+    """What is run. load: share of what the fleet can serve, less where that would be over before
+    `seconds_least`. faults_most: no more than this many, None: as many as the load's time allows. expiry_ms:
+    silence after which a process is taken for dead. lost_capacity: whole roles are lost instead, in arenas so
+    small that one cannot hold what runs.
     """
 
     seed: int
     requests: int = 200
     load: float = 0.25
+    seconds_least: float = 0.0
     faults_most: int | None = None
     kinds: tuple[schedule.Kind, ...] = schedule.KINDS
     gateways: int = 2
@@ -80,7 +84,7 @@ def configured(settings: Settings, folder: Path) -> Config:
         "gateway.port": 0,
         "gateway.http_port": None,
         "dense.replicas": settings.dense_workers,
-        "dense.step_tokens": 64,
+        "dense.step_tokens": STEP_TOKENS,
         "dense.max_batch": 32,
         "attention.replicas": settings.attention_workers,
         "attention.arena": "128KiB" if settings.lost_capacity else "32MiB",
@@ -133,7 +137,7 @@ async def _serve(course: Course, fleet: Fleet, network: Network, orders: Orders,
     try:
         tell("measuring what the fleet can serve")
         most = await _tokens_per_second(schedule.rush(asked), fleet, "-rush")
-        asked = schedule.paced(asked, settings.load * most)
+        asked = schedule.paced(asked, settings.load * most, settings.seconds_least)
         if settings.lost_capacity:
             asked = schedule.with_haste(asked)
         tell("undisturbed")

@@ -86,10 +86,14 @@ def rush(asked: Sequence[Request]) -> tuple[Request, ...]:
     return tuple(replace(request, at_s=0.0) for request in asked[:_RUSH])
 
 
-def paced(asked: Sequence[Request], tokens_per_second: float) -> tuple[Request, ...]:
-    """The same requests so far apart that their outputs make this many tokens per second."""
+def paced(
+    asked: Sequence[Request], tokens_per_second: float, seconds_least: float = 0.0
+) -> tuple[Request, ...]:
+    """The same requests so far apart that their outputs make this many tokens per second, or fewer where that
+    would take less than `seconds_least`.
+    """
     tokens = sum(request.max_tokens for request in asked)
-    scale = tokens / (tokens_per_second * asked[-1].at_s)
+    scale = max(tokens / tokens_per_second, seconds_least) / asked[-1].at_s
     return tuple(replace(request, at_s=request.at_s * scale) for request in asked)
 
 
@@ -118,21 +122,32 @@ def transport(seed: int) -> Transport:
 
 
 def faults(seed: int, kinds: Sequence[Kind] = KINDS) -> Iterator[Fault]:
-    """Endless. Each round holds every role and kind once, in a drawn order; every other one of a pair strikes
-    at a named point, and which one comes first is drawn, too.
+    """Endless. Each round holds every role and kind once, in a drawn order. Every other fault strikes at a
+    named point, the first one does; so does every other one of a role and kind.
     """
     source = random.Random(f"faults {seed}")  # noqa: S311  repeatable is what it must be
     can_cut = transport(seed) == "grpc"
     pairs = itertools.product(ROLES, kinds)
     possible = [pair for pair in pairs if can_cut or pair[1] != "cut" or pair[0] == "gateway"]
-    at_point = {pair: source.random() < 0.5 for pair in possible}
+    first = source.sample(possible, (len(possible) + 1) // 2)
+    second = [pair for pair in possible if pair not in first]
+    is_at_point = True
     while True:
-        for role, kind in source.sample(sorted(at_point), len(at_point)):
-            point = source.choice(POINTS[role])
+        for role, kind in _taking_turns(source, first, second):
+            point = source.choice(POINTS[role]) if is_at_point else None
+            is_at_point = not is_at_point
             lasts_s = None if source.random() < 0.5 else source.uniform(0.2, 0.6)
-            struck_at = point if at_point[role, kind] else None
-            at_point[role, kind] = not at_point[role, kind]
-            yield Fault(role, kind, struck_at, source.randrange(1000), lasts_s if kind != "kill" else None)
+            yield Fault(role, kind, point, source.randrange(1000), lasts_s if kind != "kill" else None)
+        if len(first) == len(second):  # else the turns are the others' by themselves
+            first, second = second, first
+
+
+def _taking_turns(
+    source: random.Random, first: Sequence[tuple[Role, Kind]], second: Sequence[tuple[Role, Kind]]
+) -> Iterator[tuple[Role, Kind]]:
+    """One of the first, one of the second, and so on, each in a drawn order; `second` may have one less."""
+    orders = (source.sample(pairs, len(pairs)) for pairs in (first, second))
+    return (pair for turn in itertools.zip_longest(*orders) for pair in turn if pair is not None)
 
 
 def _between(source: random.Random, least: int, most: int) -> int:

@@ -12,6 +12,7 @@ from anabranch.cli.chaos.fleet import Fleet, Life, send
 from anabranch.cli.chaos.network import Network
 from anabranch.cli.chaos.orders import Orders
 from anabranch.cli.chaos.schedule import Fault
+from cluster.perfmodel import Line
 
 _POINT_S = 5.0
 """Longest wait for a process at work to reach a named point."""
@@ -31,6 +32,8 @@ class Struck:
     replaced: bool
     whole_again_s: float
     """Seconds until the fleet was whole."""
+    step: Line
+    """What a step of prompts took before, by its tokens."""
 
 
 class Striker:
@@ -60,6 +63,7 @@ class Striker:
 
     async def _hit(self, fault: Fault, life: Life, streams: int) -> Struck:
         life.struck, life.returned_s = True, None
+        step = _step(self._fleet)
         at_s = monotonic()
         if fault.kind == "kill":
             send(life, signal.SIGKILL)
@@ -77,7 +81,8 @@ class Striker:
         await self._fleet.wait_whole()
         replaced = not self._fleet.is_current(life)
         life.struck = replaced
-        return Struck(fault, life.slot, at_s, streams, fault.point is not None, replaced, monotonic() - at_s)
+        whole_again_s = monotonic() - at_s
+        return Struck(fault, life.slot, at_s, streams, fault.point is not None, replaced, whole_again_s, step)
 
     async def _last(self, fault: Fault, life: Life, at_s: float) -> None:
         """While the victim stays away: some time, or until its successor serves."""
@@ -98,6 +103,18 @@ class Striker:
         lives = [(life, open_streams(self._fleet, life)) for life in self._fleet.living(fault.role)]
         busy = [(life, streams) for life, streams in lives if streams > 0]
         return busy[fault.slot % len(busy)] if busy else None
+
+
+def _step(fleet: Fleet) -> Line:
+    """What steps take at the slowest dense worker, as they said last; attention over contexts so short is in
+    the base.
+    """
+    members = filter(None, map(fleet.member, fleet.living("dense")))
+    times = [member.load.step_times for member in members if member.load.HasField("step_times")]
+    return Line(
+        max((each.dense_base_s + each.attention_base_s for each in times), default=0.0),
+        max((each.dense_row_s for each in times), default=0.0),
+    )
 
 
 def open_streams(fleet: Fleet, life: Life) -> int:
