@@ -39,7 +39,7 @@ test: $(STAMP)  ## all tests that need no root
 
 test-system: $(STAMP)  ## tests with network namespaces and servers (root; installs what it needs)
 	.ci/install-system
-	$(BIN)/pytest tests -m 'system or redis'
+	$(BIN)/pytest tests -m 'system or redis' --durations=25
 
 check: $(STAMP)  ## style, types, import contracts, proto lint and stub drift
 	.ci/check
