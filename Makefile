@@ -56,6 +56,7 @@ image:  ## build the container image (VARIANT=cuda for GPUs; IMAGE_FLAGS are pod
 	podman build -f deploy/image/Containerfile --build-arg VARIANT=$(VARIANT) $(IMAGE_FLAGS) -t anabranch .
 
 oracle-full: $(STAMP)  ## the full matrix of token equality; records its result
+	$(BIN)/pytest tests/oracle -m long
 	$(BIN)/python -m tests.oracle.full
 
 validation: $(STAMP)  ## what was published beside what the simulator gives; writes docs/validation.md

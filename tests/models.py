@@ -107,7 +107,9 @@ def tiny_model(
     return folder
 
 
-def load_reference(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def load_reference(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "eager"
+) -> Any:
     """The folder's model as transformers runs it on `device`, with the plainest attention it has, no TF32.
 
     In float64 really all of it is: transformers' plain softmax and its norms compute in float32 whatever the
@@ -117,7 +119,7 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32, device: str
     torch.set_float32_matmul_precision("highest")
     is_exact = dtype is torch.float64
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa" if is_exact else "eager"
+        folder, dtype=dtype, attn_implementation="sdpa" if is_exact else attention
     )
     if is_exact:
         _norm_exactly(model)
@@ -125,10 +127,14 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32, device: str
 
 
 def reference_tokens(
-    folder: Path, prompts: Sequence[Sequence[int]], count: int, device: str = "cpu"
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    device: str = "cpu",
+    attention: str = "eager",
 ) -> list[Reference]:
     """Greedy continuation of each prompt by `count` tokens, end tokens not minded."""
-    model = load_reference(folder, device=device)
+    model = load_reference(folder, device=device, attention=attention)
     return [_generate(model, prompt, count) for prompt in prompts]
 
 
