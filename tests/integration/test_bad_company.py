@@ -21,6 +21,7 @@ from workers.lanes.frames import TICKET_BYTES
 
 pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
 
+ROLES = ("gateway", "dense", "attention")
 TOKENS = 200
 _END_S = 20.0
 PROMPTS = [random_prompt(30 + 20 * index, seed=index) for index in range(4)]
@@ -147,13 +148,14 @@ def test_noise_on_every_port_disturbs_nobody(
     assert all(process.poll() is None for process in cluster.processes.values())
 
 
-def test_a_worker_frozen_for_seconds_changes_no_token(
-    cluster: ProcessCluster, expected: Sequence[Sequence[int]]
+@pytest.mark.parametrize("role", ROLES)
+def test_a_process_frozen_for_seconds_changes_no_token(
+    cluster: ProcessCluster, expected: Sequence[Sequence[int]], role: str
 ) -> None:
-    """SIGSTOP longer than lanes and membership wait, then SIGCONT: every request ends with its tokens, and
-    the worker, whether taken for dead or forgiven by a controller that was late itself, ends well.
+    """SIGSTOP longer than lanes and leases wait, then SIGCONT: every request ends with its tokens, and the
+    process, whether taken for dead or forgiven by a controller that was late itself, ends well.
     """
-    process = cluster.processes["attention-0"]
+    process = cluster.processes[f"{role}-0"]
     with cluster.client() as client:
         readers = _read_all(client)
         process.send_signal(signal.SIGSTOP)
@@ -163,10 +165,10 @@ def test_a_worker_frozen_for_seconds_changes_no_token(
             process.send_signal(signal.SIGCONT)
         _assert_right(readers, expected)
     process.send_signal(signal.SIGTERM)
-    _replace(cluster, "attention")
+    _replace(cluster, role)
 
 
-@pytest.mark.parametrize("role", ["gateway", "dense", "attention"])
+@pytest.mark.parametrize("role", ROLES)
 def test_sigterm_cuts_no_stream(
     cluster: ProcessCluster, expected: Sequence[Sequence[int]], role: str
 ) -> None:
