@@ -46,6 +46,8 @@ class SeenMembers(MembershipTable):
 
     def _seen_by(self, epoch: int, membership: control_pb2.Membership) -> control_pb2.Membership:
         viewer = self._viewers[epoch]
-        for member in membership.members:  # a copy, made for this answer
+        seen = control_pb2.Membership()
+        seen.CopyFrom(membership)  # which others are told, too
+        for member in seen.members:
             member.address = self._network.way(viewer, member.process_id, member.address)
-        return membership
+        return seen
