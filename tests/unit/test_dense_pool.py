@@ -185,7 +185,7 @@ def test_what_a_new_life_will_hold_is_not_given_up_with_the_old() -> None:
     wanted = PullWanted(KEY, Generation(2), 0, (1, 2), ShardPrefix(), lost, target, begins=True)
     workers.rooms.expect_pull(wanted)
     assert workers.holders.take_void(KEY, lost.shard.worker, lost.generation) is None
-    assert workers.taken(lost.shard.worker) == Held(*target, Generation(2))
+    assert workers.taken(lost.shard.worker) == Held(*target, Generation(2), is_granted=False)
     workers.holders.put(KEY, Held(lost.shard.worker, lost.shard.epoch, lost.generation))
     assert workers.holders.take_void(KEY, lost.shard.worker, lost.generation) is not None
 

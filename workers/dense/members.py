@@ -80,6 +80,7 @@ class _Known:
     blocks_free: int
     peer: AttentionPeer | None = None
     retry_s: float = 0.0
+    has_refused: bool = False
     is_connecting: bool = False
     breaks: int = 0
 
@@ -118,7 +119,7 @@ class MemberTable:
                     over.append((worker, known.member.epoch, known.peer))
             for worker, member in new.items():
                 known = self._known.setdefault(worker, _Known(member, member.blocks_free))
-                known.member, known.blocks_free = member, member.blocks_free
+                known.member, known.blocks_free, known.has_refused = member, member.blocks_free, False
             return over
 
     def due(self, now_s: float, retry_after_s: float) -> list[AttentionMember]:
@@ -218,7 +219,24 @@ class MemberTable:
         with self._lock:
             known = self._known.get(worker)
             if known is not None and known.member.epoch == epoch:
-                known.blocks_free = blocks
+                known.blocks_free, known.has_refused = blocks, False
+
+    def refused(self, worker: WorkerId, epoch: Epoch) -> None:
+        """It has no room, or does not answer: nobody is placed there for the moment."""
+        with self._lock:
+            known = self._known.get(worker)
+            if known is not None and known.member.epoch == epoch:
+                known.blocks_free, known.has_refused = 0, True
+
+    def forget_refusals(self) -> None:
+        """Whoever refused may be asked again: its last heartbeat's word counts. Membership says nothing new
+        while nothing changes, so that a refusal would last for ever otherwise.
+        """
+        with self._lock:
+            for known in self._known.values():
+                if known.has_refused:
+                    known.has_refused = False
+                    known.blocks_free = max(known.blocks_free, known.member.blocks_free)
 
     def add_free(self, worker: WorkerId, epoch: Epoch, blocks: int) -> None:
         """What a release gave back."""

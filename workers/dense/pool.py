@@ -29,7 +29,9 @@ _T = TypeVar("_T")
 _KEY_THREADS = 4
 _CONNECT_THREADS = 4
 _PULL_THREADS = 2
-_RECONNECT_S = 0.5
+_TEND_S = 0.5
+"""How often the pool looks after itself; a worker that could not be connected to is tried again then."""
+
 _RENEW_KEYS_MOST = 1024
 """Sequences named in one call to renew."""
 
@@ -218,16 +220,17 @@ class Pool:
         self._in_order(key, renounce)
 
     def tend(self) -> float:
-        """Connect where membership names a life without a lane; renew leases before they end. Returns after
-        how many seconds to look again.
+        """Connect where membership names a life without a lane; let those be asked again who refused; renew
+        leases before they end. Returns after how many seconds to look again.
         """
-        for member in self.members.due(self._clock(), _RECONNECT_S):
+        self.members.forget_refusals()
+        for member in self.members.due(self._clock(), _TEND_S):
             self._later(self._connectors, partial(self._open, member))
         if self._clock() >= self._renew_s:
             self._renew_s = self._clock() + self._renew_pause_s
             for peer in self.members.peers():
                 self._later(self._connectors, partial(self._renew, peer))
-        return min(_RECONNECT_S, max(0.0, self._renew_s - self._clock()))
+        return min(_TEND_S, max(0.0, self._renew_s - self._clock()))
 
     def _looked_up(self, wanted: PrefixWanted) -> PrefixWanted:
         """With what the directory knows beyond the sources given."""
@@ -258,19 +261,13 @@ class Pool:
             self._wake.clear()
 
     def _open(self, member: AttentionMember) -> None:
-        peer: AttentionPeer | None = None
-        lane: Lane | None = None
-        try:
-            peer = self._connect(member)
-            lane = peer.open_lane()
-        except AnabranchError as error:
-            _log.warning("connect_failed", peer=member.worker, address=member.address, problem=error.message)
-            if peer is not None:
-                peer.close()
-        is_named = self.members.connected(member, peer if lane is not None else None)
-        if peer is None or lane is None:
+        opened = _answered(lambda: self._opened(member))
+        if isinstance(opened, AnabranchError):
+            _log.warning("connect_failed", peer=member.worker, address=member.address, problem=opened.message)
+            self.members.connected(member, None)
             return
-        if is_named:
+        peer, lane = opened
+        if self.members.connected(member, peer):
             _log.info("peer_ready", peer=member.worker, peer_epoch=f"{member.epoch:016x}")
             self._listener.peer_ready(member, lane)
             with self._connected:
@@ -278,6 +275,14 @@ class Pool:
         else:
             lane.close()
             peer.close()
+
+    def _opened(self, member: AttentionMember) -> tuple[AttentionPeer, Lane]:
+        peer = self._connect(member)
+        try:
+            return peer, peer.open_lane()
+        except BaseException:
+            peer.close()
+            raise
 
     def _renew(self, peer: AttentionPeer) -> None:
         generations = self._holders.of_worker(peer.worker, peer.epoch)

@@ -192,8 +192,9 @@ class Rooms:
                 PullSource(address, source.shard, source.generation, wanted.begins),
             )
         except ResourceExhausted:
-            self._members.set_free(peer.worker, peer.epoch, 0)  # until a heartbeat says otherwise
+            self._members.refused(peer.worker, peer.epoch)
             raise
+        self._holders.granted(wanted.key, Held(peer.worker, peer.epoch, wanted.generation))
         self._members.set_free(peer.worker, peer.epoch, found.blocks_available)
         return Placed(found.shard.shard, wanted.generation) if found.shard is not None else None
 
@@ -202,9 +203,8 @@ class Rooms:
         A pull that comes after the release is fenced by it.
         """
         worker, epoch = wanted.target
-        generation = self._generation_at(wanted.key, worker, epoch, wanted.generation)
-        self._holders.put(wanted.key, Held(worker, epoch, generation))
-        return replace(wanted, generation=generation)
+        held = self._holders.expect(wanted.key, Held(worker, epoch, wanted.generation))
+        return replace(wanted, generation=held.generation)
 
     def release_shard(self, key: SequenceKey, placed: Placed) -> None:
         """Give back one shard. Its worker is forgotten only where it says that it holds no other: one may
@@ -282,7 +282,7 @@ class Rooms:
             if not _is_meant(reservation.shard, grown, allotment):
                 raise InvalidRequest(f"{peer.worker} has a shard from {reservation.shard.first} on as well")
         except ResourceExhausted:
-            self._members.set_free(allotment.worker, allotment.epoch, 0)
+            self._members.refused(allotment.worker, allotment.epoch)
             return None
         except InvalidRequest as error:
             _tell("strays", wanted.key, peer.worker, error)
@@ -291,10 +291,10 @@ class Rooms:
         except Fenced:
             raise
         except AnabranchError as error:
-            # Perhaps it was granted and the answer lost: release it with the rest. And until a heartbeat says
-            # otherwise nobody is placed there, for each attempt may take its whole deadline.
+            # Perhaps it was granted and the answer lost: release it with the rest. And for the moment nobody
+            # is placed there, for each attempt may take its whole deadline.
             self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
-            self._members.set_free(allotment.worker, allotment.epoch, 0)
+            self._members.refused(allotment.worker, allotment.epoch)
             _tell("reserve_failed", wanted.key, peer.worker, error)
             return None
         self._members.set_free(allotment.worker, allotment.epoch, reservation.blocks_available)
