@@ -112,15 +112,16 @@ class KvServiceServicer:
     def Pull(self, request, context):
         """Takes a copy of committed KV of a sequence from another worker: reserves the room, fetches, compares
         checksums, and commits. The sequence's map is its dense worker's to change, afterwards. Nothing is kept of
-        positions that did not come. Errors: as Reserve; UNAVAILABLE (the source does not answer, or a checksum
-        differs).
+        positions that did not come. Errors: as Reserve; UNAVAILABLE (too many copies are under way here or at the
+        source, it does not answer, or a checksum differs).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED).
+        """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED); UNAVAILABLE
+        (too many copies are under way).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

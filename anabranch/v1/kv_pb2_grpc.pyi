@@ -46,11 +46,13 @@ class KvServiceStub:
     Pull: _grpc.UnaryUnaryMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]
     """Takes a copy of committed KV of a sequence from another worker: reserves the room, fetches, compares
     checksums, and commits. The sequence's map is its dense worker's to change, afterwards. Nothing is kept of
-    positions that did not come. Errors: as Reserve; UNAVAILABLE (the source does not answer, or a checksum
-    differs).
+    positions that did not come. Errors: as Reserve; UNAVAILABLE (too many copies are under way here or at the
+    source, it does not answer, or a checksum differs).
     """
     Fetch: _grpc.UnaryStreamMultiCallable[_kv_pb2.FetchRequest, _kv_pb2.FetchResponse]
-    """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED)."""
+    """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED); UNAVAILABLE
+    (too many copies are under way).
+    """
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]
     """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
     Trim: _grpc.UnaryUnaryMultiCallable[_kv_pb2.TrimRequest, _kv_pb2.TrimResponse]
@@ -87,11 +89,13 @@ class KvServiceAsyncStub(KvServiceStub):
     Pull: _aio.UnaryUnaryMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]  # type: ignore[assignment]
     """Takes a copy of committed KV of a sequence from another worker: reserves the room, fetches, compares
     checksums, and commits. The sequence's map is its dense worker's to change, afterwards. Nothing is kept of
-    positions that did not come. Errors: as Reserve; UNAVAILABLE (the source does not answer, or a checksum
-    differs).
+    positions that did not come. Errors: as Reserve; UNAVAILABLE (too many copies are under way here or at the
+    source, it does not answer, or a checksum differs).
     """
     Fetch: _aio.UnaryStreamMultiCallable[_kv_pb2.FetchRequest, _kv_pb2.FetchResponse]  # type: ignore[assignment]
-    """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED)."""
+    """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED); UNAVAILABLE
+    (too many copies are under way).
+    """
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Frees shards of a sequence. Idempotent. Errors: FAILED_PRECONDITION (FENCED)."""
     Trim: _aio.UnaryUnaryMultiCallable[_kv_pb2.TrimRequest, _kv_pb2.TrimResponse]  # type: ignore[assignment]
@@ -143,8 +147,8 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kv_pb2.PullResponse, _abc.Awaitable[_kv_pb2.PullResponse]]:
         """Takes a copy of committed KV of a sequence from another worker: reserves the room, fetches, compares
         checksums, and commits. The sequence's map is its dense worker's to change, afterwards. Nothing is kept of
-        positions that did not come. Errors: as Reserve; UNAVAILABLE (the source does not answer, or a checksum
-        differs).
+        positions that did not come. Errors: as Reserve; UNAVAILABLE (too many copies are under way here or at the
+        source, it does not answer, or a checksum differs).
         """
 
     @_abc_1.abstractmethod
@@ -153,7 +157,9 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.FetchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.FetchResponse], _abc.AsyncIterator[_kv_pb2.FetchResponse]]:
-        """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED)."""
+        """The bytes of committed positions of a shard, for Pull. Errors: FAILED_PRECONDITION (FENCED); UNAVAILABLE
+        (too many copies are under way).
+        """
 
     @_abc_1.abstractmethod
     def Release(

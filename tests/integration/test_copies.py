@@ -29,8 +29,9 @@ def _request(number: int, source: socket.socket) -> kv_pb2.PullRequest:
 
 
 def test_copies_from_silent_sources_keep_nobody_waiting() -> None:
-    """While as many copies as may be wait for sources that say nothing, one more is refused at once and
-    a reservation is answered; when the sources are gone there is room for copies again.
+    """While as many copies as may be wait for sources that say nothing, one more is refused at once, as to or
+    from a worker that is busy, not full, and a reservation is answered; when the sources are gone there is
+    room for copies again.
     """
     with contextlib.ExitStack() as ends:
         worker = ends.enter_context(serving())
@@ -40,8 +41,14 @@ def test_copies_from_silent_sources_keep_nobody_waiting() -> None:
         requests = [_request(number, source) for number, source in enumerate(sources)]
         pulls = [pool.Pull.future(request, timeout=60) for request in requests]
         silent = [source.accept()[0] for source in sources]
-        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
-            pool.Pull(_request(COPIES_MOST, sources[0]), timeout=20)
+        fetch = kv_pb2.FetchRequest(generation=1, end_position=4)
+        fetch.believed.epoch = EPOCH
+        for refused in (
+            lambda: pool.Pull(_request(COPIES_MOST, sources[0]), timeout=20),
+            lambda: list(pool.Fetch(fetch, timeout=20)),
+        ):
+            with pytest.raises(grpc.RpcError, match=r"UNAVAILABLE\s+details = .* copies under way"):
+                refused()
         sequence = SmallSequence(COPIES_MOST + 1)
         reserved = kv_pb2.ReserveRequest(
             sequence=wire.sequence_message(sequence.key), generation=1, end_position=4

@@ -13,7 +13,7 @@ from anabranch.wire import sequence_key, sequence_message, shard_message
 from cluster import rpc
 from cluster.blocks import BlockHash
 from cluster.config import TlsConfig
-from cluster.errors import Fenced, ResourceExhausted
+from cluster.errors import Fenced, Unavailable
 from cluster.fault_points import reach
 from cluster.types import Generation, KvGeometry, ShardId
 from workers.attention.arena import Arena
@@ -199,9 +199,11 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
 
     @contextlib.contextmanager
     def _one_copy(self) -> Iterator[None]:
-        """Count a copy: it waits for another worker on a thread of the server. Raises ResourceExhausted."""
+        """Count a copy: it waits for another worker on a thread of the server. Raises Unavailable: that it is
+        busy says nothing of its room, which ResourceExhausted would.
+        """
         if not self._copies.acquire(blocking=False):
-            raise ResourceExhausted(f"{self._store.worker} has {COPIES_MOST} copies under way: ask again")
+            raise Unavailable(f"{self._store.worker} has {COPIES_MOST} copies under way: ask again")
         try:
             yield
         finally:
