@@ -7,7 +7,7 @@ from time import monotonic
 
 import pytest
 
-from cluster.errors import Fenced, Internal, InvalidRequest
+from cluster.errors import Fenced, Internal, InvalidRequest, ResourceExhausted
 from cluster.types import WorkerId
 from tests.cluster_harness import (
     DenseCluster,
@@ -91,6 +91,36 @@ def test_the_only_worker_dies_and_its_successor_takes_over(folder: Path, expecte
         cluster.start_worker(worker)
         cluster.tell()
         assert cluster.listener.wait(submission).token_ids == expected
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["where it ran", "at another dense worker"])
+def test_what_is_taken_over_while_a_worker_is_missing_waits_for_it(
+    is_known: bool, folder: Path, expected: list[int]
+) -> None:
+    """A sequence needs both workers, and is taken over while one of them is restarted: it fitted once, so it
+    waits. A new one that needs as much is refused, and hears that it may be worth to try again.
+    """
+    with DenseCluster(folder, Shape(attention_workers=2, worker_blocks=8)) as cluster:
+        submission = started(cluster)
+        output = cluster.listener.output(submission)
+        if not is_known:
+            cluster.engine.stop()
+            cluster.engine = cluster.new_engine()
+            cluster.attach(cluster.engine)
+        seen, shard_map = list(output.token_ids), output.maps[-1]
+        worker = WorkerId("attention-1")
+        cluster.kill_worker(worker)
+        cluster.tell()
+        resumed = cluster.submit(
+            request(PROMPT, COUNT, key=submission.key, generation=2, output=seen, shard_map=shard_map)
+        )
+        (new,) = cluster.generate([request(PROMPT, COUNT)])
+        assert isinstance(new.failure, ResourceExhausted)
+        assert new.failure.message.endswith("retry later")
+        cluster.start_worker(worker)
+        cluster.tell()
+        assert cluster.listener.wait(resumed).token_ids == expected
+        cluster.wait_all_free()
 
 
 def test_a_broken_lane_is_opened_again(folder: Path, expected: list[int]) -> None:

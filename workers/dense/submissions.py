@@ -127,7 +127,8 @@ class Submissions:
     def _admissible(self, submission: Submission) -> LiveSequence | None:
         """The sequence whose place this takes, if any.
 
-        Raises AlreadyExists, Unavailable, ResourceExhausted.
+        One that ran already fitted then: where workers are missing now it waits for them, until its deadline
+        (see `ShardKeeper`). Raises AlreadyExists, Unavailable, ResourceExhausted.
         """
         before = self._door.table.known(submission.key)
         if before is not None and submission.generation <= before.submission.generation:
@@ -144,8 +145,8 @@ class Submissions:
         if not self._door.pool.members.spaces(1, usable=False):
             raise Unavailable("no attention worker has joined: retry later")
         reason = self._door.pool.inadmissible(len(submission.prompt) + submission.max_tokens)
-        if reason is not None:
-            raise ResourceExhausted(reason)
+        if reason is not None and before is None and not submission.is_resumed:
+            raise ResourceExhausted(f"{reason}; if one is only being restarted, retry later")
         return before
 
     def _take_over(self, before: LiveSequence, sequence: LiveSequence) -> None:
