@@ -328,7 +328,10 @@ class Config(Section):
     def digest(self) -> str:
         """SHA-256 of what all processes of one cluster must agree on, whatever their paths and ports."""
         shared = self.model_dump_json(
-            include={"model": {"name", "dtype", "max_sequence_length"}, "attention": {"block_tokens"}}
+            include={
+                "model": {"name", "dtype", "max_sequence_length"},
+                "attention": {"block_tokens", "lease_ms"},
+            }
         )
         return hashlib.sha256(shared.encode()).hexdigest()
 

@@ -133,10 +133,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_digest_covers_what_peers_must_agree_on() -> None:
-    """Model and block size change the digest; a log level does not."""
+    """Model, block size and lease, which others renew, change the digest; a log level does not."""
     base = load(None).digest
     assert load(None, {"attention.block_tokens": 16}).digest != base
     assert load(None, {"model.dtype": "bfloat16"}).digest != base
+    assert load(None, {"attention.lease_ms": 5000}).digest != base
     assert load(None, {"model.path": "elsewhere"}).digest == base
     assert load(None, {"telemetry.log_level": "debug"}).digest == base
 
