@@ -258,8 +258,8 @@ def test_a_plan_can_always_be_carried_out(cluster: tuple[list[InstanceView], lis
 
 @pytest.mark.parametrize("tiers", [1, 2])
 def test_a_round_over_a_thousand_workers_takes_a_moment(tiers: int) -> None:
-    """1,000 arenas with 100 sequences each, many of them short of room, or too full for their tier: far below
-    a heartbeat's interval.
+    """1,000 arenas with 100 sequences each, many of them short of room, or too full for their tier: 100 ms,
+    in the best of three rounds.
     """
     instances = [instance(index, 2, waiting=8) for index in range(500)]
     arenas = [
@@ -276,6 +276,9 @@ def test_a_round_over_a_thousand_workers_takes_a_moment(tiers: int) -> None:
         view.worker: {SequenceKey(f"{view.worker}-{number}"): 60 + number for number in range(100)}
         for view in arenas
     }
-    began_s = time.perf_counter()
-    assert len(moves(instances, arenas, cache)) == POLICY.moves_most
-    assert time.perf_counter() - began_s < 2.0
+    took_s = []
+    for _ in range(3):
+        began_s = time.perf_counter()
+        assert len(moves(instances, arenas, cache)) == POLICY.moves_most
+        took_s.append(time.perf_counter() - began_s)
+    assert min(took_s) < 0.1
