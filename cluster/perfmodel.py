@@ -180,13 +180,15 @@ class Line:
         another takes: as much if the work `is_fixed` (weights are read whatever the batch), else its share.
         """
         assert points, "a line needs a point"
-        mean_units = sum(units for units, _ in points) / len(points)
-        mean_s = sum(seconds for _, seconds in points) / len(points)
-        spread = sum((units - mean_units) ** 2 for units, _ in points)
+        mean_units, mean_s = (sum(values) / len(points) for values in zip(*points, strict=True))
+        spread = product = 0.0
+        for units, seconds in points:  # one pass: who chooses anew each step has dozens of points
+            off = units - mean_units
+            spread += off * off
+            product += off * (seconds - mean_s)
         if spread <= 1e-6 * mean_units**2:
             return cls(mean_s, 0.0) if is_fixed or mean_units == 0 else cls(0.0, mean_s / mean_units)
-        slope = sum((units - mean_units) * (seconds - mean_s) for units, seconds in points) / spread
-        slope = max(0.0, slope)
+        slope = max(0.0, product / spread)
         base_s = mean_s - slope * mean_units
         return cls(base_s, slope) if base_s >= 0 else cls(0.0, mean_s / mean_units)
 

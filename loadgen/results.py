@@ -104,4 +104,4 @@ def _read_samples(path: Path) -> list[Sample]:
     try:
         return [Sample.from_line(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError:
-        return []  # a run of a simulator, or of an endpoint without members, has none
+        return []  # a run of an endpoint without members may have none

@@ -8,7 +8,7 @@ sleeps until something comes or a pause of the scheduler ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -94,7 +94,7 @@ class SimulatedEngine:
     """Owns the scheduler and the live sequences of dense worker `index`."""
 
     def __init__(self, index: int, site: Site, limits: SchedulerLimits, pricing: Pricing) -> None:
-        self._index = index
+        self.index = index
         self._site = site
         self._pricing = pricing
         self._scheduler = Scheduler(limits)
@@ -108,6 +108,16 @@ class SimulatedEngine:
     def load(self) -> int:
         """Sequences that live here."""
         return len(self._live)
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a place in it."""
+        return self._scheduler.waiting
 
     def submit(self, sequence: SimulatedSequence) -> None:
         """Take a sequence in, or end it with the error a dense worker would answer."""
@@ -125,7 +135,7 @@ class SimulatedEngine:
     def _submit(self, sequence: SimulatedSequence) -> None:
         most = sequence.prompt_tokens + sequence.output_tokens
         try:
-            reason = self._site.pool.inadmissible(self._index, most)
+            reason = self._site.pool.inadmissible(self.index, most)
             if reason is not None:
                 raise ResourceExhausted(reason)
         except AnabranchError as error:
@@ -141,10 +151,10 @@ class SimulatedEngine:
     def _acquire(self, sequence: SimulatedSequence) -> None:
         """What this worker remembers of the prefix, and what the directory knows beyond it, as it lies."""
         pool, chain = self._site.pool, sequence.chain
-        known = self._index_of_prefixes.sources(chain, pool.may_use(self._index))
+        known = self._index_of_prefixes.sources(chain, pool.may_use(self.index))
         before = blocks_known(known, chain.block_tokens)
         runs = self._site.directory.find(chain.hashes[before:], before)
-        sources = go_on(known, runs, chain.block_tokens, pool.may_use(self._index))
+        sources = go_on(known, runs, chain.block_tokens, pool.may_use(self.index))
         sequence.shards = pool.acquire(sources, chain)
         sequence.cached_tokens = sum(shard.end - shard.first for shard in sequence.shards)
         self._schedule(sequence)
@@ -173,13 +183,12 @@ class SimulatedEngine:
 
     def _publish(self, sequence: SimulatedSequence, computed: int) -> None:
         """Blocks that a step made certain may be shared, and are remembered."""
-        if sequence.chain.hashes:
-            self._site.pool.publish(sequence.shards, sequence.chain, computed)
-            for shard in sequence.shards:
-                arena = self._site.pool.arena(shard.worker)
-                self._site.directory.expect(arena.worker, arena.shared)
-            if len(sequence.tokens_s) == 1:
-                self._index_of_prefixes.remember(sequence.chain, sequence.shards)
+        self._site.pool.publish(sequence.shards, sequence.chain, computed)
+        for shard in sequence.shards:
+            arena = self._site.pool.arena(shard.worker)
+            self._site.directory.expect(arena.worker, arena.shared)
+        if len(sequence.tokens_s) == 1:
+            self._index_of_prefixes.remember(sequence.chain, sequence.shards)
 
     def _turn(self) -> None:
         """Plan, and begin a step or sleep."""
@@ -193,10 +202,11 @@ class SimulatedEngine:
         if not self._steps:
             self._sleep(self._scheduler.due_s())
             return
-        times = self._price(plan)
-        ends_s = self._site.ends_s(self._index, times)
+        sequences = [self._live[row.key] for row in plan.rows]
+        times = self._price(plan, sequences)
+        ends_s = self._site.ends_s(self.index, times)
         self._site.tally.step(now_s, ends_s, len(plan.rows), plan.tokens, times, self._site.pool.used_share)
-        self._site.timeline.at(ends_s, partial(self._end_step, plan, times, ends_s - now_s))
+        self._site.timeline.at(ends_s, partial(self._end_step, plan, sequences, times, ends_s - now_s))
 
     def _sleep(self, until_s: float) -> None:
         if self._live and until_s < inf and until_s != self._due_s:
@@ -231,7 +241,7 @@ class SimulatedEngine:
         if sequence is None or self._scheduler.generation(request.key) != request.generation:
             return
         before = sequence.shards
-        after = self._site.pool.reserve(self._index, request.first, request.end, before)
+        after = self._site.pool.reserve(self.index, request.first, request.end, before)
         if after == before:
             self._scheduler.refused(request, self._site.timeline.now_s)
             return
@@ -240,25 +250,25 @@ class SimulatedEngine:
         granted = self._scheduler.granted(request, [(s.first, s.end) for s in after if s not in before])
         assert granted, "what is of this generation is awaited"
 
-    def _price(self, plan: StepPlan) -> StepTimes:
+    def _price(self, plan: StepPlan, sequences: Sequence[SimulatedSequence]) -> StepTimes:
         """What the plan's step takes."""
         rows = []
-        for row in plan.rows:
-            sequence = self._live[row.key]
+        for row, sequence in zip(plan.rows, sequences, strict=True):
             if sequence.admitted_s is None:
                 sequence.admitted_s = self._site.timeline.now_s
             rows.append(PlannedRow(row.key, row.start, row.count, row.samples, sequence.places))
         return self._pricing.price(rows)
 
-    def _end_step(self, plan: StepPlan, times: StepTimes, wall_s: float) -> None:
+    def _end_step(
+        self, plan: StepPlan, sequences: Sequence[SimulatedSequence], times: StepTimes, wall_s: float
+    ) -> None:
         """Tokens leave, counters move, and the next step is planned."""
         seen_s = self._site.timeline.now_s + self._site.call_s
         dense_s, attention_s, lane_s = times.dense_s, times.slowest_s, times.lane_s
         waited_s = max(0.0, wall_s - dense_s)
         sampled: dict[SequenceKey, int] = {}
         ended: list[SimulatedSequence] = []
-        for row in plan.rows:
-            sequence = self._live[row.key]
+        for row, sequence in zip(plan.rows, sequences, strict=True):
             sequence.dense_s += dense_s
             sequence.attention_s += attention_s
             sequence.lane_s += lane_s
@@ -269,7 +279,8 @@ class SimulatedEngine:
                     ended.append(sequence)
                 else:
                     sampled[row.key] = 1
-            self._publish(sequence, row.start + row.count)
+            if sequence.chain.hashes:
+                self._publish(sequence, row.start + row.count)
         self._scheduler.apply(plan, sampled)
         for sequence in ended:
             self._scheduler.finish(sequence.key)

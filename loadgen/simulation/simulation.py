@@ -14,6 +14,7 @@ from cluster.config import Config
 from cluster.policies.settings import placement_policy, scheduler_limits
 from loadgen import scenario as scenarios
 from loadgen.cost import priced
+from loadgen.members import Sample
 from loadgen.metrics import Facts, Objectives, Summary, summarize
 from loadgen.plan import Plan, Stage
 from loadgen.records import Record
@@ -26,6 +27,7 @@ from loadgen.simulation.measured import Lanes, MeasuredSteps
 from loadgen.simulation.models import SimulatedModel
 from loadgen.simulation.pool import ModelledPool
 from loadgen.simulation.prefixes import Contents, ReportedDirectory
+from loadgen.simulation.samples import SimulatedMembers
 from loadgen.simulation.steps import ModelledSteps, Pricing, StepModel, Switches
 from loadgen.simulation.tally import Tally
 from loadgen.simulation.timeline import Timeline
@@ -136,15 +138,22 @@ class Simulation:
         self._timeline = Timeline()
         self.was_stopped = False
 
+    @property
+    def simulated_s(self) -> float:
+        """How far the virtual clock went."""
+        return self._timeline.now_s
+
     def run(
         self,
         keep: Callable[[Record], None],
         goes_on: Callable[[Course], bool],
         objectives: Objectives = _NO_OBJECTIVES,
+        keep_sample: Callable[[Sample], None] = lambda _: None,
     ) -> list[Summary]:
-        """The figures of every stage that was begun. `keep` is given each request as it ends; `goes_on` is
-        asked now and then, and may end the run.
+        """The figures of every stage that was begun. `keep` is given each request as it ends, `keep_sample`
+        each member at its moments; `goes_on` is asked now and then, and may end the run.
         """
+        members = SimulatedMembers(self._timeline, keep_sample)
         records: list[Record] = []
 
         def kept(record: Record) -> None:
@@ -154,7 +163,7 @@ class Simulation:
         summaries = []
         for stage in self.plan.stages:
             begins_s, tally = self._timeline.now_s, Tally()
-            self._do(stage, kept, goes_on, tally)
+            self._do(stage, kept, goes_on, tally, members)
             facts = Facts(
                 stage=stage.name,
                 counts_from_s=begins_s + stage.warm_up_s,
@@ -173,7 +182,12 @@ class Simulation:
         return priced(records, summaries, self._cluster.shape.bill)
 
     def _do(
-        self, stage: Stage, keep: Callable[[Record], None], goes_on: Callable[[Course], bool], tally: Tally
+        self,
+        stage: Stage,
+        keep: Callable[[Record], None],
+        goes_on: Callable[[Course], bool],
+        tally: Tally,
+        members: SimulatedMembers,
     ) -> None:
         """A stage to its end, with engines and arenas of its own: nothing of one is left in the next."""
         site = self._site(tally)
@@ -188,6 +202,7 @@ class Simulation:
             stage, self._timeline.now_s, self._timeline, engines, site.call_s, self._timeout_s, keep, contents
         )
         clients.begin()
+        members.look(engines, site.pool)
         self.was_stopped = not self._timeline.run(
             lambda: clients.sessions_left == 0,
             lambda: goes_on(Course(stage, self._timeline.now_s, clients.sent, len(clients.under_way))),

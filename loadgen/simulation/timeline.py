@@ -21,6 +21,11 @@ class Timeline:
         self._asked += 1
         heapq.heappush(self._events, (max(moment_s, self.now_s), self._asked, call))
 
+    @property
+    def has_more(self) -> bool:
+        """Whether something is still to come."""
+        return bool(self._events)
+
     def run(self, is_over: Callable[[], bool], goes_on: Callable[[], bool]) -> bool:
         """Until it is over, which is asked before each event; False where `goes_on`, asked now and then,
         ended it before. What was still to come is forgotten.

@@ -12,9 +12,11 @@ Places: TypeAlias = Sequence[tuple[int, int, int]]
 """(arena, first, end) of a sequence's shards, in order: what a step reads."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PlannedRow:
-    """A row of a plan, and where its sequence lies."""
+    """A row of a plan, and where its sequence lies. Not frozen: building those of every step, much of what a
+    simulation does, would take three times as long.
+    """
 
     key: SequenceKey
     start: int

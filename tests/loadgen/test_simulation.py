@@ -14,10 +14,11 @@ from anabranch.cli.loadgen.command import app
 from cluster.errors import InvalidRequest, UnsupportedModel
 from cluster.policies.placement import PlacementPolicy
 from cluster.types import SequenceKey, WorkerId
+from loadgen.members import Sample
 from loadgen.metrics import definition
 from loadgen.records import Outcome, Record
-from loadgen.results import read_records, read_summaries
-from loadgen.scenario import Scenario
+from loadgen.results import PAGE, read_records, read_summaries
+from loadgen.scenario import ArrivalKind, Scenario
 from loadgen.simulation import models
 from loadgen.simulation.machines import Efficiencies, Shape
 from loadgen.simulation.pool import ModelledPool
@@ -265,6 +266,48 @@ def test_the_command_writes_what_a_real_run_writes(tmp_path: Path) -> None:
     assert summary["backend"] == "simulation"
     assert summary["request_goodput"] > 0
     assert all(definition(key) for key in set(summary) - SETTING)
+    page = (tmp_path / "out" / PAGE).read_text()
+    assert all(title in page for title in ("Batch size", "KV pool occupancy", "4 attention, 1 dense"))
+    assert "s simulated in" in done.output
+
+
+@pytest.mark.parametrize(
+    ("where", "roles", "keeping"),
+    [
+        (shape(), {"dense-0": "dense"} | {f"attention-{n}": "attention" for n in range(4)}, "attention"),
+        (shape("h100x4", None, 2), {"dense-0": "dense", "dense-1": "dense"}, "dense"),
+    ],
+    ids=str,
+)
+def test_every_member_is_sampled_once_a_second(where: Shape, roles: dict[str, str], keeping: str) -> None:
+    """What it runs and holds, idle seconds included, through all stages; blocks are told by who has them."""
+    samples: list[Sample] = []
+    scenario = Scenario(concurrency=(2, 4), requests=8, prompt="3000", output="200", think_s=5.0)
+    simulation = Simulation(cluster(where), scenario, 600.0)
+    simulation.run(lambda _: None, lambda _: True, keep_sample=samples.append)
+    assert {sample.worker_id: sample.role for sample in samples} == roles
+    for name in roles:
+        moments = [sample.at_s for sample in samples if sample.worker_id == name]
+        assert all(0 < after - before <= 1.001 for before, after in pairwise(moments))
+        assert moments[0] == 0
+        assert simulation.simulated_s - 1 <= moments[-1] <= simulation.simulated_s
+    dense = [sample.running for sample in samples if sample.role == "dense"]
+    assert max(dense) >= 2
+    assert min(dense) == 0
+    assert {sample.role for sample in samples if sample.blocks} == {keeping}
+    assert all(0 <= sample.blocks_used <= sample.blocks for sample in samples)
+    assert max(sample.blocks_used for sample in samples) >= 3000 // 32
+
+
+def test_a_long_run_is_sampled_less_often() -> None:
+    """A request each thousand seconds: an hour's looks a second apart, then fewer and fewer."""
+    samples: list[Sample] = []
+    scenario = Scenario(arrivals=ArrivalKind.CONSTANT, rate=0.001, requests=18, prompt="64", output="4")
+    simulation = Simulation(cluster(), scenario, 600.0)
+    simulation.run(lambda _: None, lambda _: True, keep_sample=samples.append)
+    assert simulation.simulated_s > 17_000
+    looks = sum(sample.role == "dense" for sample in samples)
+    assert 3600 + 3600 + (simulation.simulated_s - 3 * 3600) / 4 == pytest.approx(looks, abs=5)
 
 
 def test_one_micro_batch_in_the_configuration_is_one_in_the_simulation() -> None:

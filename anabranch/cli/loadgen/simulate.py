@@ -14,11 +14,11 @@ from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import modelled as m
 from anabranch.cli.loadgen import options as o
 from anabranch.cli.loadgen.concurrency import numbers
+from anabranch.cli.loadgen.reporting import write_page
 from anabranch.cli.loadgen.table import print_summary
 from anabranch.cli.loadgen.watching import SimulationLine
 from anabranch.cli.up import parse_settings
 from cluster import config as configuration
-from cluster import hardware
 from cluster.config import Config
 from cluster.prices import per_mtok
 from cluster.signals import Interrupts
@@ -38,7 +38,8 @@ def simulate(
     dense: m.Dense = "h100x2",
     attention: m.Attention = None,
     dense_workers: m.DenseWorkers = 1,
-    prices: m.Prices = None,
+    hardware_file: m.Hardware = None,
+    prices: o.PricesFile = None,
     config_file: m.EngineConfig = None,
     settings: m.EngineSettings = None,
     efficiency: m.EfficiencyText = "",
@@ -69,8 +70,8 @@ def simulate(
 ) -> None:
     """Run this project's scheduler and placement over modelled hardware, on a virtual clock.
 
-    The same results as of `run`. Steps take what rooflines say: throughput is what cannot be beaten, unless
-    --efficiency says what your devices reach. Nothing ever fails.
+    The same results as of `run`, the page included. Steps take what rooflines say: throughput is what cannot
+    be beaten, unless --efficiency says what your devices reach. Nothing ever fails.
 
     \b
     anabranch loadgen simulate --dense h100x2 --attention h20x4 --trace azure-conv
@@ -84,7 +85,7 @@ def simulate(
         trace_from_s=trace_from, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think,
     )  # fmt: skip
-    catalogue = hardware.load(str(prices) if prices else None)
+    catalogue = m.catalogue(hardware_file, prices)
     shape = Shape(
         parse_side(dense, catalogue), parse_side(attention, catalogue) if attention else None, dense_workers
     )
@@ -119,6 +120,7 @@ def _run(
     for line in (
         head,
         planned,
+        *m.prices_of((cluster.shape,)),
         *(f"note: {note}" for note in (*plan.notes, *_notes(cluster))),
     ):
         errors.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -127,13 +129,16 @@ def _run(
     with ResultsFolder(folder) as results, errors.status("simulating") as status:
         progress = SimulationLine(errors, status)
         with Interrupts(progress.stop, lambda _: None):
-            summaries = simulation.run(results.add, progress.goes_on, objectives)
+            summaries = simulation.run(results.add, progress.goes_on, objectives, results.add_sample)
         results.sum_up(summaries)
+        status.update("writing the page")
+        write_page(folder)
     for summary in summaries:
         print_summary(console, summary)
         console.print(f"  {_cluster_line(summary)}", markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"\n{time.process_time() - began_s:.1f} s of computing; written to {folder}",
+        f"\n{simulation.simulated_s:,.0f} s simulated in {time.process_time() - began_s:,.1f} s of "
+        f"computing; written to {folder}",
         highlight=False,
         markup=False,
     )
