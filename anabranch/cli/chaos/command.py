@@ -105,7 +105,7 @@ def _one(seed: int, settings: dict[str, Any], keep: Path | None, console: Consol
             course = asyncio.run(run(Settings(seed, **settings), folder, tell))
             report = verdict(course, partial(gap_at, folder / "model"), NEAR_TIE)
     struck = len(report["faults"]) + len(report["losses"])
-    line = f"seed {seed}: {report['requests']} requests, {struck} faults"
+    line = f"seed {seed}: {report['requests']} requests, {struck} faults, {report['moves']} moves of cache"
     console.print(f"{line}, {len(report['failures'])} failures", highlight=False)
     for failure in report["failures"]:
         console.print(f"  {failure}", markup=False, highlight=False)

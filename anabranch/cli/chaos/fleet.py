@@ -26,6 +26,7 @@ from cluster.errors import Unavailable
 from cluster.model_spec import ModelSpec
 from cluster.types import draw_epoch
 from controller import launch
+from controller.balancer import BalancerSettings
 from controller.membership import Terms
 from controller.service import ControlServer, ControlService
 
@@ -88,10 +89,15 @@ class Fleet:
         geometry = ModelSpec.from_folder(Path(config.model.path)).geometry(
             config.model.dtype, config.attention.block_tokens
         )
-        service = ControlService(
-            self.table, draw_epoch(), geometry_message(geometry), lambda: (), lambda _grace_ms: None
+        self._service = ControlService(
+            self.table,
+            draw_epoch(),
+            geometry_message(geometry),
+            lambda: (),
+            lambda _grace_ms: None,
+            balancing=BalancerSettings.of(config),
         )
-        self._server = ControlServer(config, service)
+        self._server = ControlServer(config, self._service)
         self._file = folder / "config.yaml"
         self._file.write_text(config.to_yaml())
         self._lives: dict[str, Life] = {}
@@ -267,6 +273,7 @@ class Fleet:
     def _sweep(self) -> None:
         while not self._closing.wait(self._config.controller.heartbeat_ms / 1000):
             self.table.sweep()
+            self._service.sweep()
 
 
 def send(life: Life, number: signal.Signals) -> None:

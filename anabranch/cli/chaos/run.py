@@ -76,7 +76,9 @@ class Course:
 
 
 def configured(settings: Settings, folder: Path) -> Config:
-    """The configuration of the fleet under test: small steps and blocks, quick to notice a loss."""
+    """The configuration of the fleet under test: small steps and blocks, arenas so small that cache is moved
+    between them, quick to notice a loss.
+    """
     overrides: dict[str, Any] = {
         "model.path": str(folder),
         "model.name": "chaos",
@@ -87,10 +89,13 @@ def configured(settings: Settings, folder: Path) -> Config:
         "dense.step_tokens": STEP_TOKENS,
         "dense.max_batch": 32,
         "attention.replicas": settings.attention_workers,
-        "attention.arena": "128KiB" if settings.lost_capacity else "32MiB",
+        "attention.arena": "128KiB" if settings.lost_capacity else "256KiB",
         "attention.block_tokens": 16,
         "attention.lease_ms": 6000,
         "placement.shard_tokens": 64,
+        "placement.plan_interval_s": 0.25,
+        "placement.move_gain": 0.0,
+        "placement.move_tokens": 32,
         "lanes.transports": [schedule.transport(settings.seed)],
         "lanes.deadline_floor_ms": 1000,
         "controller.port": 0,

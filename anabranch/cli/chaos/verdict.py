@@ -54,6 +54,7 @@ def verdict(course: Course, gap_at: Gap, near_tie: float) -> dict[str, Any]:
         "tokens": sum(len(answer.tokens) for answer in course.disturbed),
         "resumes": sum(answer.resumes[-1] for answer in course.disturbed if answer.resumes),
         "starts": course.starts,
+        "moves": sum(event["event"] == "moved" for events in course.logs.values() for event in events),
         "load_share": course.load_share,
         "near_ties": ties,
         "failures": failures,
