@@ -1,4 +1,5 @@
-"""What devices cost per hour, with the date and the source of each price: the catalogue's, or a file's.
+"""What devices cost per hour, with the date and the source of each price: the catalogue's and, above them, a
+file's.
 
 [h100]
 price_per_hour_usd = 2.49
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster import hardware
 from cluster.errors import InvalidRequest
-from cluster.hardware import HardwareClass
+from cluster.hardware import Catalogue, HardwareClass
 from cluster.placement_settings import PlacementConfig
 from cluster.telemetry_settings import CostConfig
 
@@ -40,24 +41,39 @@ class Price(BaseModel):
         """Of one device."""
         return self.price_per_hour_usd / _HOUR_S
 
+    def __str__(self) -> str:
+        return f"${self.price_per_hour_usd:g} an hour on {self.price_date} ({self.source})"
+
 
 Prices: TypeAlias = Mapping[str, Price]
 """By kind of device."""
 
 
-def built_in() -> Prices:
-    """Those of cluster/hardware.toml."""
-    return {name: of(item) for name, item in hardware.built_in().items()}
+def known(catalogue: Catalogue, file: Path | None) -> Prices:
+    """A catalogue's and, in their place or beside them, a file's. Raises what `read` raises."""
+    own = {name: of(item) for name, item in catalogue.items()}
+    return {**own, **read(file)} if file else own
+
+
+def repriced(catalogue: Catalogue, file: Path | None) -> Catalogue:
+    """The same devices at a file's prices, where it has any. Raises what `read` raises, and InvalidRequest
+    for a price of a kind that the catalogue does not have.
+    """
+    prices = known(catalogue, file)
+    if strange := [name for name in prices if name not in catalogue]:
+        raise InvalidRequest(
+            f"{file}: prices of {', '.join(strange)}, which the catalogue of hardware does not have; it has "
+            f"{', '.join(catalogue)}"
+        )
+    return {name: _at(item, prices[name]) for name, item in catalogue.items()}
 
 
 def in_force(cost: CostConfig, placement: PlacementConfig) -> Prices:
-    """Those by which a running cluster is charged: of the file named, else of the catalogue that roles are
-    placed by. Raises InvalidRequest for a kind without a price, ConfigError for an unreadable catalogue.
+    """Those by which a running cluster is charged: of the catalogue that roles are placed by, and above them
+    of the file named. Raises InvalidRequest for a kind without a price, ConfigError for an unreadable
+    catalogue.
     """
-    if cost.prices is not None:
-        prices = read(Path(cost.prices))
-    else:
-        prices = {name: of(item) for name, item in hardware.load(placement.hardware).items()}
+    prices = known(hardware.load(placement.hardware), Path(cost.prices) if cost.prices else None)
     for key, kind in (("dense", cost.dense), ("attention", cost.attention)):
         if kind is not None and kind not in prices:
             raise InvalidRequest(
@@ -92,5 +108,18 @@ def read(path: Path) -> Prices:
             prices[name] = Price.model_validate(table)
         except ValidationError as error:
             faults = (".".join([name, *map(str, e["loc"])]) + f": {e['msg']}" for e in error.errors())
-            raise InvalidRequest(f"{path}: {'; '.join(faults)}") from error
+            raise InvalidRequest(
+                f"{path}: {'; '.join(faults)}; each kind has price_per_hour_usd, price_date and source, "
+                "no figures of hardware"
+            ) from error
     return prices
+
+
+def _at(item: HardwareClass, price: Price) -> HardwareClass:
+    return item.model_copy(
+        update={
+            "price_per_hour_usd": price.price_per_hour_usd,
+            "price_date": price.price_date,
+            "sources": {**item.sources, "price_per_hour_usd": price.source},
+        }
+    )

@@ -84,16 +84,26 @@ def plan(scenario: Scenario, context: int) -> Plan:
     return Plan(stages, tuple(filter(None, (*material.notes, *notes))), described(rows))
 
 
+def recorded(scenario: Scenario) -> tuple[int | None, float | None]:
+    """(requests, sessions per second) of the trace, or of the trace that the workload is fitted to: None for
+    requests that are drawn, and for a rate that nobody knows. Raises InvalidRequest for a wrong wish.
+    """
+    _check(scenario)
+    material = _material(scenario)
+    return material.count, material.rate
+
+
 @dataclass(frozen=True, slots=True)
 class _Material:
     """What requests are made of. `rows` gives so many, and a line about them; `recorded` and `rate` are
-    arrivals as they were where this comes from, None where nobody knows.
+    arrivals as they were where this comes from, None where nobody knows; `count` is how many a trace has.
     """
 
     rows: Callable[[int], tuple[list[Row], str]]
     notes: tuple[str, ...] = ()
     recorded: Gamma | Replay | None = None
     rate: float | None = None
+    count: int | None = None
 
 
 _Made: TypeAlias = tuple[tuple[Stage, ...], list[Row], list[str]]
@@ -186,7 +196,17 @@ def _arrivals(scenario: Scenario, material: _Material) -> tuple[Arrivals, float,
         ArrivalKind.CONSTANT: lambda: Constant(rate),
         ArrivalKind.RAMP: lambda: Ramp(rate, scenario.rate_end or rate, scenario.duration_s or DURATION_S),
     }
-    return processes[kind or ArrivalKind.POISSON](), rate, ""
+    words = "" if kind or recorded is None else _poisson_words(rate, recorded)
+    return processes[kind or ArrivalKind.POISSON](), rate, words
+
+
+def _poisson_words(rate: float, recorded: Gamma | Replay) -> str:
+    """A rate takes the workload's own arrivals away."""
+    if isinstance(recorded, Gamma):
+        instead = f"not of cv {recorded.cv:.3g}, as fitted (--arrivals gamma)"
+    else:
+        instead = "not as recorded (--arrivals trace)"
+    return f"arrivals are Poisson at {rate:g} per second, {instead}"
 
 
 def _as_recorded(scenario: Scenario) -> bool:
@@ -215,20 +235,21 @@ def _material(scenario: Scenario) -> _Material:
         label = f"workload {fit.label}"
         return _Material(lambda count: (fit.rows(seed, count), ""), (label,), fit.arrivals, fit.rate)
     if scenario.trace_file is not None:
-        return _of_trace(scenario, _trace(scenario, scenario.trace_file))
+        return _of_trace(scenario, scenario.trace_file, _trace(scenario, scenario.trace_file))
     prompts, outputs = lengths.parse(scenario.prompt), lengths.parse(scenario.output)
     return _Material(lambda count: (drawn(prompts, outputs, seed, count), ""))
 
 
-def _of_trace(scenario: Scenario, trace: Trace) -> _Material:
-    rows = partial(repeated, trace.rows)
+def _of_trace(scenario: Scenario, file: Path, trace: Trace) -> _Material:
+    rows, count = partial(repeated, trace.rows), len(trace.rows)
+    label = f"trace {file} ({count:,} requests)"
     if not trace.is_timed:
-        return _Material(rows)
+        return _Material(rows, (label,), count=count)
     times_s, coarse = trace.times_s(), trace.stamps_line()
     if coarse:
         times_s = tuple(spread(np.array(times_s), stream(scenario.seed, "spread")).tolist())
     rate = (len(times_s) - 1) / (times_s[-1] - times_s[0]) if times_s[-1] > times_s[0] else None
-    return _Material(rows, (coarse,), Replay(times_s), rate)
+    return _Material(rows, (label, coarse), Replay(times_s), rate, count)
 
 
 def _trace(scenario: Scenario, file: Path) -> Trace:

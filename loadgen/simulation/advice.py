@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from loadgen.simulation.machines import Shape, Side
 
 DENSE_DEVICES = (1, 2, 4, 8)
 ATTENTION_DEVICES = (1, 2, 3, 4, 6, 8, 12, 16)
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,36 +40,77 @@ class Advice:
     homogeneous: tuple[Candidate, ...]
     disaggregated: tuple[Candidate, ...]
     should_disaggregate: bool
-    break_even: float | None
-    """Price of an attention device, in prices of a dense device, at which tokens per dollar of both are
-    equal; 0 or less: at no price. None where one way cannot serve.
+    break_even_usd: tuple[float, ...]
+    """Prices per hour of the best split shape's attention devices, lowest first, at which the cheapest shape
+    of either way makes tokens for the same money; what else there is costs what it does now.
     """
     verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A shape that can keep the objectives, and its largest batch that does."""
+
+    shape: Shape
+    best: Point
 
 
 def advise(catalogue: Catalogue, setting: Setting, objectives: Objectives, shown: int) -> Advice:
     """Search (a, b) over all kinds. Raises InvalidRequest where no shape can serve within the objectives."""
     kinds = tuple(catalogue.values())
-    alone = _best(_homogeneous(kinds), setting, objectives, shown)
-    split = _best(_disaggregated(kinds), setting, objectives, shown)
+    alone = _served(_homogeneous(kinds), setting, objectives)
+    split = _served(_disaggregated(kinds), setting, objectives)
     if not alone and not split:
         raise InvalidRequest(
             f"no shape of up to {DENSE_DEVICES[-1]} + {ATTENTION_DEVICES[-1]} devices serves "
             f"{setting.model.name} within these objectives: loosen --slo, or name other --kinds"
         )
-    should = bool(split) and (not alone or split[0].chosen.usd_per_mtok < alone[0].chosen.usd_per_mtok)
-    even = break_even(split[0], alone[0]) if alone and split else None
-    return Advice(alone, split, should, even, _verdict(alone, split, should, even))
+    should = bool(split) and (not alone or split[0].best.usd_per_mtok < alone[0].best.usd_per_mtok)
+    even = _break_even_usd(split, alone)
+    return Advice(
+        _candidates(alone[:shown], setting, objectives),
+        _candidates(split[:shown], setting, objectives),
+        should,
+        even,
+        _verdict(alone, split, should, even),
+    )
 
 
-def break_even(split: Candidate, alone: Candidate) -> float:
-    """See `Advice`: T_s / (a p + b r p) = T_h / price_h, solved for r."""
-    attention = split.shape.attention
+def _break_even_usd(split: Sequence[_Served], alone: Sequence[_Served]) -> tuple[float, ...]:
+    """See `Advice`. With T tokens per second, N devices of the kind at x, and F for all others, a shape's
+    tokens cost (F + N x) / T: a line over x. Where the lowest lines of both ways cross, neither is cheaper.
+    """
+    if not split or not alone:
+        return ()
+    attention = split[0].shape.attention
     assert attention is not None, "a split shape has attention workers"
-    dense = split.shape.dense
-    gain = split.chosen.tokens_per_s / alone.chosen.tokens_per_s
-    left_usd = gain * alone.shape.price_per_hour_usd - split.shape.dense_workers * dense.price_per_hour_usd
-    return left_usd / (attention.devices * dense.kind.price_per_hour_usd)
+    ours, theirs = (_lowest_lines(served, attention.kind) for served in (split, alone))
+    met = set()
+    for (fixed, slope), (other_fixed, other_slope) in itertools.product(ours, theirs):
+        if slope == other_slope:
+            continue
+        usd = (other_fixed - fixed) / (slope - other_slope)
+        lowest = min(each_fixed + each_slope * usd for each_fixed, each_slope in (*ours, *theirs))
+        if usd > 0 and fixed + slope * usd <= lowest * (1 + _ROUNDING):
+            met.add(usd)
+    return tuple(sorted(met))
+
+
+def _lowest_lines(served: Sequence[_Served], kind: HardwareClass) -> list[tuple[float, float]]:
+    """(F / T, N / T) of the shapes that are the cheapest of all at some price."""
+    lines = []
+    for each in served:
+        sides = ((each.shape.dense, each.shape.dense_workers), (each.shape.attention, 1))
+        devices = sum(
+            side.devices * workers for side, workers in sides if side and side.kind.name == kind.name
+        )
+        fixed_usd = each.shape.price_per_hour_usd - devices * kind.price_per_hour_usd
+        lines.append((max(0.0, fixed_usd) / each.best.tokens_per_s, devices / each.best.tokens_per_s))
+    lowest: list[tuple[float, float]] = []
+    for line in sorted(lines):
+        if not lowest or line[1] < lowest[-1][1]:
+            lowest.append(line)
+    return lowest
 
 
 def _homogeneous(kinds: Sequence[HardwareClass]) -> Iterator[Shape]:
@@ -84,40 +128,48 @@ def _disaggregated(kinds: Sequence[HardwareClass]) -> Iterator[Shape]:
                     yield Shape(Side(dense, devices), Side(attention, workers))
 
 
-def _best(
-    shapes: Iterator[Shape], setting: Setting, objectives: Objectives, shown: int
-) -> tuple[Candidate, ...]:
-    """The cheapest per output token of those that can keep the objectives."""
-    found: list[tuple[float, str, Shape, Point, Point]] = []
-    for shape in shapes:
+def _served(shapes: Iterator[Shape], setting: Setting, objectives: Objectives) -> list[_Served]:
+    """Those that can keep the objectives, the cheapest per output token first."""
+    points = ((shape, best_within(shape, setting, objectives)) for shape in shapes)
+    found = [_Served(shape, point) for shape, point in points if point is not None]
+    return sorted(found, key=lambda served: (served.best.usd_per_mtok, str(served.shape)))
+
+
+def _candidates(served: Sequence[_Served], setting: Setting, objectives: Objectives) -> tuple[Candidate, ...]:
+    candidates = []
+    for shape, best in ((each.shape, each.best) for each in served):
         most = saturated(shape, setting)
-        within = best_within(shape, setting, objectives) if most is not None else None
-        if most is not None and within is not None:
-            found.append((within.usd_per_mtok, str(shape), shape, most, within))
-    cheapest = sorted(found, key=lambda item: item[:2])[:shown]
-    return tuple(
-        Candidate(shape, most, within if objectives.bounds_ms else None, bottleneck(shape, setting))
-        for _, _, shape, most, within in cheapest
-    )
+        assert most is not None, "what keeps objectives can serve"
+        limit = bottleneck(shape, setting, objectives)
+        candidates.append(Candidate(shape, most, best if objectives.bounds_ms else None, limit))
+    return tuple(candidates)
 
 
-def _verdict(alone: Sequence[Candidate], split: Sequence[Candidate], should: bool, even: float | None) -> str:
+def _verdict(alone: Sequence[_Served], split: Sequence[_Served], should: bool, even: Sequence[float]) -> str:
     if not split:
         return f"do not disaggregate: no split shape serves this; take {alone[0].shape}"
-    if not alone or even is None:
+    if not alone:
         return f"disaggregate: only split shapes serve this; take {split[0].shape}"
     best, other = (split[0], alone[0]) if should else (alone[0], split[0])
-    attention, dense = split[0].shape.attention, split[0].shape.dense
-    assert attention is not None, "a split shape has attention workers"
-    ratio = attention.kind.price_per_hour_usd / dense.kind.price_per_hour_usd
-    when = (
-        f"tokens per dollar are equal where a {attention.kind.name} costs {even:.2f} of a {dense.kind.name} "
-        f"(now {ratio:.2f})"
-        if even > 0
-        else f"no price of a {attention.kind.name} makes them equal"
-    )
     words = "disaggregate" if should else "do not disaggregate"
     return (
-        f"{words}: {best.shape} makes a million output tokens for ${best.chosen.usd_per_mtok:.3f}, "
-        f"{other.shape} for ${other.chosen.usd_per_mtok:.3f}; {when}"
+        f"{words}: {best.shape} makes a million output tokens for ${best.best.usd_per_mtok:.3f}, "
+        f"{other.shape} for ${other.best.usd_per_mtok:.3f}; {_when(split[0].shape, even)}"
+    )
+
+
+def _when(split: Shape, even: Sequence[float]) -> str:
+    """At which price the other way would be as good: beside that of a dense device, where that is another."""
+    assert split.attention is not None, "a split shape has attention workers"
+    kind, dense = split.attention.kind, split.dense.kind
+    if not even:
+        return f"no price of a {kind.name} makes tokens per dollar equal"
+    if kind.name == dense.name:
+        prices = " or ".join(f"${usd:.2f}" for usd in even)
+        now = f"${kind.price_per_hour_usd:.2f}"
+        return f"tokens per dollar are equal where a {kind.name} costs {prices} an hour (now {now})"
+    ratios = " or ".join(f"{usd / dense.price_per_hour_usd:.2f}" for usd in even)
+    ratio = kind.price_per_hour_usd / dense.price_per_hour_usd
+    return (
+        f"tokens per dollar are equal where a {kind.name} costs {ratios} of a {dense.name} (now {ratio:.2f})"
     )

@@ -132,16 +132,17 @@ def best_within(shape: Shape, setting: Setting, objectives: Objectives) -> Point
     return at_batch(shape, setting, low) if low else None
 
 
-def bottleneck(shape: Shape, setting: Setting) -> str:
-    """The resource that brings most where there is a tenth more of it: memory, bandwidth, compute, network
-    or latency floor. Raises InvalidRequest where the shape cannot serve the model.
+def bottleneck(shape: Shape, setting: Setting, objectives: Objectives) -> str:
+    """The resource that brings most where there is a tenth more of it, at the largest batch that keeps the
+    objectives: memory, bandwidth, compute, network or latency floor. Raises InvalidRequest where the shape
+    cannot serve the model so.
     """
-    now = saturated(shape, setting)
+    now = best_within(shape, setting, objectives)
     if now is None:
-        raise InvalidRequest(f"{shape} cannot serve {setting.model.name}")
+        raise InvalidRequest(f"{shape} cannot serve {setting.model.name} within the objectives")
     gains = {}
     for name, (better_shape, better_setting) in _improvements(shape, setting).items():
-        point = saturated(better_shape, better_setting)
+        point = best_within(better_shape, better_setting, objectives)
         gains[name] = 0.0 if point is None else point.tokens_per_s / now.tokens_per_s
     return max(gains, key=lambda name: gains[name])
 

@@ -44,7 +44,8 @@ def drawn_run(
         "notes": ["3 prompts were clipped"],
     }
     summaries = [{**head, **summarize(records, facts)}]
-    bill = Bill.parse("dense=1xh100,attention=2xh20", prices.built_in(), hardware.built_in())
+    catalogue = hardware.built_in()
+    bill = Bill.parse("dense=1xh100,attention=2xh20", prices.known(catalogue, None), catalogue)
     return Run(name, records, tuple(priced(records, summaries, bill)), _samples())
 
 

@@ -185,6 +185,6 @@ def test_a_price_has_a_date_and_a_source(text: str, words: str, tmp_path: Path) 
 
 def test_the_catalogues_prices_are_dated() -> None:
     """The papers' devices at the papers' prices."""
-    known = prices.built_in()
+    known = prices.known(hardware.built_in(), None)
     assert (known["h100"].price_per_hour_usd, known["h20"].price_per_hour_usd) == (11.06, 4.63)
     assert all(price.source for price in known.values())

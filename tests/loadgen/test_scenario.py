@@ -75,6 +75,24 @@ def test_a_rate_makes_a_trace_a_list_of_lengths(trace: Path) -> None:
     made = plan(Scenario(trace_file=trace, rate=10.0, requests=6), CONTEXT)
     assert [session.turns[0].output_tokens for session in _only(made).sessions] == [1, 2, 3, 4, 1, 2]
     assert any("its 4 requests are repeated to make 6" in note for note in made.notes)
+    assert f"trace {trace} (4 requests)" in made.notes
+
+
+def test_a_rate_that_takes_arrivals_away_says_so(trace: Path) -> None:
+    """Of a fit with its variation, of a trace; not where an arrival process was asked for, or none lost."""
+    fitted = plan(Scenario(workload="azure-code", rate=2.0, requests=50), CONTEXT)
+    assert (
+        "arrivals are Poisson at 2 per second, not of cv 13.2, as fitted (--arrivals gamma)" in fitted.notes
+    )
+    recorded = plan(Scenario(trace_file=trace, rate=2.0, requests=4), CONTEXT)
+    assert "arrivals are Poisson at 2 per second, not as recorded (--arrivals trace)" in recorded.notes
+    for wish in (
+        Scenario(rate=2.0, requests=4),
+        Scenario(workload="azure-code", rate=2.0, requests=4, arrivals=ArrivalKind.POISSON),
+        Scenario(workload="azure-code", rate=2.0, requests=4, arrivals=ArrivalKind.GAMMA),
+        Scenario(trace_file=trace),
+    ):
+        assert not any("Poisson" in note for note in plan(wish, CONTEXT).notes)
 
 
 def test_a_named_workload_says_that_it_is_a_fit_and_what_was_clipped() -> None:

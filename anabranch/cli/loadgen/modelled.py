@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cluster import hardware, prices
+from cluster.hardware import Catalogue
 from loadgen import published
+from loadgen.simulation.machines import Shape
 
 _CLUSTER, _PHYSICS = "Cluster", "Physics"
 
@@ -38,13 +42,12 @@ DenseWorkers = Annotated[
     int,
     typer.Option(help="Dense workers, which share the attention workers.", min=1, rich_help_panel=_CLUSTER),
 ]
-Prices = Annotated[
+Hardware = Annotated[
     Path | None,
     typer.Option(
-        "--prices",
         "--hardware",
         metavar="FILE",
-        help="Your hardware and prices: a file like cluster/hardware.toml. Default: the built-in one.",
+        help="Your hardware with its prices: a file like cluster/hardware.toml. Default: the built-in one.",
         exists=True,
         dir_okay=False,
         rich_help_panel=_CLUSTER,
@@ -101,6 +104,17 @@ Workload = Annotated[
         rich_help_panel="Workload",
     ),
 ]
+
+
+def catalogue(hardware_file: Path | None, prices_file: Path | None) -> Catalogue:
+    """What --hardware and --prices say. Raises ConfigError for the one, InvalidRequest for the other."""
+    return prices.repriced(hardware.load(str(hardware_file) if hardware_file else None), prices_file)
+
+
+def prices_of(shapes: Iterable[Shape]) -> list[str]:
+    """A line for each kind of device: its price, when that was so, and who says it."""
+    known = {devices.kind: devices.price for shape in shapes for _, devices in shape.bill.roles}
+    return [f"price of a {kind}: {price}" for kind, price in known.items()]
 
 
 def workload_source(workload: str, trace_file: Path | None) -> tuple[str, Path | None]:

@@ -176,8 +176,8 @@ PricesFile = Annotated[
     typer.Option(
         "--prices",
         metavar="FILE",
-        help="TOML: a table for each kind with price_per_hour_usd, price_date and source; default: those of "
-        "the hardware catalogue, some of which are examples only.",
+        help="TOML: a table for each kind with price_per_hour_usd, price_date and source, in the place of "
+        "the hardware catalogue's prices, some of which are examples only.",
         exists=True,
         dir_okay=False,
         rich_help_panel=_COST,
@@ -225,8 +225,8 @@ def endpoints(
 def bill(shape: str, prices_file: Path | None) -> Bill | None:
     """What --shape and --prices say; None without a shape. Raises InvalidRequest."""
     if shape:
-        known = prices.read(prices_file) if prices_file else prices.built_in()
-        return Bill.parse(shape, known, hardware.built_in())
+        catalogue = hardware.built_in()
+        return Bill.parse(shape, prices.known(catalogue, prices_file), catalogue)
     if prices_file:
         raise InvalidRequest("--prices needs a --shape: how many devices of which kind are paid for")
     return None

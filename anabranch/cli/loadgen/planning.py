@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -30,12 +31,23 @@ Kinds = Annotated[
     str,
     typer.Option(metavar="KIND[,...]", help="Only this hardware; default: all of the catalogue."),
 ]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Requests per second to be served. Default: the workload's own, where it has one."),
+]
+Duration = Annotated[
+    float,
+    typer.Option(
+        help="Seconds for which ServeGen's clients are drawn; other traces are taken whole.", min=0.1
+    ),
+]
 Shown = Annotated[int, typer.Option(help="Shapes shown of each way.", min=1)]
 
 
 def plan(
     model: m.ModelShapeName = "llama3-70b",
-    prices: m.Prices = None,
+    hardware_file: m.Hardware = None,
+    prices: o.PricesFile = None,
     kinds: Kinds = "",
     shown: Shown = 3,
     efficiency: m.EfficiencyText = "",
@@ -46,7 +58,8 @@ def plan(
     trace_file: o.TraceFile = None,
     prompt: o.Prompt = "512",
     output: o.Output = "128",
-    rate: o.Rate = None,
+    rate: Rate = None,
+    duration: Duration = 3600.0,
     context: o.Context = None,
     slo: o.Slo = "",
     seed: o.LoadSeed = 0,
@@ -62,31 +75,31 @@ def plan(
     anabranch loadgen plan --model FOLDER --prices prices.toml --prompt 4096 --output 512 --rate 2
     """
     workload, trace_file = m.workload_source(workload, trace_file)
-    is_drawn = trace_file is None
     scenario = Scenario(
         seed=seed,
-        rate=rate or (None if workload or not is_drawn else 1.0),
-        requests=_DRAWN_REQUESTS if is_drawn else None,
+        duration_s=duration,
         workload=workload,
         trace_file=trace_file,
         prompt=prompt,
         output=output,
         context=context,
     )
+    requests, recorded_rate = scenarios.recorded(scenario)
     resolved = models.resolve(model)
-    load = scenarios.plan(scenario, min(filter(None, (context, resolved.context_tokens))))
-    traffic = Traffic.of_plan(load)
+    # Only means are looked at: every request once, whenever it came.
+    whole = replace(scenario, concurrency=(1,), requests=requests or _DRAWN_REQUESTS)
+    load = scenarios.plan(whole, min(filter(None, (context, resolved.context_tokens))))
+    traffic = replace(Traffic.of_plan(load), rate=rate or recorded_rate)
     setting = Setting(
         resolved, traffic, Efficiencies.parse(efficiency), Switches(overlap, stagger), prompts_elsewhere
     )
-    catalogue = _only(hardware.load(str(prices) if prices else None), kinds)
+    catalogue = _only(m.catalogue(hardware_file, prices), kinds)
     objectives = Objectives.parse(slo)
     console = Console()
     console.width = max(console.width, _WIDTH)
     for note in load.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    is_asked = rate is not None or bool(workload) or not is_drawn
-    _print(console, advise(catalogue, setting, objectives, shown), setting, is_asked=is_asked)
+    _print(console, advise(catalogue, setting, objectives, shown), setting)
 
 
 def _only(catalogue: Catalogue, kinds: str) -> Catalogue:
@@ -95,7 +108,7 @@ def _only(catalogue: Catalogue, kinds: str) -> Catalogue:
     return {name: item for name, item in catalogue.items() if not names or name in names}
 
 
-def _print(console: Console, advice: Advice, setting: Setting, *, is_asked: bool) -> None:
+def _print(console: Console, advice: Advice, setting: Setting) -> None:
     traffic = setting.traffic
     where = "elsewhere" if setting.prompts_elsewhere else "on the same cluster"
     console.print(
@@ -107,20 +120,20 @@ def _print(console: Console, advice: Advice, setting: Setting, *, is_asked: bool
     for column in ("shape", "$/h", "at saturation", "within the objectives", "limited by", "clusters"):
         table.add_column(column)
     for candidate in (*advice.homogeneous, *advice.disaggregated):
-        table.add_row(*_row(candidate, traffic, is_asked=is_asked))
+        table.add_row(*_row(candidate, traffic))
     console.print(table)
     console.print("* cannot be deployed yet: a dense worker is one device today", highlight=False)
-    if is_asked and traffic.rate is not None:
-        console.print(
-            f"clusters: how many the workload's own {traffic.rate:.2f} requests/s need", highlight=False
-        )
+    for line in m.prices_of(candidate.shape for candidate in (*advice.homogeneous, *advice.disaggregated)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if traffic.rate is not None:
+        console.print(f"clusters: how many {traffic.rate:.2f} requests/s need", highlight=False)
     console.print(advice.verdict, highlight=False, markup=False, soft_wrap=True)
 
 
-def _row(candidate: Candidate, traffic: Traffic, *, is_asked: bool) -> tuple[str, ...]:
+def _row(candidate: Candidate, traffic: Traffic) -> tuple[str, ...]:
     shape, clusters = candidate.shape, "-"
     mark = "" if shape.is_deployable else " *"
-    if is_asked and traffic.rate is not None:
+    if traffic.rate is not None:
         clusters = f"{traffic.rate * traffic.output_tokens / candidate.chosen.tokens_per_s:.2f}"
     return (
         f"{shape}{mark}",

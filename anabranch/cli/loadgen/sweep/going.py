@@ -41,8 +41,14 @@ def go_through(
 ) -> int:
     """The whole sweep; returns the exit status. Raises InvalidRequest where nothing could be measured."""
 
+    said: list[Point] = []
+
     def keep(point: Point) -> None:
         folder.add(point)
+        if not said:
+            for note in point.summary["notes"]:
+                errors.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+            said.append(point)
         errors.print(_line(point), markup=False, highlight=False, soft_wrap=True)
 
     sweep = Sweep(scenario, wishes.loads, wishes.standard, keep, goes_on)

@@ -44,6 +44,8 @@ def run(
     slo: o.Slo = "",
     attain: s.Attain = 0.9,
     maximise: s.Maximise = "",
+    arrivals: o.Arrivals = None,
+    cv: o.Cv = None,
     requests: o.Requests = None,
     duration: o.Duration = None,
     warm_up: o.WarmUp = 0.0,
@@ -72,7 +74,8 @@ def run(
     """
     is_text = text or (openai is not None and vocabulary is None)
     scenario = Scenario(
-        seed=seed, requests=requests, duration_s=duration, warm_up_s=warm_up, workload=workload,
+        seed=seed, arrivals=arrivals, cv=cv, requests=requests, duration_s=duration,
+        warm_up_s=warm_up, workload=workload,
         trace_file=trace_file, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think, prompts=PromptKind.TEXT if is_text else PromptKind.TOKENS,
     )  # fmt: skip

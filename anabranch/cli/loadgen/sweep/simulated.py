@@ -17,7 +17,6 @@ from anabranch.cli.loadgen.sweep import options as s
 from anabranch.cli.loadgen.sweep.going import go_through
 from anabranch.cli.loadgen.watching import SimulationLine
 from anabranch.cli.up import parse_settings
-from cluster import hardware
 from cluster.hardware import Catalogue
 from cluster.signals import Interrupts
 from loadgen.scenario import Scenario
@@ -52,7 +51,8 @@ def simulate(
     dense: Dense = "h100x2",
     attention: Attention = _ALONE,
     dense_workers: m.DenseWorkers = 1,
-    prices: m.Prices = None,
+    hardware_file: m.Hardware = None,
+    prices: o.PricesFile = None,
     config_file: m.EngineConfig = None,
     settings: m.EngineSettings = None,
     vary: s.Vary = None,
@@ -68,6 +68,8 @@ def simulate(
     efficiency: m.EfficiencyText = "",
     prompts_elsewhere: m.PromptsElsewhere = False,
     timeout_s: o.TimeoutS = 600.0,
+    arrivals: o.Arrivals = None,
+    cv: o.Cv = None,
     requests: o.Requests = None,
     duration: o.Duration = None,
     warm_up: o.WarmUp = 0.0,
@@ -92,13 +94,14 @@ def simulate(
     """
     workload, trace_file = m.workload_source(workload, trace_file)
     scenario = Scenario(
-        seed=seed, requests=requests, duration_s=duration, warm_up_s=warm_up, workload=workload,
+        seed=seed, arrivals=arrivals, cv=cv, requests=requests, duration_s=duration,
+        warm_up_s=warm_up, workload=workload,
         trace_file=trace_file, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think,
     )  # fmt: skip
     load = (rates, concurrency, saturate, first, precision)
     wishes = s.wishes(load, (slo, attain, maximise), seed, out, vary, search)
-    shapes = _shapes(dense, attention, dense_workers, hardware.load(str(prices) if prices else None))
+    shapes = _shapes(dense, attention, dense_workers, m.catalogue(hardware_file, prices))
     modelled = _Modelled(
         models.resolve(model),
         config_file,
@@ -145,6 +148,8 @@ def _sweep(
     wishes: s.Wishes, scenario: Scenario, shapes: Mapping[str, Shape], modelled: _Modelled, timeout_s: float
 ) -> int:
     errors = Console(stderr=True)
+    for words in m.prices_of(shapes.values()):
+        errors.print(words, markup=False, highlight=False, soft_wrap=True)
     with SweepFolder(wishes.folder) as folder, errors.status("simulating") as status:
         line = SimulationLine(errors, status)
 

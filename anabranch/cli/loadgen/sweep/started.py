@@ -84,6 +84,8 @@ def up(
     attain: s.Attain = 0.9,
     maximise: s.Maximise = "",
     timeout_s: o.TimeoutS = 600.0,
+    arrivals: o.Arrivals = None,
+    cv: o.Cv = None,
     requests: o.Requests = None,
     duration: o.Duration = None,
     warm_up: o.WarmUp = 0.0,
@@ -109,7 +111,8 @@ def up(
     anabranch loadgen sweep up --attention 1,2 --kinds dense=h100,attention=h20 --prices mine.toml --rates 1,2
     """
     scenario = Scenario(
-        seed=seed, requests=requests, duration_s=duration, warm_up_s=warm_up, workload=workload,
+        seed=seed, arrivals=arrivals, cv=cv, requests=requests, duration_s=duration,
+        warm_up_s=warm_up, workload=workload,
         trace_file=trace_file, prompt=prompt, output=output, length_scale=length_scale, context=context,
         turns=turns, think_s=think,
     )  # fmt: skip
