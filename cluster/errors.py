@@ -21,6 +21,7 @@
     +-- Unplaceable             RESOURCE_EXHAUSTED    no node has what a role asks for
     +-- LaneBroken              UNAVAILABLE           a lane ended or missed its deadline
     +-- Internal                INTERNAL              a bug; please report it
+        +-- EngineFailed        INTERNAL              a dense worker's engine met one, and ends
 
 `cluster.rpc` is the one translator between this tree and gRPC.
 """
@@ -176,3 +177,9 @@ class LaneBroken(AnabranchError):
 
 class Internal(AnabranchError):
     """A state that cannot be: a bug of ours."""
+
+
+class EngineFailed(Internal):
+    """A dense worker's engine was ended by an error nobody foresaw; its process ends, and starts again."""
+
+    reason = "ENGINE_FAILED"

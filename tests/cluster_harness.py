@@ -273,7 +273,7 @@ class DenseCluster:
         try:
             self.engine.stop()
             if kind is None:
-                assert not self.engine.failed.is_set()
+                assert not self.engine.failed.done()
                 assert self.listener.problems == []
                 self.audit()
         finally:

@@ -68,7 +68,7 @@ class FakeDense:
     """One life of a dense worker. Everything it was told is kept in lists for tests to look at.
 
     `pause_at` holds every sequence at that output index; `refusal` answers each submission;
-    `hangs_up` ends the stream at each submission.
+    `hangs_up` ends the stream at each submission; a stream it ends by itself ends with `last_word`.
     """
 
     name: str
@@ -78,6 +78,7 @@ class FakeDense:
     pause_at: int | None = None
     refusal: AnabranchError | None = None
     hangs_up: bool = False
+    last_word: AnabranchError | None = None
     serving: inference_pb2.Serving.ValueType = inference_pb2.SERVING_UNSPECIFIED
     submissions: list[dense_pb2.Submission] = field(default_factory=list)
     aborts: list[dense_pb2.AbortSequence] = field(default_factory=list)
@@ -99,6 +100,11 @@ class FakeDense:
     async def die(self) -> None:
         """End without a word, mid-step; idempotent."""
         await self._server.stop(None)
+
+    async def hang_up(self) -> None:
+        """End every stream."""
+        for stream in self._streams:
+            await stream.outbox.put(None)
 
     async def hand_over(self, *, worker_stays: bool = False, to: str = "") -> None:
         """End every sequence with HANDOFF: drain, unless the `worker_stays`."""
@@ -137,6 +143,7 @@ class _Service(dense_pb2_grpc.DenseServiceServicer):
     def __init__(self, worker: FakeDense) -> None:
         self._worker = worker
 
+    @rpc.aio_stream
     async def Serve(
         self,
         request_iterator: AsyncIterator[dense_pb2.ServeRequest],
@@ -156,6 +163,8 @@ class _Service(dense_pb2_grpc.DenseServiceServicer):
             yield stream.hello()
             while (message := await stream.outbox.get()) is not None:
                 yield message
+            if self._worker.last_word is not None:
+                raise self._worker.last_word
         finally:
             for task in tasks:
                 task.cancel()

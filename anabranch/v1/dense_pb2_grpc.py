@@ -54,7 +54,8 @@ class DenseServiceServicer:
     def Serve(self, request_iterator, context):
         """The one multiplexed stream of a gateway and a dense worker. The gateway's first message is `hello`;
         so is the worker's. The worker sends one message per step with the deltas of all this gateway's
-        sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining).
+        sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining);
+        INTERNAL (the engine failed: resubmit elsewhere).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

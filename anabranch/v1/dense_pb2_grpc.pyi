@@ -36,7 +36,8 @@ class DenseServiceStub:
     Serve: _grpc.StreamStreamMultiCallable[_dense_pb2.ServeRequest, _dense_pb2.ServeResponse]
     """The one multiplexed stream of a gateway and a dense worker. The gateway's first message is `hello`;
     so is the worker's. The worker sends one message per step with the deltas of all this gateway's
-    sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining).
+    sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining);
+    INTERNAL (the engine failed: resubmit elsewhere).
     """
     Handover: _grpc.UnaryUnaryMultiCallable[_dense_pb2.HandoverRequest, _dense_pb2.HandoverResponse]
     """Gives running sequences to another dense worker while their streams go on: their gateways resubmit
@@ -52,7 +53,8 @@ class DenseServiceAsyncStub(DenseServiceStub):
     Serve: _aio.StreamStreamMultiCallable[_dense_pb2.ServeRequest, _dense_pb2.ServeResponse]  # type: ignore[assignment]
     """The one multiplexed stream of a gateway and a dense worker. The gateway's first message is `hello`;
     so is the worker's. The worker sends one message per step with the deltas of all this gateway's
-    sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining).
+    sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining);
+    INTERNAL (the engine failed: resubmit elsewhere).
     """
     Handover: _aio.UnaryUnaryMultiCallable[_dense_pb2.HandoverRequest, _dense_pb2.HandoverResponse]  # type: ignore[assignment]
     """Gives running sequences to another dense worker while their streams go on: their gateways resubmit
@@ -71,7 +73,8 @@ class DenseServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_dense_pb2.ServeResponse], _abc.AsyncIterator[_dense_pb2.ServeResponse]]:
         """The one multiplexed stream of a gateway and a dense worker. The gateway's first message is `hello`;
         so is the worker's. The worker sends one message per step with the deltas of all this gateway's
-        sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining).
+        sequences. Errors: FAILED_PRECONDITION (another epoch or wire version); UNAVAILABLE (draining);
+        INTERNAL (the engine failed: resubmit elsewhere).
         """
 
     @_abc_1.abstractmethod

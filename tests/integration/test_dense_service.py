@@ -13,14 +13,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from anabranch.v1 import dense_pb2, dense_pb2_grpc, inference_pb2, types_pb2
+from anabranch.v1 import dense_pb2, dense_pb2_grpc, types_pb2
 from anabranch.wire import sequence_message
 from cluster import rpc
 from cluster.config import TlsConfig
-from cluster.errors import AnabranchError, Fenced, InvalidRequest, VersionMismatch
+from cluster.errors import AnabranchError, EngineFailed, Fenced, InvalidRequest, VersionMismatch
 from cluster.sampling import SamplingParameters
 from cluster.types import WIRE_VERSION, Epoch, SequenceKey, WorkerId
-from tests.cluster_harness import WAIT_S, DenseCluster, Shape, counted, decoder_of, request, wait_until
+from tests.cluster_harness import WAIT_S, DenseCluster, Shape, counted, request, wait_until
+from tests.dense_workers import dense_worker
 from tests.models import random_prompt
 from workers.dense.deltas import Delta
 from workers.dense.service import GatewayStream
@@ -42,29 +43,9 @@ def _cluster(folder: Path) -> Iterator[DenseCluster]:
 @pytest.fixture(name="worker")
 def _worker(cluster: DenseCluster, folder: Path) -> Iterator[DenseWorker]:
     """A serving dense worker; afterwards no block may be held."""
-    worker = DenseWorker(cluster.config, decoder_of(folder), WORKER, EPOCH)
-    worker.start()
-    worker.set_members(_members(cluster))
-    assert worker.wait_connected(WAIT_S)
-    yield worker
-    worker.stop()
+    with dense_worker(cluster, folder, WORKER, EPOCH) as worker:
+        yield worker
     cluster.wait_all_free()
-
-
-def _members(cluster: DenseCluster) -> list[inference_pb2.Member]:
-    return [
-        inference_pb2.Member(
-            worker_id=member.worker,
-            role=inference_pb2.ROLE_ATTENTION,
-            epoch=member.epoch,
-            address=member.address,
-            state=inference_pb2.MEMBER_STATE_READY,
-            load=inference_pb2.Load(
-                blocks=inference_pb2.BlockAccount(capacity=member.blocks_capacity, free=member.blocks_free)
-            ),
-        )
-        for member in cluster.members()
-    ]
 
 
 class Gateway:
@@ -282,6 +263,31 @@ def test_draining_hands_over_and_is_seen_by_health_checks(worker: DenseWorker, c
     cluster.wait_all_free()  # nobody came for it: its lease ends
 
 
+def test_an_engine_that_fails_ends_every_stream_by_name(
+    worker: DenseWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle streams too, without a word of their sequences, which others take over; a new one is refused."""
+
+    def fail() -> bool:
+        raise ValueError("of all things")
+
+    with gateway(worker) as client, gateway(worker) as idle:
+        idle.wait(lambda: idle.hello)
+        client.submit(SequenceKey("undecided"), sampling=sampling(max_tokens=400))
+        client.wait(lambda: len(client.tokens("undecided")) > 3)
+        monkeypatch.setattr(worker.engine, "turn", fail)
+        client.wait(lambda: client.is_over)
+        idle.wait(lambda: idle.is_over)
+        for stream in (client, idle):
+            assert type(stream.error) is EngineFailed
+            assert "dense-0 failed: ValueError" in stream.error.message
+        assert not client.last().HasField("failure")
+        assert not client.last().handoff
+    with gateway(worker) as late:
+        late.wait(lambda: late.is_over)
+        assert type(late.error) is EngineFailed
+
+
 def test_a_submission_handed_over_after_its_stream_is_an_orphan(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,36 +295,32 @@ def test_a_submission_handed_over_after_its_stream_is_an_orphan(
     sequence is nobody's, takes no steps, and its blocks are left to their leases, not held for ever.
     """
     overrides = {"dense": {"orphan_grace_ms": 200}, "attention": {"lease_ms": 400}}
-    with DenseCluster(folder, Shape(attention_workers=1, overrides=overrides)) as cluster:
-        worker = DenseWorker(cluster.config, decoder_of(folder), WORKER, EPOCH)
-        worker.start()
-        worker.set_members(_members(cluster))
-        try:
-            assert worker.wait_connected(WAIT_S)
-            engine, arrived, is_over, is_late = worker.engine, *(threading.Event() for _ in range(3))
-            submit, disconnect = engine.submit, engine.disconnect
+    with (
+        DenseCluster(folder, Shape(attention_workers=1, overrides=overrides)) as cluster,
+        dense_worker(cluster, folder, WORKER, EPOCH) as worker,
+    ):
+        engine, arrived, is_over, is_late = worker.engine, *(threading.Event() for _ in range(3))
+        submit, disconnect = engine.submit, engine.disconnect
 
-            def submit_late(*arguments: Any) -> None:
-                arrived.set()
-                assert is_over.wait(WAIT_S)
-                submit(*arguments)
-                engine.hand_over([], None, lambda _nothing: is_late.set())  # once the engine took it in
+        def submit_late(*arguments: Any) -> None:
+            arrived.set()
+            assert is_over.wait(WAIT_S)
+            submit(*arguments)
+            engine.hand_over([], None, lambda _nothing: is_late.set())  # once the engine took it in
 
-            def note_end(stream: GatewayStream) -> None:
-                disconnect(stream)
-                is_over.set()
+        def note_end(stream: GatewayStream) -> None:
+            disconnect(stream)
+            is_over.set()
 
-            monkeypatch.setattr(engine, "submit", submit_late)
-            monkeypatch.setattr(engine, "disconnect", note_end)
-            with gateway(worker) as client:
-                client.submit(SequenceKey("late"), sampling=sampling(max_tokens=400))
-                assert arrived.wait(WAIT_S)
-            assert is_late.wait(WAIT_S)
-            wait_until(engine.is_idle)
-            cluster.wait_all_free(within_s=5.0)
-            assert counted(engine, "anabranch_dense_tokens_sampled") < 400
-        finally:
-            worker.stop()
+        monkeypatch.setattr(engine, "submit", submit_late)
+        monkeypatch.setattr(engine, "disconnect", note_end)
+        with gateway(worker) as client:
+            client.submit(SequenceKey("late"), sampling=sampling(max_tokens=400))
+            assert arrived.wait(WAIT_S)
+        assert is_late.wait(WAIT_S)
+        wait_until(engine.is_idle)
+        cluster.wait_all_free(within_s=5.0)
+        assert counted(engine, "anabranch_dense_tokens_sampled") < 400
 
 
 def test_a_gateway_that_does_not_read_is_cut_off() -> None:

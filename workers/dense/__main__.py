@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 
 import torch
@@ -85,11 +84,11 @@ def _join_and_serve(
     worker.wait_connected(_CONNECT_S)
     membership.set_state(inference_pb2.MEMBER_STATE_READY)
     context.log.info("serving", address=address)
-    _stop_when_broken(context, worker)
+    worker.engine.failed.add_done_callback(lambda _failed: context.stop.set())
     context.stop.wait()
     membership.set_state(inference_pb2.MEMBER_STATE_DRAINING)
     worker.drain()
-    return role.EXIT_FAILED if worker.engine.failed.is_set() else role.EXIT_OK
+    return role.EXIT_FAILED if worker.engine.failed.done() else role.EXIT_OK
 
 
 def _load(context: RoleContext) -> Decoder:
@@ -171,16 +170,6 @@ def local_arena(local: AttentionCore) -> LocalArena:
         return account_message(local.account, local.arena.geometry)
 
     return LocalArena(member, blocks, lambda: local.busy_seconds, local.peer())
-
-
-def _stop_when_broken(context: RoleContext, worker: DenseWorker) -> None:
-    """A worker whose engine failed ends, and is started again."""
-
-    def watch() -> None:
-        worker.engine.failed.wait()
-        context.stop.set()
-
-    threading.Thread(target=watch, name="engine-watch", daemon=True).start()
 
 
 if __name__ == "__main__":

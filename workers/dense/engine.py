@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from cluster.clock import Clock, monotonic
 from cluster.config import Config
@@ -78,7 +78,8 @@ class Engine:
         self._on_step = on_step
         self._serves = serves
         self.metrics = DenseMetrics(config.model.served_name)
-        self.failed = threading.Event()
+        self.failed: Future[str] = Future()
+        """The name of the exception that ended its thread, if one did: what it held is left as by a death."""
         self.max_sequence_length = min(
             config.model.max_sequence_length or decoder.spec.max_sequence_length,
             decoder.spec.max_sequence_length,
@@ -253,12 +254,9 @@ class Engine:
                     self._runner.rest()
                     self._inbox.wait(self._pause_s())
             self.leave()
-        except Exception as error:  # noqa: BLE001  every request gets an answer, also from an engine that broke
+        except Exception as error:  # noqa: BLE001  whoever waits for the engine must hear of its end
             _log.error("engine_failed", error=error, step=self._step)
-            self._table.fail_all(Internal(f"the dense worker's engine failed: {type(error).__name__}"))
-            self._submissions.draining = True
-            self.failed.set()
-            self._outbox.flush(self._step)
+            self.failed.set_result(type(error).__name__)
 
     def _plan(self) -> StepPlan:
         """What the next step does; maps and refusals leave before it."""

@@ -160,11 +160,6 @@ class SequenceTable:
         self._pool.abandon(sequence.key)
         self._tell("handed_over", sequence.key, target=handoff.target or "")
 
-    def fail_all(self, error: AnabranchError) -> None:
-        """Nothing goes on here."""
-        for sequence in tuple(self._live.values()):
-            self.fail(sequence, error)
-
     def _tell(self, event: str, key: SequenceKey, **fields: object) -> None:
         _log.info(event, request_id=key.request_id, choice=key.choice, step=self._scheduler.step, **fields)
 

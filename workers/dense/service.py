@@ -14,7 +14,14 @@ from anabranch.v1 import dense_pb2, dense_pb2_grpc, types_pb2
 from anabranch.wire import sequence_key, sequence_message
 from cluster import rpc
 from cluster.clock import Clock, monotonic
-from cluster.errors import AnabranchError, Fenced, InvalidRequest, Unavailable, VersionMismatch
+from cluster.errors import (
+    AnabranchError,
+    EngineFailed,
+    Fenced,
+    InvalidRequest,
+    Unavailable,
+    VersionMismatch,
+)
 from cluster.fault_points import reach
 from cluster.telemetry import logger
 from cluster.types import WIRE_VERSION, SequenceKey, WorkerId
@@ -87,7 +94,9 @@ class GatewayStream:
 
 
 class DenseService(dense_pb2_grpc.DenseServiceServicer):
-    """Brings gateways' messages to the engine and the engine's deltas to gateways."""
+    """Brings gateways' messages to the engine and the engine's deltas to gateways. Where the engine fails all
+    streams end, and say so: what was on them is resubmitted elsewhere, as after a death.
+    """
 
     def __init__(
         self, engine: Engine, identity: Identity, limits: AdmissionLimits, clock: Clock = monotonic
@@ -97,6 +106,7 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
         self._limits = limits
         self._clock = clock
         self._streams: set[GatewayStream] = set()
+        engine.failed.add_done_callback(lambda _failed: self.end_streams())
 
     def end_streams(self) -> None:
         """Let every gateway have what waits for it, and end its stream."""
@@ -113,6 +123,7 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
             return
         self._streams.add(stream)
         try:
+            self._require_engine()
             yield self._hello()
             reader = threading.Thread(
                 target=self._read, args=(requests, stream), name=f"from-{stream.gateway}", daemon=True
@@ -120,6 +131,7 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
             reader.start()
             _log.info("gateway_connected", gateway=stream.gateway)
             yield from stream.messages()
+            self._require_engine()
         finally:
             stream.close()
             self._streams.discard(stream)
@@ -147,6 +159,11 @@ class DenseService(dense_pb2_grpc.DenseServiceServicer):
     def _check_epoch(self, epoch: int) -> None:
         if epoch not in (0, self._identity.responder.epoch):
             raise Fenced(f"{self._identity.responder.worker_id} was restarted: epoch {epoch:016x} is over")
+
+    def _require_engine(self) -> None:
+        if self._engine.failed.done():
+            name = self._identity.responder.worker_id
+            raise EngineFailed(f"the engine of {name} failed: {self._engine.failed.result()}")
 
     def _greet(self, requests: Iterator[dense_pb2.ServeRequest]) -> str:
         """Check the first message; returns the gateway's name."""

@@ -84,7 +84,7 @@ class Choice:
         self.dense = ""
         """The dense worker it was last given to."""
         self._attempt = -1
-        self.breaks_without_progress = 0
+        self.breaks_without_progress = self.failures_without_progress = 0
         self.refusals = 0
         self.cached_tokens = 0
         self.timings: types_pb2.Timings | None = None
@@ -148,7 +148,7 @@ class Choice:
         used = fresh[: piece.tokens_used]
         self.tokens.extend(used)
         if used:
-            self.breaks_without_progress = self.refusals = 0
+            self.breaks_without_progress = self.failures_without_progress = self.refusals = 0
         return News(
             first_index=first_index,
             token_ids=used,

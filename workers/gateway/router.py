@@ -9,7 +9,7 @@ from anabranch import wire
 from anabranch.v1 import control_pb2, dense_pb2, types_pb2
 from cluster import rpc
 from cluster.config import Config
-from cluster.errors import AnabranchError, ResourceExhausted, Unavailable
+from cluster.errors import AnabranchError, EngineFailed, Internal, ResourceExhausted, Unavailable
 from cluster.fault_points import reach
 from cluster.telemetry import logger
 from cluster.types import SequenceKey
@@ -25,6 +25,10 @@ _FULL_REFUSALS_MAX = 6
 """A sequence already running that nobody has room for is offered this often, over some four seconds."""
 _BREAKS_MAX = 16
 """A sequence during which this many dense workers die without a token between is taken for the cause."""
+_FAILURES_MAX = 2
+"""Likewise of those that say that their engine failed, which is no lost connection: it has a cause, and each
+worker has to start again.
+"""
 
 
 class Router:
@@ -121,15 +125,23 @@ class Router:
         self._route(self._waiting())
         self._on_change()
 
-    def _on_broken(self, link: DenseLink, _error: AnabranchError) -> None:
+    def _on_broken(self, link: DenseLink, error: AnabranchError) -> None:
         broken = [choice for choice in self._choices.values() if choice.link is link]
         for choice in broken:
-            choice.breaks_without_progress += 1
-            if choice.breaks_without_progress > _BREAKS_MAX:
-                self._fail(choice, Unavailable(f"{_BREAKS_MAX} dense workers were lost without a token"))
-            else:
-                self._resubmit(choice, "link_broken", avoid=link)
+            if choice.link is link:  # not ended meanwhile, with another choice of its request
+                self._leave_broken(choice, link, error)
         self._on_change()
+
+    def _leave_broken(self, choice: Choice, link: DenseLink, error: AnabranchError) -> None:
+        choice.breaks_without_progress += 1
+        choice.failures_without_progress += isinstance(error, EngineFailed)
+        if choice.failures_without_progress >= _FAILURES_MAX:
+            last = f"the last: {error.message}"
+            self._fail(choice, Internal(f"{_FAILURES_MAX} dense workers failed without a token; {last}"))
+        elif choice.breaks_without_progress > _BREAKS_MAX:
+            self._fail(choice, Unavailable(f"{_BREAKS_MAX} dense workers were lost without a token"))
+        else:
+            self._resubmit(choice, "link_broken", avoid=link)
 
     def _on_step(self, link: DenseLink, step: dense_pb2.StepDeltas) -> None:
         for delta in step.deltas:
