@@ -16,7 +16,7 @@ from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import geometry_message
 from cluster import rpc
 from cluster.config import Config, is_loopback
-from cluster.errors import AnabranchError, ConfigError, InvalidRequest, Unavailable
+from cluster.errors import AnabranchError, ConfigError, Unavailable
 from cluster.model_spec import ModelSpec
 from cluster.telemetry import logger
 from cluster.types import KvGeometry, draw_epoch
@@ -100,7 +100,8 @@ class Controller:
             if self._config.ray.address is None:
                 place.require_room(self._slots)  # no node will join: waiting for one would not help
             slots = fleet.adopt(self._slots)
-            self._supervisor = Supervisor(slots, self._limits(), place, fleet, self._on_slot)
+            hands = _TellingHands(fleet, self._table)
+            self._supervisor = Supervisor(slots, self._limits(), place, hands, self._on_slot)
             fleet.listener = self._supervisor
             self._supervise(self._supervisor, stop, service, writer)
             if self._failure is not None:
@@ -256,14 +257,10 @@ class Controller:
             self._table.remove(slot.worker_id)
         self._observe(SlotChanged(slot))
 
-    def _on_drain(self, worker_id: str, grace_ms: int) -> None:
-        """Let one worker leave; on the server's threads. Raises what `Supervisor.retire` raises,
-        InvalidRequest for one arena of several, Unavailable while the controller is busy or the cluster
-        still starts.
+    def _on_drain(self, worker_id: str, grace_s: float) -> None:
+        """Let one worker leave; on the server's threads. Raises what `Supervisor.retire` raises, Unavailable
+        while the controller is busy or the cluster still starts.
         """
-        for member in self._table.membership().members:
-            if member.worker_id == worker_id != member.slot:
-                raise InvalidRequest(f"{worker_id} is an arena of {member.slot}, which drains as a whole")
         answer: Future[None] = Future()
 
         def drain() -> None:
@@ -271,7 +268,7 @@ class Controller:
                 answer.set_exception(Unavailable("the cluster is still starting: try again"))
                 return
             try:
-                self._supervisor.retire(worker_id, grace_ms / 1000)
+                self._supervisor.retire(worker_id, grace_s)
             except AnabranchError as error:
                 answer.set_exception(error)
             else:
@@ -325,6 +322,24 @@ class Controller:
         index = next(slot.index for slot in self._slots if slot.worker_id == member.worker_id)
         scheme = "https" if self._config.security.tls.enabled else "http"
         return f"{scheme}://{member.address.rpartition(':')[0]}:{self._config.port(port, index)}"
+
+
+class _TellingHands:
+    """The fleet's hands; a process that they end hears from the table how long it has, which SIGTERM does not
+    say. See `Hands`.
+    """
+
+    def __init__(self, fleet: RayFleet, table: MembershipTable) -> None:
+        self._table = table
+        self._fleet = fleet
+        self.launch = fleet.launch
+        self.abandon = fleet.abandon
+
+    def terminate(self, slot: Slot, grace_s: float) -> None:
+        """Told first: a process that hears SIGTERM asks."""
+        if grace_s > 0:
+            self._table.dismiss(slot.worker_id, grace_s)
+        self._fleet.terminate(slot, grace_s)
 
 
 def _slot_message(slot: Slot) -> control_pb2.Slot:

@@ -46,6 +46,12 @@ class _Entry:
     member: inference_pb2.Member
     heard_s: float
     is_restored: bool = False
+    leaves_s: float | None = None  # by when it is to have left, if it is
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it drains, or will once it has heard that it is to."""
+        return self.leaves_s is not None or self.member.state == inference_pb2.MEMBER_STATE_DRAINING
 
 
 @dataclass(slots=True)
@@ -186,6 +192,28 @@ class MembershipTable:
             membership = self._snapshot()
         return membership.version, [self._registration(member) for member in membership.members]
 
+    def drain(self, slot: str, grace_s: float) -> None:
+        """Let a process that nobody supervises leave within this time. Idempotent: the first time counts.
+
+        Raises NotFound, and InvalidRequest for the last one of its role.
+        """
+        with self._lock:
+            self._require_others(slot)
+            self._dismiss(slot, grace_s)
+
+    def dismiss(self, slot: str, grace_s: float) -> None:
+        """Let the members of a slot, if there are any, know how long they have to leave."""
+        with self._lock:
+            self._dismiss(slot, grace_s)
+
+    def left_s(self, worker_id: str) -> float | None:
+        """How long a member that is to leave still has for it; None for one that may stay."""
+        with self._lock:
+            slot = self._slots.get(worker_id)
+            if slot is None or slot.entry is None or slot.entry.leaves_s is None:
+                return None
+            return max(0.0, slot.entry.leaves_s - self._clock())
+
     def remove(self, slot: str) -> None:
         """Forget the members of a slot whose process is known to have ended; nothing if there is none."""
         with self._lock:
@@ -256,12 +284,26 @@ class MembershipTable:
         self._version += 1
         self._told = None
         self._loads_changed = False
-        living = [member.role for member in self._living_members()]
+        living = [entry.member.role for entry in self._entries()]
         told = len(living) * sum(role in _READERS for role in living)
         self._loads_due_s = now_s + told / _LOADS_PER_S
 
-    def _living_members(self) -> list[inference_pb2.Member]:
-        return [slot.entry.member for slot in self._slots.values() if slot.entry is not None]
+    def _require_others(self, slot: str) -> None:
+        role = next((entry.member.role for entry in self._entries() if entry.member.slot == slot), None)
+        if role is None:
+            raise NotFound(f"there is no {slot}: `anabranch status` lists the workers")
+        peers = [entry for entry in self._entries() if entry.member.role == role]
+        if all(peer.is_leaving or peer.member.slot == slot for peer in peers):
+            name = inference_pb2.Role.Name(role).removeprefix("ROLE_").lower()
+            raise InvalidRequest(f"{slot} is the last {name}: end it where it was started")
+
+    def _dismiss(self, slot: str, grace_s: float) -> None:
+        for entry in self._entries():
+            if entry.member.slot == slot and entry.leaves_s is None:
+                entry.leaves_s = self._clock() + grace_s
+
+    def _entries(self) -> list[_Entry]:
+        return [slot.entry for slot in self._slots.values() if slot.entry is not None]
 
     def _news(self) -> control_pb2.Membership:
         """Made once a version, since all ask for it."""
@@ -270,7 +312,7 @@ class MembershipTable:
         return self._told
 
     def _snapshot(self) -> control_pb2.Membership:
-        members = sorted(self._living_members(), key=lambda member: member.worker_id)
+        members = sorted((entry.member for entry in self._entries()), key=lambda member: member.worker_id)
         return control_pb2.Membership(version=self._version, members=members)
 
 

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.v1 import control_pb2, control_pb2_grpc, types_pb2
 from cluster import rpc
 from cluster.config import Config
-from cluster.errors import NotFound, Unavailable
+from cluster.errors import InvalidRequest, NotFound, Unavailable
 from cluster.types import Epoch
 from controller.balancer import NO_MOVES, Balancer, BalancerSettings
 from controller.directory_service import DirectoryKeeper
@@ -24,16 +24,13 @@ _THREADS = 16
 _SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 
 
-def _unsupervised(worker_id: str, _grace_ms: int) -> None:
-    raise NotFound(f"{worker_id} is not supervised here: send its process SIGTERM")
-
-
 class ControlService(control_pb2_grpc.ControlServiceServicer):
     """Answers roles and the command line. Owns the directory of what they report, and the plans of moves;
     table, slots and shutdown are given.
 
     `slots` lists what should run; `shut_down` is told the grace in milliseconds, must not block, and may
-    refuse with an error; `drain` is told a worker and its grace, and raises what `Supervisor.retire` raises.
+    refuse with an error; `drain` is told a worker and its grace in seconds, and raises what
+    `Supervisor.retire` raises. Where nobody supervises, the worker is told to leave, and does so by itself.
     """
 
     def __init__(
@@ -43,14 +40,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         geometry: types_pb2.KvGeometry,
         slots: Callable[[], Sequence[control_pb2.Slot]],
         shut_down: Callable[[int], None],
-        drain: Callable[[str, int], None] = _unsupervised,
+        drain: Callable[[str, float], None] | None = None,
         balancing: BalancerSettings = NO_MOVES,
     ) -> None:
         self._table = table
         self._responder = types_pb2.Responder(worker_id=CONTROLLER_ID, epoch=epoch)
         self._geometry = geometry
         self._slots = slots
-        self._drain = drain
+        self._drain = drain or table.drain
         self._shut_down = shut_down
         self._stopping = False
         self._is_replaced = False
@@ -90,11 +87,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 "register again"
             )
         is_taken = self.directory.take(request)
+        left_s = self._table.left_s(request.worker_id)
         return control_pb2.HeartbeatResponse(
             responder=self._responder,
             membership=news,
             wants_all=not is_taken,
             moves=self._balancer.orders(request.worker_id),
+            drain_ms=None if left_s is None else int(left_s * 1000),
         )
 
     @rpc.unary
@@ -117,7 +116,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.DrainRequest, _context: grpc.ServicerContext
     ) -> control_pb2.DrainResponse:
         """See control.proto."""
-        self._drain(request.worker_id, request.grace_ms)
+        name = request.worker_id
+        for member in self._table.membership().members:
+            if member.worker_id == name != member.slot:
+                raise InvalidRequest(f"{name} is an arena of {member.slot}, which drains as a whole")
+        self._drain(name, request.grace_ms / 1000)
         return control_pb2.DrainResponse(responder=self._responder)
 
     @rpc.unary

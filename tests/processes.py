@@ -71,6 +71,11 @@ class ProcessCluster:
         self._file = folder / "config.yaml"
         self._file.write_text(config.to_yaml())
 
+    @property
+    def controller(self) -> str:
+        """host:port of the control service."""
+        return f"{self.config.controller.host}:{self._server.port}"
+
     def start(self) -> None:
         """Start every process and wait until all serve and know each other; a process that ends instead fails
         the test.
@@ -92,10 +97,9 @@ class ProcessCluster:
     def launch(self, role: str, index: int) -> None:
         """Start one process, in place of an ended one of that name."""
         worker_id = f"{role}-{index}"
-        host = self.config.controller.host
         command = [sys.executable, "-m", f"workers.{role}", "--config", str(self._file)]
         command += ["--worker-id", worker_id, "--index", str(index)]
-        command += ["--controller", f"{host}:{self._server.port}"]
+        command += ["--controller", self.controller]
         self.processes[worker_id] = self._spawn(worker_id, command, self.folder / f"{worker_id}.log")
 
     def wait(self, holds: Callable[[Sequence[inference_pb2.Member]], bool]) -> None:

@@ -59,7 +59,8 @@ class MembershipClient:
     this process included, after each change. A usual `on_fenced` is `context.stop.set`.
 
     `load` leaves resident memory out: it is filled in here. `set_pool` lets heartbeats report on a pool
-    too, `set_mover` hears of moves, `set_follower` of where the controller answers now.
+    too, `set_mover` hears of moves, `set_follower` of where the controller answers now. When the controller
+    wants this process to leave, `context.stop` is set, and `grace_s` says how long that may take.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class MembershipClient:
         self._move: Callable[[control_pb2.MoveOrder], None] = lambda _order: None
         self._follow: Callable[[str], None] = lambda _controller: None
         self._closing = False
+        self._leaves_s: float | None = None
+        self._has_asked = threading.Event()  # how long draining may take
         self._wake = threading.Event()
         self._reader = RegistryReader(context.config)
         self._controller = self._followed = context.controller
@@ -112,6 +115,17 @@ class MembershipClient:
         """Report a new condition, at once."""
         self._state = state
         self._wake.set()
+
+    def grace_s(self) -> float:
+        """How long draining may take from now on: as long as was asked for at the controller, otherwise
+        `controller.drain_grace_s`. To be called once the state is DRAINING; waits for the answer to that.
+        """
+        began_s = time.monotonic()
+        self._has_asked.wait(self._first.result().expiry_ms / 1000)
+        leaves_s = self._leaves_s
+        if leaves_s is None:
+            leaves_s = began_s + self._context.config.controller.drain_grace_s
+        return max(0.0, leaves_s - time.monotonic())
 
     def set_pool(self, pool: PoolReporter) -> None:
         """Report what changes there, from the next heartbeat on."""
@@ -147,10 +161,13 @@ class MembershipClient:
             if not self._first.done():
                 self._first.set_exception(error)  # start() must not wait for a dead thread
             raise
+        finally:
+            self._has_asked.set()
 
     def _keep_alive(self) -> None:
         retry_s = _RETRY_FIRST_S
         while not self._is_over():
+            asks = self._state == inference_pb2.MEMBER_STATE_DRAINING
             try:
                 pause_s, retry_s = self._round(retry_s)
             except Fenced as error:
@@ -161,6 +178,8 @@ class MembershipClient:
                     raise
                 _log.error("heartbeat_failed", error=error)
                 pause_s = _RETRY_MOST_S
+            if asks:
+                self._has_asked.set()
             self._wake.wait(pause_s)
             self._wake.clear()
         self._settle(Cancelled("told to stop before the controller was reached"))
@@ -271,7 +290,16 @@ class MembershipClient:
             self._learn(welcome, response.membership)
         for order in response.moves:
             self._move(order)
+        if response.HasField("drain_ms"):
+            self._leave(response.drain_ms / 1000)
         return response.wants_all or (report is not None and report.has_more)
+
+    def _leave(self, grace_s: float) -> None:
+        """Somebody wants this process to drain: at the first word of it, let it."""
+        if self._leaves_s is None:
+            _log.info("told_to_leave", grace_s=grace_s)
+            self._leaves_s = time.monotonic() + grace_s
+            self._context.stop.set()
 
     def _loaded(self) -> inference_pb2.Load:
         load = inference_pb2.Load()

@@ -44,7 +44,8 @@ file for all (the controller refuses a process whose file differs, and names the
   python -m workers.{role} --config cluster.yaml --worker-id {role}-0 --index 0 --controller 127.0.0.1:8600
 
 The file's keys are listed in cluster/config.py. SIGTERM or Ctrl-C drains: what is open is finished
-within controller.drain_grace_s; a second signal ends the process at once.
+within controller.drain_grace_s, or the time that `anabranch drain` or `down` asked for; a second signal
+ends the process at once.
 Exit status: 0 drained; 1 failed; 2 configuration or model refused.
 """
 

@@ -60,18 +60,22 @@ class Control:
     def drain(self, worker_id: str, grace_s: float) -> None:
         """Let one worker leave; returns when it has ended. Raises NotFound, InvalidRequest (the last one of
         its role), Unavailable when it had to be killed, so that what it held is recomputed.
+
+        Where the controller supervises nobody, it has ended when this life of it is no member any more.
         """
+        lives = _lives(self.fleet(), worker_id)
         request = control_pb2.DrainRequest(worker_id=worker_id, grace_ms=int(grace_s * 1000))
         try:
             self._stub.Drain(request, timeout=_ANSWER_S)
         except grpc.RpcError as error:
             raise rpc.from_rpc(error) from error
         while True:
-            slot = next(slot for slot in self.fleet().slots if slot.worker_id == worker_id)
-            if slot.retired:
+            fleet = self.fleet()
+            slot = next((slot for slot in fleet.slots if slot.worker_id == worker_id), None)
+            if slot.retired if slot is not None else lives.isdisjoint(_lives(fleet, worker_id)):
                 break
             time.sleep(_LOOK_S)
-        if problem := slot.problem.partition(": ")[2]:
+        if slot is not None and (problem := slot.problem.partition(": ")[2]):
             raise Unavailable(f"{worker_id} {problem}: what it still held is recomputed")
 
     def shut_down(self, grace_s: float) -> None:
@@ -89,6 +93,11 @@ class Control:
             _await_end(watch)
             if process is not None and not select.select([process], [], [], deadline_s)[0]:
                 raise DeadlineExceeded(f"process {self._process_id} still runs; look at its logs")
+
+
+def _lives(fleet: control_pb2.GetFleetResponse, worker_id: str) -> set[int]:
+    """Epochs of the members of a slot."""
+    return {member.epoch for member in fleet.membership.members if member.slot == worker_id}
 
 
 def _await_end(watch: Iterator[health_pb2.HealthCheckResponse]) -> None:

@@ -15,7 +15,7 @@ def drain(
     worker: Annotated[str, typer.Argument(help="A worker as `anabranch status` names it: attention-1.")],
     grace_s: Annotated[
         float,
-        typer.Option("--grace", min=0, help="Seconds its work gets to go elsewhere; then it is killed."),
+        typer.Option("--grace", min=0, help="Seconds its work gets to go elsewhere; then it is ended."),
     ] = 120.0,
     address: Address = None,
     config_file: ConfigFile = None,
@@ -23,7 +23,8 @@ def drain(
     """Let one worker leave for good, without cutting a stream; returns when it has ended.
 
     A gateway finishes its streams, a dense worker hands its sequences to others, an attention worker's blocks
-    move to others as far as they have room. It is not started again.
+    move to others as far as they have room. The controller does not start it again. Kubernetes would, in the
+    same pod: there, delete the pod or ask for fewer, which drains as well.
 
     \b
     anabranch drain attention-1

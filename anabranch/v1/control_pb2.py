@@ -26,7 +26,7 @@ from anabranch.v1 import inference_pb2 as anabranch_dot_v1_dot_inference__pb2
 from anabranch.v1 import types_pb2 as anabranch_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61nabranch/v1/control.proto\x12\x0c\x61nabranch.v1\x1a\x1c\x61nabranch/v1/inference.proto\x1a\x18\x61nabranch/v1/types.proto\"|\n\x0fRegisterRequest\x12$\n\x06member\x18\x01 \x01(\x0b\x32\x14.anabranch.v1.Member\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12\x16\n\x0elayout_version\x18\x03 \x01(\r\x12\x15\n\rconfig_digest\x18\x04 \x01(\t\"\xc1\x01\n\x10RegisterResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.Membership\x12\x14\n\x0cheartbeat_ms\x18\x03 \x01(\r\x12\x11\n\texpiry_ms\x18\x04 \x01(\r\x12*\n\x08geometry\x18\x05 \x01(\x0b\x32\x18.anabranch.v1.KvGeometry\"D\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x07members\x18\x02 \x03(\x0b\x32\x14.anabranch.v1.Member\"\xfc\x01\n\x10HeartbeatRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.anabranch.v1.MemberState\x12 \n\x04load\x18\x05 \x01(\x0b\x32\x12.anabranch.v1.Load\x12\x1a\n\x12membership_version\x18\x06 \x01(\x04\x12+\n\x04pool\x18\x07 \x01(\x0b\x32\x18.anabranch.v1.PoolReportH\x00\x88\x01\x01\x42\x07\n\x05_pool\"\xb5\x01\n\nPoolReport\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x13\n\x0bstarts_over\x18\x02 \x01(\x08\x12\x10\n\x08has_more\x18\x03 \x01(\x08\x12,\n\tpublished\x18\x04 \x03(\x0b\x32\x19.anabranch.v1.SealedBlock\x12\x11\n\twithdrawn\x18\x05 \x03(\x0c\x12/\n\tsequences\x18\x06 \x03(\x0b\x32\x1c.anabranch.v1.SequenceBlocks\"2\n\x0bSealedBlock\x12\x0c\n\x04hash\x18\x01 \x01(\x0c\x12\x15\n\rprefix_blocks\x18\x02 \x01(\r\"M\n\x0eSequenceBlocks\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\"\xbc\x01\n\x11HeartbeatResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\x31\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.MembershipH\x00\x88\x01\x01\x12\x11\n\twants_all\x18\x03 \x01(\x08\x12&\n\x05moves\x18\x04 \x03(\x0b\x32\x17.anabranch.v1.MoveOrderB\r\n\x0b_membership\"h\n\tMoveOrder\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\"@\n\x11\x46indPrefixRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x0c\x12\x15\n\rblocks_before\x18\x02 \x01(\r\"g\n\x12\x46indPrefixResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12%\n\x04runs\x18\x02 \x03(\x0b\x32\x17.anabranch.v1.PrefixRun\"B\n\tPrefixRun\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12%\n\x07holders\x18\x02 \x03(\x0b\x32\x14.anabranch.v1.Holder\"*\n\x06Holder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"\x11\n\x0fGetFleetRequest\"\xa1\x01\n\x10GetFleetResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.Membership\x12!\n\x05slots\x18\x03 \x03(\x0b\x32\x12.anabranch.v1.Slot\x12\x10\n\x08stopping\x18\x04 \x01(\x08\"{\n\x04Slot\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.anabranch.v1.Role\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x0e\n\x06starts\x18\x05 \x01(\r\x12\x0f\n\x07retired\x18\x06 \x01(\x08\"3\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\";\n\rDrainResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\"#\n\x0fShutdownRequest\x12\x10\n\x08grace_ms\x18\x01 \x01(\r\">\n\x10ShutdownResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder2\xd2\x03\n\x0e\x43ontrolService\x12I\n\x08Register\x12\x1d.anabranch.v1.RegisterRequest\x1a\x1e.anabranch.v1.RegisterResponse\x12L\n\tHeartbeat\x12\x1e.anabranch.v1.HeartbeatRequest\x1a\x1f.anabranch.v1.HeartbeatResponse\x12O\n\nFindPrefix\x12\x1f.anabranch.v1.FindPrefixRequest\x1a .anabranch.v1.FindPrefixResponse\x12I\n\x08GetFleet\x12\x1d.anabranch.v1.GetFleetRequest\x1a\x1e.anabranch.v1.GetFleetResponse\x12@\n\x05\x44rain\x12\x1a.anabranch.v1.DrainRequest\x1a\x1b.anabranch.v1.DrainResponse\x12I\n\x08Shutdown\x12\x1d.anabranch.v1.ShutdownRequest\x1a\x1e.anabranch.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61nabranch/v1/control.proto\x12\x0c\x61nabranch.v1\x1a\x1c\x61nabranch/v1/inference.proto\x1a\x18\x61nabranch/v1/types.proto\"|\n\x0fRegisterRequest\x12$\n\x06member\x18\x01 \x01(\x0b\x32\x14.anabranch.v1.Member\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12\x16\n\x0elayout_version\x18\x03 \x01(\r\x12\x15\n\rconfig_digest\x18\x04 \x01(\t\"\xc1\x01\n\x10RegisterResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.Membership\x12\x14\n\x0cheartbeat_ms\x18\x03 \x01(\r\x12\x11\n\texpiry_ms\x18\x04 \x01(\r\x12*\n\x08geometry\x18\x05 \x01(\x0b\x32\x18.anabranch.v1.KvGeometry\"D\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x07members\x18\x02 \x03(\x0b\x32\x14.anabranch.v1.Member\"\xfc\x01\n\x10HeartbeatRequest\x12(\n\x08\x62\x65lieved\x18\x01 \x01(\x0b\x32\x16.anabranch.v1.Believed\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.anabranch.v1.MemberState\x12 \n\x04load\x18\x05 \x01(\x0b\x32\x12.anabranch.v1.Load\x12\x1a\n\x12membership_version\x18\x06 \x01(\x04\x12+\n\x04pool\x18\x07 \x01(\x0b\x32\x18.anabranch.v1.PoolReportH\x00\x88\x01\x01\x42\x07\n\x05_pool\"\xb5\x01\n\nPoolReport\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x13\n\x0bstarts_over\x18\x02 \x01(\x08\x12\x10\n\x08has_more\x18\x03 \x01(\x08\x12,\n\tpublished\x18\x04 \x03(\x0b\x32\x19.anabranch.v1.SealedBlock\x12\x11\n\twithdrawn\x18\x05 \x03(\x0c\x12/\n\tsequences\x18\x06 \x03(\x0b\x32\x1c.anabranch.v1.SequenceBlocks\"2\n\x0bSealedBlock\x12\x0c\n\x04hash\x18\x01 \x01(\x0c\x12\x15\n\rprefix_blocks\x18\x02 \x01(\r\"M\n\x0eSequenceBlocks\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\"\xe0\x01\n\x11HeartbeatResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12\x31\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.MembershipH\x00\x88\x01\x01\x12\x11\n\twants_all\x18\x03 \x01(\x08\x12&\n\x05moves\x18\x04 \x03(\x0b\x32\x17.anabranch.v1.MoveOrder\x12\x15\n\x08\x64rain_ms\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\r\n\x0b_membershipB\x0b\n\t_drain_ms\"h\n\tMoveOrder\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.anabranch.v1.SequenceKey\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\"@\n\x11\x46indPrefixRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x0c\x12\x15\n\rblocks_before\x18\x02 \x01(\r\"g\n\x12\x46indPrefixResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12%\n\x04runs\x18\x02 \x03(\x0b\x32\x17.anabranch.v1.PrefixRun\"B\n\tPrefixRun\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12%\n\x07holders\x18\x02 \x03(\x0b\x32\x14.anabranch.v1.Holder\"*\n\x06Holder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"\x11\n\x0fGetFleetRequest\"\xa1\x01\n\x10GetFleetResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x18.anabranch.v1.Membership\x12!\n\x05slots\x18\x03 \x03(\x0b\x32\x12.anabranch.v1.Slot\x12\x10\n\x08stopping\x18\x04 \x01(\x08\"{\n\x04Slot\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.anabranch.v1.Role\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x0e\n\x06starts\x18\x05 \x01(\r\x12\x0f\n\x07retired\x18\x06 \x01(\x08\"3\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\";\n\rDrainResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder\"#\n\x0fShutdownRequest\x12\x10\n\x08grace_ms\x18\x01 \x01(\r\">\n\x10ShutdownResponse\x12*\n\tresponder\x18\x01 \x01(\x0b\x32\x17.anabranch.v1.Responder2\xd2\x03\n\x0e\x43ontrolService\x12I\n\x08Register\x12\x1d.anabranch.v1.RegisterRequest\x1a\x1e.anabranch.v1.RegisterResponse\x12L\n\tHeartbeat\x12\x1e.anabranch.v1.HeartbeatRequest\x1a\x1f.anabranch.v1.HeartbeatResponse\x12O\n\nFindPrefix\x12\x1f.anabranch.v1.FindPrefixRequest\x1a .anabranch.v1.FindPrefixResponse\x12I\n\x08GetFleet\x12\x1d.anabranch.v1.GetFleetRequest\x1a\x1e.anabranch.v1.GetFleetResponse\x12@\n\x05\x44rain\x12\x1a.anabranch.v1.DrainRequest\x1a\x1b.anabranch.v1.DrainResponse\x12I\n\x08Shutdown\x12\x1d.anabranch.v1.ShutdownRequest\x1a\x1e.anabranch.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,31 +48,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCEBLOCKS']._serialized_start=983
   _globals['_SEQUENCEBLOCKS']._serialized_end=1060
   _globals['_HEARTBEATRESPONSE']._serialized_start=1063
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1251
-  _globals['_MOVEORDER']._serialized_start=1253
-  _globals['_MOVEORDER']._serialized_end=1357
-  _globals['_FINDPREFIXREQUEST']._serialized_start=1359
-  _globals['_FINDPREFIXREQUEST']._serialized_end=1423
-  _globals['_FINDPREFIXRESPONSE']._serialized_start=1425
-  _globals['_FINDPREFIXRESPONSE']._serialized_end=1528
-  _globals['_PREFIXRUN']._serialized_start=1530
-  _globals['_PREFIXRUN']._serialized_end=1596
-  _globals['_HOLDER']._serialized_start=1598
-  _globals['_HOLDER']._serialized_end=1640
-  _globals['_GETFLEETREQUEST']._serialized_start=1642
-  _globals['_GETFLEETREQUEST']._serialized_end=1659
-  _globals['_GETFLEETRESPONSE']._serialized_start=1662
-  _globals['_GETFLEETRESPONSE']._serialized_end=1823
-  _globals['_SLOT']._serialized_start=1825
-  _globals['_SLOT']._serialized_end=1948
-  _globals['_DRAINREQUEST']._serialized_start=1950
-  _globals['_DRAINREQUEST']._serialized_end=2001
-  _globals['_DRAINRESPONSE']._serialized_start=2003
-  _globals['_DRAINRESPONSE']._serialized_end=2062
-  _globals['_SHUTDOWNREQUEST']._serialized_start=2064
-  _globals['_SHUTDOWNREQUEST']._serialized_end=2099
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=2101
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=2163
-  _globals['_CONTROLSERVICE']._serialized_start=2166
-  _globals['_CONTROLSERVICE']._serialized_end=2632
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1287
+  _globals['_MOVEORDER']._serialized_start=1289
+  _globals['_MOVEORDER']._serialized_end=1393
+  _globals['_FINDPREFIXREQUEST']._serialized_start=1395
+  _globals['_FINDPREFIXREQUEST']._serialized_end=1459
+  _globals['_FINDPREFIXRESPONSE']._serialized_start=1461
+  _globals['_FINDPREFIXRESPONSE']._serialized_end=1564
+  _globals['_PREFIXRUN']._serialized_start=1566
+  _globals['_PREFIXRUN']._serialized_end=1632
+  _globals['_HOLDER']._serialized_start=1634
+  _globals['_HOLDER']._serialized_end=1676
+  _globals['_GETFLEETREQUEST']._serialized_start=1678
+  _globals['_GETFLEETREQUEST']._serialized_end=1695
+  _globals['_GETFLEETRESPONSE']._serialized_start=1698
+  _globals['_GETFLEETRESPONSE']._serialized_end=1859
+  _globals['_SLOT']._serialized_start=1861
+  _globals['_SLOT']._serialized_end=1984
+  _globals['_DRAINREQUEST']._serialized_start=1986
+  _globals['_DRAINREQUEST']._serialized_end=2037
+  _globals['_DRAINRESPONSE']._serialized_start=2039
+  _globals['_DRAINRESPONSE']._serialized_end=2098
+  _globals['_SHUTDOWNREQUEST']._serialized_start=2100
+  _globals['_SHUTDOWNREQUEST']._serialized_end=2135
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=2137
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=2199
+  _globals['_CONTROLSERVICE']._serialized_start=2202
+  _globals['_CONTROLSERVICE']._serialized_end=2668
 # @@protoc_insertion_point(module_scope)

@@ -294,8 +294,13 @@ class HeartbeatResponse(_message.Message):
     MEMBERSHIP_FIELD_NUMBER: _builtins.int
     WANTS_ALL_FIELD_NUMBER: _builtins.int
     MOVES_FIELD_NUMBER: _builtins.int
+    DRAIN_MS_FIELD_NUMBER: _builtins.int
     wants_all: _builtins.bool
     """The pool's report did not follow the last one this controller took: the next one must start over."""
+    drain_ms: _builtins.int
+    """Set when the member is to leave: time that is left for its work to go elsewhere. One that is told to end
+    otherwise, and not this, has `controller.drain_grace_s`.
+    """
     @_builtins.property
     def responder(self) -> _types_pb2.Responder:
         """Who answers."""
@@ -315,13 +320,19 @@ class HeartbeatResponse(_message.Message):
         membership: Global___Membership | None = ...,
         wants_all: _builtins.bool = ...,
         moves: _abc.Iterable[Global___MoveOrder] | None = ...,
+        drain_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_membership", b"_membership", "membership", b"membership", "responder", b"responder"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_ms", b"_drain_ms", "_membership", b"_membership", "drain_ms", b"drain_ms", "membership", b"membership", "responder", b"responder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_membership", b"_membership", "membership", b"membership", "moves", b"moves", "responder", b"responder", "wants_all", b"wants_all"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_ms", b"_drain_ms", "_membership", b"_membership", "drain_ms", b"drain_ms", "membership", b"membership", "moves", b"moves", "responder", b"responder", "wants_all", b"wants_all"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_ms: _TypeAlias = _typing.Literal["drain_ms"]  # noqa: Y015
+    _WhichOneofArgType__drain_ms: _TypeAlias = _typing.Literal["_drain_ms", b"_drain_ms"]  # noqa: Y015
     _WhichOneofReturnType__membership: _TypeAlias = _typing.Literal["membership"]  # noqa: Y015
     _WhichOneofArgType__membership: _TypeAlias = _typing.Literal["_membership", b"_membership"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_ms) -> _WhichOneofReturnType__drain_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__membership) -> _WhichOneofReturnType__membership | None: ...
 
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
@@ -584,7 +595,7 @@ class DrainRequest(_message.Message):
     worker_id: _builtins.str
     """Worker slot."""
     grace_ms: _builtins.int
-    """Time for its work to go elsewhere, after which it is killed."""
+    """Time for its work to go elsewhere, which it is told. After it, it is killed by who supervises it, or gives up."""
     def __init__(
         self,
         *,

@@ -106,8 +106,9 @@ class ControlServiceServicer:
 
     def Drain(self, request, context):
         """Drains one worker for good: it takes nothing new, what it has goes to others, it ends and is not started
-        again. Answers when that began; `GetFleet` tells when it is over. Idempotent. Errors: NOT_FOUND;
-        INVALID_ARGUMENT (the last one of its role; one arena of a worker, which drains as a whole).
+        again, unless something else than the controller starts processes. Answers when that began; `GetFleet` tells
+        when it is over. Idempotent: the first grace counts. Errors: NOT_FOUND; INVALID_ARGUMENT (the last one of its
+        role; one arena of a worker, which drains as a whole).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

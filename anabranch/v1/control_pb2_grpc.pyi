@@ -51,8 +51,9 @@ class ControlServiceStub:
     """The fleet as the controller sees it. Always answers."""
     Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
     """Drains one worker for good: it takes nothing new, what it has goes to others, it ends and is not started
-    again. Answers when that began; `GetFleet` tells when it is over. Idempotent. Errors: NOT_FOUND;
-    INVALID_ARGUMENT (the last one of its role; one arena of a worker, which drains as a whole).
+    again, unless something else than the controller starts processes. Answers when that began; `GetFleet` tells
+    when it is over. Idempotent: the first grace counts. Errors: NOT_FOUND; INVALID_ARGUMENT (the last one of its
+    role; one arena of a worker, which drains as a whole).
     """
     Shutdown: _grpc.UnaryUnaryMultiCallable[_control_pb2.ShutdownRequest, _control_pb2.ShutdownResponse]
     """Drains and stops the whole cluster. Idempotent."""
@@ -80,8 +81,9 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """The fleet as the controller sees it. Always answers."""
     Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
     """Drains one worker for good: it takes nothing new, what it has goes to others, it ends and is not started
-    again. Answers when that began; `GetFleet` tells when it is over. Idempotent. Errors: NOT_FOUND;
-    INVALID_ARGUMENT (the last one of its role; one arena of a worker, which drains as a whole).
+    again, unless something else than the controller starts processes. Answers when that began; `GetFleet` tells
+    when it is over. Idempotent: the first grace counts. Errors: NOT_FOUND; INVALID_ARGUMENT (the last one of its
+    role; one arena of a worker, which drains as a whole).
     """
     Shutdown: _aio.UnaryUnaryMultiCallable[_control_pb2.ShutdownRequest, _control_pb2.ShutdownResponse]  # type: ignore[assignment]
     """Drains and stops the whole cluster. Idempotent."""
@@ -136,8 +138,9 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
         """Drains one worker for good: it takes nothing new, what it has goes to others, it ends and is not started
-        again. Answers when that began; `GetFleet` tells when it is over. Idempotent. Errors: NOT_FOUND;
-        INVALID_ARGUMENT (the last one of its role; one arena of a worker, which drains as a whole).
+        again, unless something else than the controller starts processes. Answers when that began; `GetFleet` tells
+        when it is over. Idempotent: the first grace counts. Errors: NOT_FOUND; INVALID_ARGUMENT (the last one of its
+        role; one arena of a worker, which drains as a whole).
         """
 
     @_abc_1.abstractmethod

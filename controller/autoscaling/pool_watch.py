@@ -10,7 +10,6 @@ import grpc
 from anabranch.v1 import control_pb2, control_pb2_grpc, inference_pb2
 from cluster import rpc
 from cluster.clock import Clock, monotonic
-from cluster.errors import NotFound
 from cluster.policies.autoscaler import Sample, Scaled
 
 _CALL_S = 5.0
@@ -28,6 +27,7 @@ class PoolWatch:
         self._stub = control_pb2_grpc.ControlServiceStub(channel)
         self._clock = clock
         self._members: Sequence[inference_pb2.Member] = ()
+        self._is_supervised = False
         self._computed_s: dict[tuple[str, int], float] = {}
         self._looked_s: float | None = None
 
@@ -38,6 +38,7 @@ class PoolWatch:
         except grpc.RpcError as error:
             raise rpc.from_rpc(error) from error
         self._members = fleet.membership.members
+        self._is_supervised = bool(fleet.slots)
         accounts = [member.load.blocks for member in self._members]
         capacity = sum(account.capacity for account in accounts)
         available = sum(account.free + account.sealed_cached for account in accounts)
@@ -59,20 +60,19 @@ class PoolWatch:
         """Let the members in these pods hand over what they have, and wait until they have left; for so long
         at most. Where the controller supervises nobody, a pod's own end does that: this returns at once.
         """
-        members = [member.worker_id for member in self._members if member.host in pods]
+        if not self._is_supervised:
+            return
+        leaving = sorted({member.slot for member in self._members if member.host in pods})
         end_s = self._clock() + within_s
-        for worker_id in members:
+        for worker_id in leaving:
             request = control_pb2.DrainRequest(worker_id=worker_id, grace_ms=int(within_s * 1000))
             try:
                 self._stub.Drain(request, timeout=_CALL_S)
             except grpc.RpcError as error:
-                problem = rpc.from_rpc(error)
-                if isinstance(problem, NotFound):
-                    return
-                raise problem from error
+                raise rpc.from_rpc(error) from error
         while self._clock() < end_s and not stop.wait(_LOOK_S):
             self.look()
-            if not any(member.worker_id in members for member in self._members):
+            if not any(member.slot in leaving for member in self._members):
                 return
 
     def _busy_share(self, now_s: float) -> float | None:

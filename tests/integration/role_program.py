@@ -36,6 +36,8 @@ def serve(context: RoleContext) -> int:
         client.start()
         client.set_state(inference_pb2.MEMBER_STATE_READY)
     context.stop.wait()
+    clients[0].set_state(inference_pb2.MEMBER_STATE_DRAINING)
+    context.log.info("draining", grace_s=round(clients[0].grace_s()))
     if mood == "stubborn":
         threading.Event().wait()
     for client in clients:

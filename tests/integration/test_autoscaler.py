@@ -31,19 +31,21 @@ class Controller(control_pb2_grpc.ControlServiceServicer):
     def __init__(self) -> None:
         self.members: list[inference_pb2.Member] = []
         self.drained: list[str] = []
+        self.slots: list[control_pb2.Slot] = []
 
     def GetFleet(
         self, _request: control_pb2.GetFleetRequest, _context: grpc.ServicerContext
     ) -> control_pb2.GetFleetResponse:
         """See control.proto."""
-        return control_pb2.GetFleetResponse(membership=control_pb2.Membership(members=self.members))
+        membership = control_pb2.Membership(members=self.members)
+        return control_pb2.GetFleetResponse(membership=membership, slots=self.slots)
 
     def Drain(
         self, request: control_pb2.DrainRequest, _context: grpc.ServicerContext
     ) -> control_pb2.DrainResponse:
         """See control.proto. The member leaves at once."""
         self.drained.append(request.worker_id)
-        self.members = [member for member in self.members if member.worker_id != request.worker_id]
+        self.members = [member for member in self.members if member.slot != request.worker_id]
         return control_pb2.DrainResponse()
 
     def report(self, *used: int, busy_seconds: float = 0.0, waiting: int = 0) -> None:
@@ -51,6 +53,7 @@ class Controller(control_pb2_grpc.ControlServiceServicer):
         self.members = [
             inference_pb2.Member(
                 worker_id=f"attention-{index}",
+                slot=f"attention-{index}",
                 host=f"pod-{index}",
                 role=inference_pb2.ROLE_ATTENTION,
                 load=inference_pb2.Load(
@@ -212,6 +215,7 @@ def test_an_empty_pool_loses_the_pod_with_the_least_in_it(
     """
     service, channel = controller
     service.report(30, 5, 20)
+    service.slots = [control_pb2.Slot(worker_id=f"attention-{index}") for index in range(3)]
     path, found = ray_cluster("river", attention=3)
     configuration = client.Configuration(host="")
     with kubernetes((path, found)) as state, ThreadPoolExecutor(1) as hands:
@@ -227,6 +231,25 @@ def test_an_empty_pool_loses_the_pod_with_the_least_in_it(
             assert not turn.done()
             state.change(path, "status", observedGeneration=2, desiredWorkerReplicas=2, readyWorkerReplicas=2)
             turn.result(20)
+
+
+def test_a_process_drains_as_a_whole_and_only_where_it_is_supervised(
+    controller: tuple[Controller, grpc.Channel],
+) -> None:
+    """Once for all arenas of it. A controller that supervises nobody is not asked: Kubernetes would start the
+    process anew, in the pod that is to go.
+    """
+    service, channel = controller
+    service.report(30, 5)
+    second = inference_pb2.Member(worker_id="attention-1.1", slot="attention-1", host="pod-1")
+    service.members.append(second)
+    watch, drained = PoolWatch(channel), []
+    for slots in ([], [control_pb2.Slot(worker_id="attention-1")]):
+        service.slots = slots
+        watch.look()
+        watch.drain(["pod-1"], 20.0, threading.Event())
+        drained.append(list(service.drained))
+    assert drained == [[], ["attention-1"]]
 
 
 def test_a_dry_run_says_once_what_it_would_do(

@@ -166,7 +166,7 @@ def commands(processes: dict[int, str]) -> Iterator[str]:
 
 def test_status_and_down_find_the_cluster(tmp_path: Path) -> None:
     """`status` shows slots and members, `--json` too; a second `up` is refused; `down` returns when
-    nothing runs any more.
+    nothing runs any more, and gateways are told its grace.
     """
     config = state_file(tmp_path)
     with up_in_pipe(tmp_path) as (process, screen):
@@ -183,23 +183,32 @@ def test_status_and_down_find_the_cluster(tmp_path: Path) -> None:
                 r"^anabranch: a cluster runs already.*anabranch down", refusal.text, re.MULTILINE
             )
         processes = {process.pid: str(process_start(process.pid))} | descendants(process.pid)
-        down = anabranch("down", "--config", config)
+        down = anabranch("down", "--grace", "45", "--config", config)
         assert (down.returncode, alive(processes)) == (0, [])
+        assert grace_told(tmp_path, "gateway-0") in (44, 45)
         assert process.wait(DEADLINE_S) == 0
     gone = anabranch("status", "--config", config)
     assert gone.returncode == 1
     assert "anabranch up" in gone.stderr
 
 
+def grace_told(folder: Path, worker: str) -> int:
+    """Seconds in which a process was asked to leave, as it says; `configured` gives 5."""
+    lines = (folder / "state/logs" / f"{worker}.log").read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    return int(next(event["grace_s"] for event in events if event["event"] == "draining"))
+
+
 def test_drain_lets_one_worker_leave(tmp_path: Path) -> None:
-    """`drain` returns when the worker has ended; it does not come back, and others go on. An unknown one, and
-    the last of a role, are refused by name.
+    """`drain` returns when the worker has ended, which was told the time it has; it does not come back, and
+    others go on. An unknown one, and the last of a role, are refused by name.
     """
     config = state_file(tmp_path)
     with up_in_pipe(tmp_path) as (process, screen):
         screen.await_text(_READY)
-        drained = anabranch("drain", "attention-1", "--config", config)
+        drained = anabranch("drain", "attention-1", "--grace", "45", "--config", config)
         assert (drained.returncode, drained.stderr.splitlines()[-1]) == (0, "attention-1 has left")
+        assert grace_told(tmp_path, "attention-1") in (44, 45)
         fleet = json.loads(anabranch("status", "--json", "--config", config).stdout)
         assert "attention-1" not in {member["worker_id"] for member in fleet["membership"]["members"]}
         assert [slot["worker_id"] for slot in fleet["slots"] if slot.get("retired")] == ["attention-1"]

@@ -336,3 +336,31 @@ def test_registrations_are_what_another_table_restores() -> None:
     version, registrations = cluster.table.registrations()
     other.table.restore(registrations, {}, version)
     assert list(other.table.membership().members) == list(cluster.table.membership().members)
+
+
+def test_a_process_is_told_how_long_it_has_to_leave() -> None:
+    """All members of its slot, and the first time counts; another life of it may stay. The last one of a
+    role that stays is not told to go, nor is somebody unknown.
+    """
+    cluster = Cluster()
+    for name, slot in (("a-0", "a-0"), ("a-0.1", "a-0"), ("a-1", "a-1")):
+        request = registration(name, 1, role=inference_pb2.ROLE_ATTENTION)
+        request.member.slot = slot
+        cluster.table.register(request)
+    cluster.table.drain("a-0", 60.0)
+    cluster.clock.advance(20.0)
+    cluster.table.drain("a-0", 60.0)
+    assert [cluster.table.left_s(name) for name in ("a-0", "a-0.1", "a-1")] == [40.0, 40.0, None]
+    with pytest.raises(InvalidRequest, match="last attention"):
+        cluster.table.drain("a-1", 60.0)
+    with pytest.raises(NotFound, match="a-7"):
+        cluster.table.drain("a-7", 60.0)
+    cluster.clock.advance(50.0)
+    assert cluster.table.left_s("a-0") == 0.0
+    cluster.register("a-0", 2, role=inference_pb2.ROLE_ATTENTION)
+    assert cluster.table.left_s("a-0") is None
+    cluster.beat("a-0", 2, state=inference_pb2.MEMBER_STATE_DRAINING)
+    with pytest.raises(InvalidRequest, match="last attention"):
+        cluster.table.drain("a-1", 60.0)
+    cluster.table.dismiss("a-1", 5.0)  # by who supervises it, and may
+    assert cluster.table.left_s("a-1") == 5.0

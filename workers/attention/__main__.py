@@ -80,7 +80,7 @@ def serve(context: RoleContext) -> None:
         context.stop.wait()
         for arena in arenas:
             arena.drain()
-        end_s = monotonic() + config.controller.drain_grace_s
+        end_s = monotonic() + arenas[0].membership.grace_s()
         for arena in arenas:
             arena.worker.core.store.empty.wait(max(0.0, end_s - monotonic()))
 

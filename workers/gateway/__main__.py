@@ -57,7 +57,8 @@ async def _join_and_serve(context: RoleContext, gateway: Gateway) -> None:
         client.set_state(inference_pb2.MEMBER_STATE_READY)
         await stopping.wait()
         client.set_state(inference_pb2.MEMBER_STATE_DRAINING)
-        await gateway.drain(max(0.0, context.config.controller.drain_grace_s - _LEAVE_S))
+        grace_s = await asyncio.to_thread(client.grace_s)
+        await gateway.drain(max(0.0, grace_s - _LEAVE_S))
     finally:
         await asyncio.to_thread(client.close)
 
