@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from anabranch.v1 import control_pb2, inference_pb2
 from anabranch.wire import sequence_key
 from cluster.config import Config
+from cluster.config_values import Serves
 from cluster.policies.prefixes import Find
 from cluster.types import Epoch, WorkerId
 from tests.sim.pool import Network, SimulatedPeer
 from tests.sim.sums import SumDecoder
-from tests.sim.world import SimulatedExecutor, World
+from tests.sim.world import SimulatedExecutor, SimulatedProcess, World
 from workers.dense.engine import Engine
 from workers.dense.members import AttentionMember, attention_members
 from workers.dense.model import Decoder
@@ -23,7 +24,7 @@ _STEP_S = 0.02
 _IDLE_S = 0.03
 
 
-class SimulatedDense:
+class SimulatedDense(SimulatedProcess):
     """One life of a dense worker: a real engine, and the loop that is its thread's."""
 
     def __init__(
@@ -35,29 +36,24 @@ class SimulatedDense:
         name: str,
         epoch: Epoch,
         find: Find,
+        serves: Serves,
     ) -> None:
-        self.name, self.epoch = name, epoch
-        self.alive = True
-        self.frozen_until_s = 0.0
+        super().__init__(world, name, epoch)
+        self.serves = serves
         self._config = config
         self._network = network
-        self._world = world
         self.engine = Engine(
             config,
             cast(Decoder, decoder),
             ReferenceKernel(),
             self._connect,
             world.clock,
+            serves=serves,
             find=find,
-            executors=lambda threads, _name: SimulatedExecutor(world, threads, lambda: self.alive),
+            executors=lambda threads, _name: SimulatedExecutor(world, threads, self),
         )
-        self._world.after(0.0, self._turn)
-        self._world.every(0.1, lambda: self._awake(lambda: self.engine.pool.tend()), lambda: self.alive)
-
-    @property
-    def answers(self) -> bool:
-        """See `DenseProcess`."""
-        return self.alive and self._world.now_s >= self.frozen_until_s
+        world.after(0.0, self._turn)
+        world.every(0.1, self._tend, lambda: self.alive)
 
     def learn(self, members: Sequence[inference_pb2.Member]) -> None:
         """The membership changed."""
@@ -84,9 +80,9 @@ class SimulatedDense:
         self.engine.refuse_new()
         self.engine.leave()
 
-    def _awake(self, call: Callable[[], object]) -> None:
+    def _tend(self) -> None:
         if self.answers:
-            call()
+            self.engine.pool.tend()
 
     def _turn(self) -> None:
         if not self.alive:
@@ -98,4 +94,4 @@ class SimulatedDense:
 
     def _connect(self, member: AttentionMember) -> AttentionPeer:
         target = self._network.reach(self.name, member.address)
-        return cast(AttentionPeer, SimulatedPeer(self._network, self.name, target))
+        return cast(AttentionPeer, SimulatedPeer(self._network, self, target))

@@ -39,6 +39,7 @@ class Faults:
             self._cut_gateway,
             self._cut_controller,
             self._freeze_dense,
+            self._freeze_attention,
             self._lose_controller,
             self._drain_attention,
             self._drain_dense,
@@ -86,8 +87,11 @@ class Faults:
         self._sim.network.cut(name, CONTROLLER, self._away_s())
 
     def _freeze_dense(self) -> None:
-        dense = self._world.rng.choice(list(self._sim.dense.values()))
-        dense.frozen_until_s = self._world.now_s + self._away_s()
+        self._world.rng.choice(list(self._sim.dense.values())).freeze(self._away_s())
+
+    def _freeze_attention(self) -> None:
+        worker = self._world.rng.choice(list(self._sim.attention.values()))
+        self._sim.freeze_attention(worker, self._world.rng.choice((0.1, 0.5, 2.0, 4.0)))
 
     def _lose_controller(self) -> None:
         controller = self._sim.controller
@@ -98,7 +102,7 @@ class Faults:
     def _drain_attention(self) -> None:
         if len(self._sim.attention) > 1:
             worker = self._world.rng.choice(list(self._sim.attention.values()))
-            if worker.alive and not worker.store.draining:
+            if worker.answers and not worker.store.draining:
                 self._sim.drain_attention(worker)
 
     def _drain_dense(self) -> None:

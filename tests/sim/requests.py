@@ -1,27 +1,33 @@
 """Clients and gateways: what was asked, what came, and where it goes on. The rules are the router's.
 
-Tokens are compared as they arrive with what the model says by definition.
+Tokens are compared as they arrive with what the model says by definition. A request ends whole, or by its
+deadline, which its dense worker is the first to notice, or its gateway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from cluster.errors import AnabranchError, ResourceExhausted, Unavailable
+from cluster.config_values import Serves
+from cluster.errors import AnabranchError, DeadlineExceeded, ResourceExhausted, Unavailable
 from cluster.sampling import SamplingParameters
 from cluster.types import SequenceKey, ShardRef
+from tests.sim.watch import Violation, Watch
 from tests.sim.world import Wire, World
 from workers.dense.deltas import Delta
 from workers.dense.engine import Engine
 from workers.dense.sequences import Submission
 
 DEADLINE_S = 10_000.0
-
-
-class Violation(AssertionError):
-    """Something happened that must never happen."""
+"""Of a request that has to end whole."""
+PATIENCE_S = 3.0
+"""Beyond a deadline, of a gateway that leaves it to dense workers: a freeze that nobody noticed, and four
+messages of the slowest (see `World.latency`).
+"""
+_OFFERS_MOST = 6
+"""As the router's: see `Router._offers`."""
 
 
 class DenseProcess(Protocol):
@@ -30,6 +36,12 @@ class DenseProcess(Protocol):
     name: str
     alive: bool
     engine: Engine
+    serves: Serves
+
+    @property
+    def life(self) -> str:
+        """A name that no other life has."""
+        ...
 
     @property
     def answers(self) -> bool:
@@ -46,16 +58,18 @@ class Request:
     expected: list[int]
     priority: int
     tenant: str
+    deadline_s: float
     tokens: list[int] = field(default_factory=list)
     shard_map: tuple[ShardRef, ...] | None = None
     generation: int = 0
     link: Link | None = None
+    submitted_s: float = 0.0
+    refusals: int = 0
     gateway: Gateway | None = None
     is_over: bool = False
-    aborted: bool = False
 
     def submission(self, now_s: float) -> Submission:
-        """What the next dense worker is told."""
+        """What the next dense worker is told, with the time left in place of a deadline."""
         count = len(self.expected)
         return Submission(
             self.key,
@@ -66,7 +80,7 @@ class Request:
             0,
             count,
             self.priority,
-            now_s + DEADLINE_S,
+            self.deadline_s - now_s,
             self.tenant,
             self.shard_map,
         )
@@ -87,13 +101,15 @@ class Request:
                     f"{self.key}: token {index} is {sampled.token_id}, not {self.expected[index]}"
                 )
             self.tokens.append(sampled.token_id)
+            self.refusals = 0
 
 
 class Link:
     """A gateway's stream to one life of a dense worker; a `Subscriber`."""
 
-    def __init__(self, world: World, gateway: Gateway, dense: DenseProcess) -> None:
+    def __init__(self, world: World, watch: Watch, gateway: Gateway, dense: DenseProcess) -> None:
         self._world = world
+        self._watch = watch
         self.gateway = gateway
         self.dense = dense
         self.open = True
@@ -108,12 +124,19 @@ class Link:
 
     def deliver(self, step: int, deltas: Sequence[Delta]) -> None:
         """See `Subscriber`."""
+        for delta in deltas:
+            self._watch.tells(self.dense.life, delta)
         if self.open:
             self._up.send(lambda: self.gateway.take(self, deltas))
 
     def submit(self, submission: Submission) -> None:
-        """Send a sequence."""
-        self._down.send(lambda: self.dense.engine.submit(submission, self, 0.0))
+        """Send a sequence; its time left begins to pass there when it arrives."""
+
+        def arrive() -> None:
+            deadline_s = self._world.now_s + submission.deadline_s
+            self.dense.engine.submit(replace(submission, deadline_s=deadline_s), self, 0.0)
+
+        self._down.send(arrive)
 
     def acknowledge(self, delta: Delta) -> None:
         """A final delta arrived."""
@@ -133,13 +156,17 @@ class Link:
 
 
 class Gateway:
-    """Routes requests to dense workers and goes on elsewhere when one cannot."""
+    """Routes requests to dense workers and goes on elsewhere when one cannot. Ends them by their deadline, at
+    once or some `patience_s` later, when their dense workers should have done so.
+    """
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, watch: Watch, name: str) -> None:
         self.name = name
         self.alive = True
         self.requests: dict[SequenceKey, Request] = {}
         self.links: dict[str, Link] = {}
+        self.patience_s = world.rng.choice((0.0, PATIENCE_S))
+        self._watch = watch
         self._world = world
 
     def connect(self, dense: DenseProcess) -> None:
@@ -149,13 +176,15 @@ class Gateway:
             return
         if present is not None:
             self.lose(present)
-        self.links[dense.name] = Link(self._world, self, dense)
+        self.links[dense.name] = Link(self._world, self._watch, self, dense)
         self.route()
 
     def accept(self, request: Request) -> None:
         """A client asks, or goes on after another gateway."""
         request.gateway, request.link = self, None
         self.requests[request.key] = request
+        left_s = request.deadline_s + self.patience_s - self._world.now_s
+        self._world.after(max(0.0, left_s), lambda: self._expire(request))
         self.route()
 
     def route(self) -> None:
@@ -175,10 +204,9 @@ class Gateway:
 
     def abort(self, request: Request) -> None:
         """Its client has gone."""
-        request.aborted = True
         if request.link is not None:
             request.link.abort(request)
-        self._end(request)
+        self.end(request, "is aborted")
 
     def take(self, link: Link, deltas: Sequence[Delta]) -> None:
         """News of sequences."""
@@ -196,41 +224,77 @@ class Gateway:
                 self._world.note(f"{delta.key} is handed over by {link.dense.name}")
                 self._submit(request, link, delta.handoff.target)
             elif delta.failure is not None:
-                self._refused(link, request, delta.failure)
+                self._failed(link, request, delta, delta.failure)
 
     def _finish(self, link: Link, request: Request, delta: Delta) -> None:
         if request.tokens != request.expected:
             raise Violation(f"{request.key}: finished after {len(request.tokens)} tokens")
         link.acknowledge(delta)
-        self._end(request)
+        self.end(request, "is done")
 
-    def _end(self, request: Request) -> None:
-        self._world.note(f"{request.key} is over")
+    def _expire(self, request: Request) -> None:
+        if not self.alive or self.requests.get(request.key) is not request:
+            return
+        if request.link is not None:
+            if self.patience_s > 0 and request.submitted_s <= request.deadline_s:
+                raise Violation(f"{request.key}: {request.link.dense.name} let its deadline pass")
+            request.link.abort(request)
+        self.end(request, "is late")
+
+    def end(self, request: Request, how: str) -> None:
+        """Its client has all it will get."""
+        self._world.note(f"{request.key} {how}")
         request.is_over = True
         self.requests.pop(request.key, None)
 
+    def _failed(self, link: Link, request: Request, delta: Delta, error: AnabranchError) -> None:
+        if isinstance(error, DeadlineExceeded) and self._world.now_s >= request.deadline_s:
+            link.acknowledge(delta)
+            self.end(request, "is late, its dense worker says")
+        elif isinstance(error, (Unavailable, ResourceExhausted)):
+            self._refused(link, request, error)
+        else:
+            raise Violation(f"{request.key} fails: {type(error).__name__}: {error.message}")
+
     def _refused(self, link: Link, request: Request, error: AnabranchError) -> None:
         self._world.note(f"{request.key} is refused by {link.dense.name}: {error.message}")
-        if not isinstance(error, (Unavailable, ResourceExhausted)):
-            raise Violation(f"{request.key} fails: {type(error).__name__}: {error.message}")
+        request.refusals += 1
+        others = sum(each.usable for each in self.links.values() if each is not link)
+        unfit_first = request.refusals >= (_OFFERS_MOST if request.tokens else others)
         request.link = None
 
         def again() -> None:
             if self.alive and self.requests.get(request.key) is request and request.link is None:
-                self._submit(request, link, None)
+                self._submit(request, link, None, unfit_first=unfit_first)
 
         self._world.after(self._world.rng.uniform(0.05, 0.5), again)
 
-    def _submit(self, request: Request, avoid: Link | None, target: str | None) -> None:
-        usable = [link for link in self.links.values() if link.usable]
-        named = [link for link in usable if link.dense.name == target]
-        others = [link for link in usable if link is not avoid]
-        request.link = self._world.rng.choice(named or others or usable) if usable else None
+    def _submit(
+        self, request: Request, avoid: Link | None, target: str | None, *, unfit_first: bool = False
+    ) -> None:
+        request.link = self._choose(request, avoid, target, unfit_first=unfit_first)
         if request.link is None:
             return
+        request.submitted_s = self._world.now_s
         request.generation += 1
         self._world.note(
             f"{request.key} goes to {request.link.dense.name} as {request.generation}, "
             f"{len(request.tokens)} tokens known"
         )
         request.link.submit(request.submission(self._world.now_s))
+
+    def _choose(
+        self, request: Request, avoid: Link | None, target: str | None, *, unfit_first: bool
+    ) -> Link | None:
+        """By the rules of `DenseLinks.choose`, but for the load."""
+        unfit = "prefill" if request.tokens else "decode"
+        usable = [link for link in self.links.values() if link.usable]
+
+        def undesired(link: Link) -> tuple[bool, bool]:
+            is_unfit, is_avoided = link.dense.serves == unfit, link is avoid
+            return (is_avoided, not is_unfit) if unfit_first else (is_unfit, is_avoided)
+
+        named = [link for link in usable if link.dense.name == target]
+        least = min(map(undesired, usable), default=None)
+        best = named or [link for link in usable if undesired(link) == least]
+        return self._world.rng.choice(best) if best else None

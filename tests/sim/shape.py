@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.config import Config
+from cluster.config_values import Serves
 from tests.sim.world import World
 
 HEARTBEAT_S = 0.2
@@ -12,6 +13,12 @@ EXPIRY_S = 1.0
 LEASE_S = 3.0
 ORPHAN_S = 2.0
 GRACE_S = 8.0
+_SPLITS: tuple[tuple[Serves, ...], ...] = (
+    ("prefill", "decode"),
+    ("decode", "prefill"),
+    ("prefill", "both"),
+    ("both", "decode"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,19 @@ class Shape:
     step_tokens: int
     instances: str
     tiers: int
+    serves: tuple[Serves, ...]
+    max_batch: int
+    max_waiting: int
+    max_finished: int
 
     @classmethod
     def drawn(cls, world: World) -> Shape:
         """Another one for each seed."""
         rng = world.rng
+        dense = rng.randint(1, 3)
         return cls(
             attention=rng.randint(1, 4),
-            dense=rng.randint(1, 3),
+            dense=dense,
             gateways=rng.randint(1, 2),
             blocks=rng.choice((24, 40, 80)),
             block_tokens=rng.choice((4, 8)),
@@ -46,6 +58,10 @@ class Shape:
             step_tokens=rng.choice((16, 40)),
             instances=rng.choice(("shared", "shared", "borrowing")),
             tiers=rng.choice((1, 2)),
+            serves=rng.choice(_SPLITS) if dense > 1 and rng.random() < 0.5 else ("both",),
+            max_batch=rng.choice((2, 8, 8)),
+            max_waiting=rng.choice((2, 64, 64)),
+            max_finished=rng.choice((1, 64)),
         )
 
     def config(self) -> Config:
@@ -55,7 +71,10 @@ class Shape:
                 "dense": {
                     "replicas": self.dense,
                     "step_tokens": self.step_tokens,
-                    "max_batch": 8,
+                    "max_batch": self.max_batch,
+                    "max_waiting": self.max_waiting,
+                    "max_finished": self.max_finished,
+                    "serves": self.serves,
                     "reserve_ahead_tokens": 8,
                     "micro_batches": self.micro_batches,
                     "orphan_grace_ms": int(ORPHAN_S * 1000),

@@ -9,16 +9,21 @@ from functools import partial
 
 from anabranch.v1 import inference_pb2
 from cluster.errors import Fenced
+from cluster.policies.directory import Life
 from cluster.policies.instances import slot_number
 from cluster.types import Epoch, SequenceKey, WorkerId
 from tests.sim.dense import SimulatedDense
 from tests.sim.faults import CONTROLLER, Faults
 from tests.sim.members import SimulatedController, SimulatedMember, member_of
 from tests.sim.pool import Network, SimulatedAttention
-from tests.sim.requests import Gateway, Request, Violation
+from tests.sim.requests import DEADLINE_S, PATIENCE_S, Gateway, Request
 from tests.sim.shape import EXPIRY_S, GRACE_S, HEARTBEAT_S, LEASE_S, Shape
 from tests.sim.sums import VOCABULARY, SumDecoder, continuation
+from tests.sim.watch import Violation
 from tests.sim.world import World
+
+_LATE_S = PATIENCE_S + 2.0
+"""Beyond a deadline, of a request whose gateways are lost: a client asks the next one within a second."""
 
 
 class Simulation:
@@ -60,7 +65,7 @@ class Simulation:
         )
         self.attention[name] = worker
         self.network.attention[worker.address] = worker
-        self.world.every(LEASE_S / 8, worker.look_after, lambda: worker.alive)
+        self.world.every(LEASE_S / 8, lambda: worker.when_awake(worker.look_after), lambda: worker.alive)
         member = member_of(name, inference_pb2.ROLE_ATTENTION, worker.epoch, worker.address)
         member.tier = slot_number(worker.worker) % self.shape.tiers
         speaker = SimulatedMember(
@@ -70,7 +75,8 @@ class Simulation:
         def speak() -> None:
             if worker.store.draining:
                 member.state = inference_pb2.MEMBER_STATE_DRAINING
-            self._speak(name, speaker, lambda: self.kill_attention(worker, 0.2))
+            if worker.answers:
+                self._speak(name, speaker, lambda: self.kill_attention(worker, 0.2))
 
         self.world.every(HEARTBEAT_S, speak, lambda: worker.alive)
 
@@ -84,6 +90,7 @@ class Simulation:
             name,
             self.epoch(),
             self.controller.find,
+            self.config.dense.serves_at(slot_number(WorkerId(name))),
         )
         self.dense[name] = worker
         member = member_of(name, inference_pb2.ROLE_DENSE, worker.epoch, name)
@@ -97,7 +104,7 @@ class Simulation:
 
     def start_gateway(self, name: str) -> None:
         """A new life of a gateway."""
-        gateway = Gateway(self.world, name)
+        gateway = Gateway(self.world, self.network.watch, name)
         self.gateways[name] = gateway
 
         def look() -> None:
@@ -115,8 +122,21 @@ class Simulation:
         if worker.alive:
             worker.alive = False
             del self.network.attention[worker.address]
-            self.controller.gone(str(worker.worker))
-            self.world.after(away_s, lambda: self.start_attention(str(worker.worker)))
+            if self.attention[worker.name] is worker:
+                self.controller.gone(worker.name)
+                self.world.after(away_s, lambda: self.start_attention(worker.name))
+
+    def freeze_attention(self, worker: SimulatedAttention, seconds: float) -> None:
+        """SIGSTOP, then SIGCONT. Where it is taken for dead its slot may be filled before it goes on."""
+
+        def replace() -> None:
+            if self.attention[worker.name] is worker and worker.alive and not worker.answers:
+                self.world.note(f"{worker.name} is replaced")
+                self.start_attention(worker.name)
+
+        worker.freeze(seconds)
+        if self.world.chance(0.5):
+            self.world.after(EXPIRY_S + HEARTBEAT_S, replace)
 
     def kill_dense(self, worker: SimulatedDense, away_s: float) -> None:
         """SIGKILL; its slot is filled again after a while."""
@@ -144,7 +164,7 @@ class Simulation:
         end_s = self.world.now_s + GRACE_S
 
         def leave() -> None:
-            if worker.store.empty.is_set() or self.world.now_s >= end_s:
+            if (worker.answers and worker.store.empty.is_set()) or self.world.now_s >= end_s:
                 self.kill_attention(worker, 0.3)
 
         self.world.every(0.1, leave, lambda: worker.alive)
@@ -171,6 +191,10 @@ class Simulation:
                 raise Violation(f"still open: {[str(each.key) for each in self.living_requests()]}")
             if not self.world.run(self._is_empty, 20 * LEASE_S):
                 raise Violation(f"still held: {self._held()}")
+            self.network.watch.renewed.clear()
+            self.world.run(lambda: False, LEASE_S)
+            if self.network.watch.renewed or not self._is_empty():
+                raise Violation(f"still renewed: {self.network.watch.renewed}, held: {self._held()}")
 
     def _begin_load(self) -> None:
         rng = self.world.rng
@@ -193,17 +217,21 @@ class Simulation:
             continuation(prompt, count, self.shape.window),
             rng.choice((0, 0, 1)),
             rng.choice(("one", "one", "two")),
+            self.world.now_s + rng.choice((*[DEADLINE_S] * 5, 0.5, 2.0, 6.0)),
         )
         self.requests.append(request)
         self._ask(request)
 
     def _ask(self, request: Request) -> None:
-        """A client turns to any gateway; it tries again while there is none."""
+        """A client turns to any gateway; it tries again while there is none, and time is left."""
         living = [gateway for gateway in self.gateways.values() if gateway.alive]
         if request.is_over:
             return
         if living:
             self.world.rng.choice(living).accept(request)
+        elif self.world.now_s >= request.deadline_s:
+            self.world.note(f"{request.key} is late, and no gateway there")
+            request.is_over = True
         else:
             self.world.after(0.1, lambda: self._ask(request))
 
@@ -211,19 +239,36 @@ class Simulation:
         return len(self.requests) == self.shape.requests and not self.living_requests()
 
     def _held(self) -> dict[str, dict[SequenceKey, int]]:
-        held = {name: worker.store.blocks_held() for name, worker in self.attention.items() if worker.alive}
-        return {name: blocks for name, blocks in held.items() if blocks}
+        living = self.network.attention.items()
+        return {name: worker.store.blocks_held() for name, worker in living if worker.store.holdings()}
 
     def _is_empty(self) -> bool:
-        return not self._held() and all(each.engine.is_idle() for each in self.dense.values() if each.alive)
+        """No sequence lives or is known to hold anything, no lease lasts, and all blocks can be reserved."""
+        living = self.network.attention.values()
+        lives = [Life(worker.worker, worker.epoch) for worker in living]
+        return (
+            not self._held()
+            and all(worker.store.available == worker.store.account().capacity for worker in living)
+            and all(each.engine.is_idle() for each in self.dense.values() if each.alive)
+            and not any(self.controller.directory.sequences_at(life) for life in lives)
+        )
 
     def _check(self) -> None:
-        """After every event: every arena's account adds up."""
-        for worker in self.attention.values():
-            if worker.alive:
-                account = worker.store.audit()
-                if account.total != account.capacity:
-                    raise Violation(f"{worker.worker}: {account}")
+        """After every event: every arena's account adds up, no queue is too long, no request too late."""
+        for arena in self.network.attention.values():
+            account = arena.store.audit()
+            if account.total != account.capacity:
+                raise Violation(f"{arena.worker}: {account}")
+        for dense in self.dense.values():
+            engine, shape = dense.engine, self.shape
+            waiting_most = shape.max_waiting + shape.max_batch  # those preempted wait as well
+            if engine.sequences_running > shape.max_batch or engine.sequences_waiting > waiting_most:
+                raise Violation(
+                    f"{dense.name}: {engine.sequences_running} run, {engine.sequences_waiting} wait"
+                )
+        for request in self.requests:
+            if not request.is_over and self.world.now_s > request.deadline_s + _LATE_S:
+                raise Violation(f"{request.key} has not ended by its deadline")
 
     def _speak(self, name: str, member: SimulatedMember, replace: Callable[[], None]) -> None:
         if not self.network.passes(name, CONTROLLER):

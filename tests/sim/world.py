@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
+from cluster.types import Epoch
+
 Event = Callable[[], None]
 
 
@@ -89,16 +91,50 @@ class Wire:
         self._world.after(self._free_s - self._world.now_s, arrive)
 
 
-class SimulatedExecutor(Executor):
-    """Runs calls as events while its process lives: one after the other where it has one thread."""
+class SimulatedProcess:
+    """One life of a process: it may stand still for a while, and ends once."""
 
-    def __init__(self, world: World, threads: int, lives: Callable[[], bool]) -> None:
-        self._wires = [Wire(world, lives) for _ in range(threads)]
+    def __init__(self, world: World, name: str, epoch: Epoch) -> None:
+        self.name, self.epoch = name, epoch
+        self.alive = True
+        self._world = world
+        self._frozen_until_s = 0.0
+
+    @property
+    def life(self) -> str:
+        """A name that no other life has."""
+        return f"{self.name}@{self.epoch}"
+
+    @property
+    def answers(self) -> bool:
+        """Whether it is alive and not frozen."""
+        return self.alive and self._world.now_s >= self._frozen_until_s
+
+    def freeze(self, seconds: float) -> None:
+        """Nothing happens in it for so long; what reaches it meanwhile waits."""
+        self._frozen_until_s = max(self._frozen_until_s, self._world.now_s + seconds)
+
+    def when_awake(self, event: Event) -> None:
+        """Let something happen in it: now, or when it goes on; never once it has ended."""
+        if self.answers:
+            event()
+        elif self.alive:
+            self._world.after(self._frozen_until_s - self._world.now_s, lambda: self.when_awake(event))
+
+
+class SimulatedExecutor(Executor):
+    """Runs calls as events while its process goes on: one after the other where it has one thread."""
+
+    def __init__(self, world: World, threads: int, process: SimulatedProcess) -> None:
+        self._wires = [Wire(world, lambda: process.alive) for _ in range(threads)]
+        self._process = process
         self._world = world
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """See `Executor`. Nobody reads the future."""
-        self._world.rng.choice(self._wires).send(lambda: fn(*args, **kwargs))
+        self._world.rng.choice(self._wires).send(
+            lambda: self._process.when_awake(lambda: fn(*args, **kwargs))
+        )
         return Future()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
