@@ -56,6 +56,7 @@ def test_lost_capacity_costs_time_and_errors_but_no_token(tmp_path: Path) -> Non
     assert len(report["losses"]) == 4
     assert all(loss["requests"] > 0 for loss in report["losses"])
     assert sum(len(loss["next_token_s"]) for loss in report["losses"]) > 0
+    assert report["moves"] > 0, "nothing that was lost could have been on its way from one worker to another"
 
 
 def test_a_failure_is_the_status_of_the_command() -> None:
