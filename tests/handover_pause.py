@@ -1,16 +1,18 @@
-"""What hand-overs cost the streams they concern: `python -m tests.handover_pause`.
+"""What hand-overs cost the streams they concern: `python -m tests.handover_pause [--json FILE]`.
 
 SmolLM2 in float32, two dense and two attention workers, one thread each.
 
 * Pause: a stream of 1,500 prompt tokens is handed back and forth; its gap at each hand-over less its median
-  gap, in steps.
+  gap, in steps. Beyond two steps the exit status is 1.
 * Interference: gaps of two decoding streams (99th percentile) alone, and beside prompts of 3,000 tokens, with
   both dense workers serving both and with `dense.serves: [prefill, decode]`. Where all processes share two
   cores, prompts on another worker still take time from the ones that decode.
 """
 
+import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from anabranch import Client
+from anabranch.cli.bench import results_file
+from anabranch.cli.bench.records import Results, extreme, figure, misses
 from anabranch.v1 import dense_pb2, dense_pb2_grpc
 from anabranch.wire import sequence_message
 from cluster import rpc
@@ -31,6 +35,9 @@ from tests.smollm2 import smollm2_folder
 
 HAND_OVERS = (20, 40, 60, 80, 100)
 """Output tokens after which the stream changes its worker."""
+
+PAUSE_MOST = 2.0
+"""Steps that a hand-over may cost."""
 
 OVERRIDES: dict[str, Any] = {
     "model.name": "smollm2",
@@ -104,8 +111,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def main() -> None:
-    """Print both."""
+def measure() -> Results:
+    """Both, as records; told as they come."""
+    found: Results = {"interference": {}}
     for serves in (["both"], ["prefill", "decode"]):
         overrides = {**OVERRIDES, "dense.serves": serves}
         with (
@@ -114,8 +122,11 @@ def main() -> None:
             cluster.client() as client,
         ):
             if serves == ["both"]:
-                steps = ", ".join(f"{pause:.2f}" for pause in pauses(cluster, client))
-                print(f"pause of each hand-over: {steps} steps", flush=True)
+                steps = dict(zip(HAND_OVERS, pauses(cluster, client), strict=True))
+                told = ", ".join(f"{pause:.2f}" for pause in steps.values())
+                print(f"pause of each hand-over: {told} steps", flush=True)
+                each = {f"after_{tokens}": figure([pause], "steps") for tokens, pause in steps.items()}
+                found["pause"] = extreme("most", each, at_most=PAUSE_MOST)
             alone, beside = gaps_beside(client, 0), gaps_beside(client, 1)
             for name, gaps in (("alone", alone), ("beside long prompts", beside)):
                 print(
@@ -123,7 +134,24 @@ def main() -> None:
                     f"99th percentile {1000 * percentile(gaps, 0.99):.0f} ms",
                     flush=True,
                 )
+                found["interference"][f"{'+'.join(serves)} {name}"] = figure(gaps, "s")
+    return found
+
+
+def main() -> int:
+    """Measure, write the file; 1 where a hand-over costs more than it may."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write everything here")
+    options = parser.parse_args()
+    found = measure()
+    if options.json:
+        results_file.write(options.json, results_file.stamp({"handover": found}))
+    missed = misses(found)
+    print("\n".join(missed), end="\n" if missed else "")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
