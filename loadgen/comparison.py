@@ -8,8 +8,10 @@ difference is believed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,6 +27,8 @@ SLICES = 20
 _SURE = (2.5, 97.5)
 _SEED = 1
 _TAILS = (50, 95, 99)
+_BESIDE = ("backend", "version", "senders", "objectives_ms", "seed")
+"""Settings that may differ in runs of the same load on the same cluster."""
 _RATES = ("request_throughput", "output_throughput")
 
 _Values: TypeAlias = NDArray[np.float64]
@@ -73,6 +77,40 @@ class StagePair:
     other: str
     """Each as run and stage."""
     differences: tuple[Difference, ...]
+
+
+def named_apart(paths: Sequence[Path], runs: Sequence[Run]) -> list[Run]:
+    """The runs, named by as many of their last folders as it takes to tell them apart. Raises InvalidRequest
+    where one is given twice.
+    """
+    whole = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    raise InvalidRequest("a run is compared with others, not with itself: a folder is given twice")
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What was run, by name: model, devices or members, API, and every option of the load."""
+    head = run.summaries[0]
+    roles = Counter(role for _, role in {(sample.worker_id, sample.role) for sample in run.samples})
+    members = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
+    told = {key: head[key] for key in ("model_id", "backend", "version", "senders", "objectives_ms")}
+    return {**told, "shape": head.get("shape"), "members": members, **head["scenario"]}
+
+
+def apart(base: Run, other: Run) -> str:
+    """What two runs were asked, or on what, where it differs: their figures then differ by that, too. Empty
+    where it does not; other seeds are the same load.
+    """
+    ours, theirs = settings(base), settings(other)
+    differs = [
+        f"{name} {ours.get(name)} and {theirs.get(name)}"
+        for name in dict.fromkeys((*ours, *theirs))
+        if name not in _BESIDE and ours.get(name) != theirs.get(name)
+    ]
+    return f"{base.name} and {other.name} differ in {', '.join(differs)}" if differs else ""
 
 
 def compare(base: Run, other: Run) -> list[StagePair]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from loadgen.comparison import Difference, StagePair, compare
+from loadgen.comparison import Difference, StagePair, apart, compare, settings
 from loadgen.report.content import Content, Section, Table, figures, headlines, text
 from loadgen.report.plot import Line, Plot
 from loadgen.report.series import distributions, latencies, over_time
@@ -24,6 +24,11 @@ def pairs_of(runs: Sequence[Run]) -> list[StagePair]:
     return [pair for other in runs[1:] for pair in compare(runs[0], other)]
 
 
+def unlike(runs: Sequence[Run]) -> list[str]:
+    """A line for each run that was asked something else than the first, or ran on something else."""
+    return [words for other in runs[1:] if (words := apart(runs[0], other))]
+
+
 def comparison_page(runs: Sequence[Run], pairs: Sequence[StagePair]) -> Content:
     """What `page.render` is given."""
     stages = [(run, summary) for run in runs for summary in run.summaries]
@@ -35,13 +40,17 @@ def comparison_page(runs: Sequence[Run], pairs: Sequence[StagePair]) -> Content:
     return Content(
         title=" and ".join(run.name for run in runs),
         subtitle=" · ".join(f"{run.name}: {run.summaries[0]['date']}" for run in runs),
-        warnings=tuple(
-            f"{name}: {warning}"
-            for name, (_, summary) in zip(names, stages, strict=True)
-            for warning in summary["warnings"]
+        warnings=(
+            *unlike(runs),
+            *(
+                f"{name}: {warning}"
+                for name, (_, summary) in zip(names, stages, strict=True)
+                for warning in summary["warnings"]
+            ),
         ),
         cards=tuple(headlines(name, summary) for name, (_, summary) in zip(names, stages, strict=True)),
         sections=(
+            Section("What was run", tables=(_settings(runs),)),
             Section("Differences", _WORDS, tables=tuple(map(_table, pairs))),
             Section("Latencies", plots=tuple(distributions(samples))),
             Section("Over time", plots=tuple(_beside(runs))),
@@ -66,6 +75,19 @@ def _table(pair: StagePair) -> Table:
         for each in pair.differences
     )
     return Table(("", pair.base, pair.other, "difference", "verdict"), rows, wordy=(4,))
+
+
+def _settings(runs: Sequence[Run]) -> Table:
+    """A column for each run; options that were left alone in all of them are not listed."""
+    each = [settings(run) for run in runs]
+    names = dict.fromkeys(name for own in each for name in own)
+    rows = []
+    for name in names:
+        values = [own.get(name) for own in each]
+        if any(value not in (None, "", [], 0.0, {}) for value in values):
+            differs = "" if all(value == values[0] for value in values) else "differs"
+            rows.append((name.replace("_", " "), *map(text, values), differs))
+    return Table(("", *(run.name for run in runs), ""), tuple(rows), wordy=tuple(range(1, len(runs) + 2)))
 
 
 def _beside(runs: Sequence[Run]) -> list[Plot]:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from anabranch.cli.loadgen.command import app
 from cluster.errors import InvalidRequest
 from loadgen.comparison import Difference, compare
+from loadgen.report.comparison_page import comparison_page, unlike
 from loadgen.results import ResultsFolder, Run
 from tests.loadgen.drawn_runs import drawn_run
 
@@ -69,11 +70,7 @@ def test_the_command_writes_a_page_and_a_table(tmp_path: Path, monkeypatch: pyte
     """Three runs, each against the first."""
     monkeypatch.chdir(tmp_path)
     for name, slowness in (("base", 1.0), ("slow", 1.5), ("same", 1.0)):
-        run = drawn_run(slowness=slowness, seed=len(name))
-        with ResultsFolder(Path(name)) as results:
-            for record in run.records:
-                results.add(record)
-            results.sum_up(run.summaries)
+        _write(Path(name), drawn_run(slowness=slowness, seed=len(name)))
     done = CliRunner().invoke(app, ["compare", "base", "slow", "same"])
     assert done.exit_code == 0, done.output
     assert "base, run  against  slow, run" in done.output
@@ -81,4 +78,48 @@ def test_the_command_writes_a_page_and_a_table(tmp_path: Path, monkeypatch: pyte
     page = Path("comparison.html").read_text()
     assert page.count("<h2>Differences") == 1
     assert "higher" in page
+    assert "differ in" not in done.output
     assert CliRunner().invoke(app, ["compare", "base"]).exit_code != 0
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sweeps leave them: by the folders they lie in, in every plot; one given twice is refused."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("x", "y")):
+        _write(Path(name) / "run-001", drawn_run(seed=seed))
+    done = CliRunner().invoke(app, ["compare", "x/run-001", "y/run-001"])
+    assert done.exit_code == 0, done.output
+    assert "x/run-001, run  against  y/run-001, run" in done.output
+    over_time = Path("comparison.html").read_text().partition("Over time</h2>")[2]
+    assert over_time.count("x/run-001<") == over_time.count("y/run-001<") > 0
+    again = CliRunner().invoke(app, ["compare", "x/run-001", "x/run-001"])
+    assert isinstance(again.exception, InvalidRequest)
+    assert "given twice" in again.exception.message
+
+
+def test_what_was_run_is_shown_and_its_differences_are_warned_of() -> None:
+    """Model, shape and options of the load beside each other; other seeds are the same load."""
+    base = drawn_run("a")
+    (summary,) = base.summaries
+    seeded = {**summary, "scenario": {**summary["scenario"], "seed": 2}}
+    other = {**summary, "model_id": "another", "shape": "dense=4xh100", "scenario": {"rate": 20.0}}
+    same, unlike_run = (
+        dataclasses.replace(base, name=name, summaries=(own,)) for name, own in (("b", seeded), ("c", other))
+    )
+    assert unlike([base, same]) == []
+    (words,) = unlike([base, unlike_run])
+    for part in ("model_id <b>model</b> & co and another", "and dense=4xh100", "rate 10.0 and 20.0"):
+        assert part in words
+    content = comparison_page([base, same, unlike_run], [])
+    assert content.warnings[0].startswith("a and c differ in")
+    (table,) = next(section.tables for section in content.sections if section.title == "What was run")
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["rate"] == ("10.00", "10.00", "20.00", "differs")
+    assert rows["backend"][-1] == ""
+
+
+def _write(folder: Path, run: Run) -> None:
+    with ResultsFolder(folder) as results:
+        for record in run.records:
+            results.add(record)
+        results.sum_up(run.summaries)

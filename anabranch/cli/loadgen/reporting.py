@@ -12,8 +12,9 @@ from rich.console import Console
 from anabranch.cli.loadgen.options import PricesFile, Shape, bill
 from anabranch.cli.loadgen.table import WIDTH, print_pair
 from cluster.errors import InvalidRequest
+from loadgen.comparison import named_apart
 from loadgen.cost import Bill, priced
-from loadgen.report.comparison_page import comparison_page, pairs_of
+from loadgen.report.comparison_page import comparison_page, pairs_of, unlike
 from loadgen.report.page import render
 from loadgen.report.run_page import run_page
 from loadgen.results import PAGE, read_run
@@ -47,7 +48,7 @@ def compare(
     """
     if len(folders) < 2:
         raise InvalidRequest("give two runs or more to compare")
-    runs = [read_run(folder) for folder in folders]
+    runs = named_apart(folders, [read_run(folder) for folder in folders])
     if empty := [run.name for run in runs if not run.summaries]:
         raise InvalidRequest(f"nothing was measured in {', '.join(empty)}")
     pairs = pairs_of(runs)
@@ -55,6 +56,8 @@ def compare(
     console.width = max(console.width, WIDTH)
     for pair in pairs:
         print_pair(console, pair)
+    for words in unlike(runs):
+        console.print(f"warning: {words}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     out.write_text(render(comparison_page(runs, pairs)), encoding="utf-8")
     console.print(f"\nwritten: {out}", highlight=False, markup=False)
 
