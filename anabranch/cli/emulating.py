@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,26 @@ class KeptTime:
         )
 
 
-def report(logs: Path, dense_workers: int, attention_workers: int) -> list[KeptTime]:
-    """Of each process of a cluster that has ended."""
+def log_sizes(logs: Path) -> dict[str, int]:
+    """Bytes of each process's log: the next cluster's lines come behind them."""
+    return {file.stem: file.stat().st_size for file in logs.glob("*.log")}
+
+
+def report(
+    logs: Path, dense_workers: int, attention_workers: int, before: Mapping[str, int] | None = None
+) -> list[KeptTime]:
+    """Of each process of a cluster that has ended, and had begun. `before`: `log_sizes` before the cluster,
+    where there may have been others.
+    """
     slots = [f"dense-{index}" for index in range(dense_workers)]
     slots += [f"attention-{index}" for index in range(attention_workers)]
     kept = []
     for slot in slots:
         file = logs / f"{slot}.log"
-        told = [line for line in file.read_text("utf-8").splitlines() if f'"{KEPT_TIME}"' in line]
+        if not file.exists():
+            continue
+        lines = file.read_bytes()[(before or {}).get(slot, 0) :].decode("utf-8", "replace").splitlines()
+        told = [line for line in lines if f'"{KEPT_TIME}"' in line]
         if told:
             found = json.loads(told[-1])
             kept.append(KeptTime(slot, found["calls"], found["late"]))

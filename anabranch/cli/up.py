@@ -78,11 +78,11 @@ def up(
         overrides = emulating.overrides(cluster, dilation, default_path() / "emulated-model") | overrides
     config = resolve_model(compose(config_file, overrides, arena))
     require_servable(config)
+    logs = StateFolder.of(config).logs
+    logged = emulating.log_sizes(logs)
     status = run(config)
     if emulate is not None:
-        for kept in emulating.report(
-            StateFolder.of(config).logs, config.dense.replicas, config.attention.replicas
-        ):
+        for kept in emulating.report(logs, config.dense.replicas, config.attention.replicas, logged):
             print(kept)
     raise typer.Exit(status)
 

@@ -91,7 +91,7 @@ def test_what_hides_a_late_attend(tmp_path: Path) -> None:
 
 
 class _Slow:
-    """Attention beside the weights that takes 10 ms here, whatever it takes on the device that is meant."""
+    """Attention that takes 10 ms here, whatever it takes on the device that is meant."""
 
     asked = (((1, 10),),)
     appended = (1,)
@@ -130,6 +130,28 @@ def test_dense_work_makes_up_for_late_attends_beside_the_weights(
     assert clock.now_s - 100.0 == pytest.approx(10 * layer_s, abs=0.011)
 
 
+@pytest.mark.parametrize(
+    ("dense_workers", "dilation", "late"), [(1, 1.0, 10), (1, 400.0, 0), (100_000, 1.0, 0)]
+)
+def test_replies_after_their_moment_are_late(
+    dense_workers: int, dilation: float, late: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each that an attention worker takes 10 ms for and should not; not where padding is longer, or where
+    others of so many dense workers may have been served before.
+    """
+    clock, emulated = Moments(), times(tmp_path, dilation=dilation)
+    monkeypatch.setattr(emulated_attention, "monotonic", clock)
+    pace = DensePace(emulated, dense_workers)
+    pace.padding = Padding(clock, clock.sleep)
+    attention: Any = emulated_attention.EmulatedAttention(cast("Any", _Slow(clock)), pace, [1])
+    pace.begin_step()
+    for layer in range(10):
+        attention.send_query(layer, None)
+        attention.send_key_value(layer, None, None)
+        attention.receive(layer)
+    assert pace.padding.late == late
+
+
 def test_a_shape_that_exceeds_the_cores_is_refused(tmp_path: Path) -> None:
     """With the number of processes and what to do; as is a shape that is none."""
     with pytest.raises(ConfigError, match=r"1002 processes.*simulate"):
@@ -166,3 +188,14 @@ def test_late_calls_are_told_by_process(tmp_path: Path) -> None:
         "dense-0: 1 of 100 calls took longer than their padding (1.00%)",
         "attention-0: 3 of 100 calls took longer than their padding (3.00%)",
     ]
+
+
+def test_only_this_clusters_calls_are_told(tmp_path: Path) -> None:
+    """Not what an earlier one's process wrote into the same log; one that never began has none."""
+    log = tmp_path / "dense-0.log"
+    log.write_text(json.dumps({"event": "kept_time", "calls": 100, "late": 1}) + "\n")
+    before = emulating.log_sizes(tmp_path)
+    assert emulating.report(tmp_path, 1, 1, before) == []
+    with log.open("a") as lines:
+        lines.write(json.dumps({"event": "kept_time", "calls": 200, "late": 4}) + "\n")
+    assert [kept.late for kept in emulating.report(tmp_path, 1, 1, before)] == [4]

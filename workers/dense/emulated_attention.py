@@ -18,8 +18,10 @@ class DensePace:
     beginning of the second: the emulated device's step is all of its time.
     """
 
-    def __init__(self, times: EmulatedTimes) -> None:
+    def __init__(self, times: EmulatedTimes, dense_workers: int = 1) -> None:
+        """`dense_workers`: of the cluster, which share its attention workers."""
         self.times = times
+        self.others = dense_workers - 1
         self.padding = Padding()
         self.began_s = 0.0
         self._rests = True
@@ -29,7 +31,9 @@ class DensePace:
     @classmethod
     def of(cls, config: Config, layers: int) -> DensePace | None:
         """Of the device that a configuration emulates; `layers` of the model that is computed."""
-        return cls(EmulatedTimes(config.emulation, layers)) if config.emulation else None
+        if config.emulation is None:
+            return None
+        return cls(EmulatedTimes(config.emulation, layers), config.dense.replicas)
 
     def begin(self) -> None:
         """The device turns to something."""
@@ -52,8 +56,8 @@ class EmulatedAttention:
         segment of a layer ... send_query: wait until dense work would be over
         receive: wait until the reply would be here: lane, attending behind what was asked before, lane
 
-    Attending is padded where it happens. What comes later by itself, since the worker was busy with others,
-    is not padded again.
+    Attending is padded where it happens. What comes later by itself is not padded again, and counted as late,
+    unless the worker may have been busy with as much of each other dense worker.
     """
 
     def __init__(self, inner: StepAttention, pace: DensePace, chunk_sizes: Sequence[int]) -> None:
@@ -91,8 +95,8 @@ class EmulatedAttention:
         """See `AttentionPort`."""
         attended = self._inner.receive(layer)
         began_s = monotonic()
-        if self._due_s > began_s:
-            self._pace.padding.until(self._due_s)
+        if self._due_s > began_s or not self._is_local:
+            self._pace.padding.until(self._due_s, grace_s=self._pace.others * self._attend_s)
             waited_s = monotonic() - began_s
             self._inner.times.lane_s += waited_s
             self._inner.times.waited_s += waited_s
