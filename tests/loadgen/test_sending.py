@@ -24,6 +24,8 @@ from tests.loadgen.watching import Run, closed
 SERVERS = pytest.mark.parametrize("server_of", [GrpcServer, OpenAiServer])
 LATE_S = 0.05
 """What a busy machine may add to a moment of a run; none may be early."""
+LATE_SHARE = 0.2
+"""The same of the time between two moments, as a share."""
 
 
 def _open(rate: float, duration_s: float, row: Row, warm_up_s: float = 0.0) -> Plan:
@@ -35,9 +37,10 @@ def _open(rate: float, duration_s: float, row: Row, warm_up_s: float = 0.0) -> P
 @SERVERS
 def test_a_known_pace_is_reported(server_of: type[GrpcServer | OpenAiServer]) -> None:
     """Counts of requests, tokens and deltas are exact. Requests leave when they are due, and TTFT, TPOT, ITL
-    and end-to-end latency are the server's: never less, and their medians at most `LATE_S` more.
+    and end-to-end latency are the server's: never less, and their medians at most `LATE_S` more, those of
+    gaps at most `LATE_SHARE`.
     """
-    script = Script(first_s=0.1, gap_s=0.02)
+    script = Script(first_s=0.1, gap_s=0.1)
     plan = _open(rate=40.0, duration_s=1.2, row=Row(16, 6))
     with server_of(script) as server:
         run = Run().do(plan, server.target, senders=2)
@@ -51,8 +54,10 @@ def test_a_known_pace_is_reported(server_of: type[GrpcServer | OpenAiServer]) ->
     summary = summarize(run.records, Facts("run", run.courses[0].begins_s, count, 0.0, request_rate=40.0))
     assert (summary["completed"], summary["failed"], summary["unsent"]) == (count, 0, 0)
     assert summary["total_output_tokens"] == 6 * count
-    for name, paced_ms in (("ttft", 100), ("tpot", 20), ("itl", 20), ("e2el", 200), ("send_lag", 0)):
+    for name, paced_ms in (("ttft", 100), ("e2el", 600), ("send_lag", 0)):
         assert paced_ms - 1 <= summary[f"median_{name}_ms"] <= paced_ms + 1000 * LATE_S, name
+    for name in ("tpot", "itl"):
+        assert 99 <= summary[f"median_{name}_ms"] <= 100 * (1 + LATE_SHARE), name
     due = sorted(run.courses[0].begins_s + (session.at_s or 0.0) for session in plan.stages[0].sessions)
     assert sorted(record.intended_s for record in run.records) == pytest.approx(due, abs=1e-9)
     assert min(record.lag_s or 0.0 for record in run.records) >= 0
