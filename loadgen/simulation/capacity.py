@@ -189,7 +189,8 @@ def _work(workers: int, setting: Setting, batch: float) -> Work:
         holders = min(workers, -(-round(traffic.context_tokens) // setting.shard_tokens))
     chunk = min(setting.step_tokens, round(traffic.prompt_tokens))
     cached = max(0, round((traffic.prompt_tokens - chunk) / 2 / workers))
-    queries = round((batch + (prompt_tokens if cached else 0)) * holders / workers)
+    # Few rows ask few workers, but some: with no queries at all a step would do without its lanes.
+    queries = max(1, round((batch + (prompt_tokens if cached else 0)) * holders / workers))
     return Work(
         tokens=round(batch + prompt_tokens),
         own_scores=prompt_tokens * chunk // 2,
