@@ -7,8 +7,8 @@ Allocation basis: all that is paid for, busy or not, over the T seconds that a s
 Usage basis: that share of it in which devices worked, from the server's own account in each record. A request
 that was in the batch for R = prefill + decode seconds saw its dense worker compute for the share dense / R of
 them, its attention workers for attention / R. All requests of a batch see the same steps, so at each moment
-the mean over the requests there estimates the share itself; with n requests there, at most n of the N devices
-of a role work, if they are spread evenly:
+the mean over the requests there estimates the share itself; with n requests there, at most n of the N workers
+of a role work, if they are spread evenly, each with all of its devices:
 
     s(t) = mean(share_i) x min(n, N) / N,  0 where n = 0        busy = integral of s / T
 
@@ -54,11 +54,18 @@ class Devices:
     price: Price
     rated_w: float | None = None
     """Of one; None where nobody publishes it."""
+    per_worker: int = 1
+    """How many work together, as one worker."""
 
     @property
     def usd_per_s(self) -> float:
         """Of all of them."""
         return self.count * self.price.usd_per_s
+
+    @property
+    def workers(self) -> int:
+        """How many work each by itself."""
+        return self.count // self.per_worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +169,7 @@ def busy(completed: Sequence[Record], bill: Bill, from_s: float, until_s: float)
     changes.sort(key=lambda change: change[0])
     sums, there, before_s = [0.0] * 4, 0, from_s
     now = [0.0] * 4
-    counts = (bill.dense.count,) * 2 + ((bill.attention.count,) * 2 if bill.attention else (1, 1))
+    counts = (bill.dense.workers,) * 2 + ((bill.attention.workers,) * 2 if bill.attention else (1, 1))
     for at_s, step, seen in changes:
         if there:
             for place, count in enumerate(counts):

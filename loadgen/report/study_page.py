@@ -112,10 +112,11 @@ def _agreement(results: StudyResults) -> Section:
         row[key] = f"{off:+.1%}"
     head = ("part", "case", "beside", *(_HEADS[key] for key in COMPARED))
     table = Table(head, tuple((*names, *row.values()) for names, row in rows.items()), wordy=(1, 2))
+    far = ", ".join(f"{_HEADS[key]} of {runs} {off:+.1%}" for runs, key, off in results.beyond)
     words = (
-        "How far simulated figures are off those measured. Beside an emulation, whose processes keep the "
-        f"time of the same devices, {WITHIN:.0%} is the aim: what differs is what the simulator leaves out. "
-        "Beside real runs it knows a calibration of this machine by parts."
+        f"How far simulated figures are off those measured; {WITHIN:.0%} is the aim. Beside an emulation, "
+        "whose processes keep the time of the same devices, what differs is what the simulator leaves out. "
+        f"Beside real runs it knows a calibration of this machine by parts. Further off: {far or 'none'}."
     )
     return Section("Simulated beside measured", words if rows else "", tables=(table,) if rows else ())
 
@@ -124,8 +125,9 @@ def _words(seeds: int) -> str:
     return (
         f"Figures are means over {seeds} seeds of the load, ± half of their 95 % interval (Student's t). "
         "Gains are taken seed by seed. Where all lengths are fixed, seeds change nothing, and intervals are "
-        "of what the machine does. Joules are of the devices' rated power, not measured; this machine has no "
-        "price and no rating. The last table is of the first seed."
+        "of what the machine does. Joules are of the devices' rated power, not measured. In real runs each "
+        "role is priced and rated as a node of its own, though roles share this machine. The last table is "
+        "of the first seed."
     )
 
 

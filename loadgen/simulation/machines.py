@@ -106,12 +106,14 @@ class Shape:
     def bill(self) -> Bill:
         """What the catalogue asks for all devices, and what they draw."""
 
-        def devices(side: Side, workers: int = 1) -> Devices:
-            kind = side.kind
-            return Devices(workers * side.devices, kind.name, prices.of(kind), kind.power_watts)
+        def devices(kind: HardwareClass, count: int, per_worker: int) -> Devices:
+            return Devices(count, kind.name, prices.of(kind), kind.power_watts, per_worker)
 
-        attention = devices(self.attention) if self.attention else None
-        return Bill(devices(self.dense, self.dense_workers), attention)
+        dense, attention = self.dense, self.attention
+        return Bill(
+            devices(dense.kind, self.dense_workers * dense.devices, dense.devices),
+            devices(attention.kind, attention.devices, 1) if attention else None,
+        )
 
     @property
     def is_deployable(self) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
+from cluster.errors import InvalidRequest
 from cluster.policies.settings import placement_policy, scheduler_limits
 from loadgen import scenario as scenarios
 from loadgen.cost import priced
@@ -38,6 +39,21 @@ LARGE: dict[str, Any] = {"dense.step_tokens": 2048, "dense.max_batch": 1024, "de
 STEP_TOKENS_ELSEWHERE = 65536
 """Where prompts cost nothing, a step's budget must not hold them up."""
 
+
+SETTINGS = (
+    "attention.block_tokens",
+    "attention.prefix_sharing",
+    "controller.heartbeat_ms",
+    "dense.max_batch",
+    "dense.max_waiting",
+    "dense.micro_batches",
+    "dense.reserve_ahead_tokens",
+    "dense.step_tokens",
+    "placement.instances",
+    "placement.max_shards",
+    "placement.shard_tokens",
+)
+"""Keys of the configuration that modelled hardware leaves to be set."""
 
 _NO_OBJECTIVES = Objectives()
 
@@ -125,6 +141,15 @@ class Course:
     under_way: int
 
 
+def require_obeyed(settings: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for a setting, by its key, that would change nothing."""
+    if ignored := [key for key in settings if key not in SETTINGS]:
+        raise InvalidRequest(
+            f"{', '.join(ignored)}: a simulation does not read this; arenas and lanes follow from the "
+            f"devices and --efficiency, workers from the shape. It reads {', '.join(SETTINGS)}"
+        )
+
+
 class Simulation:
     """Runs a scenario once, as `Measurement` does. The same scenario and cluster give the same records."""
 
@@ -177,8 +202,6 @@ class Simulation:
             summaries.append({**self._head(objectives), **summarize(records, facts), **figures})
             if self.was_stopped:
                 break
-        if self._cluster.calibration is not None:
-            return summaries  # cores of some machine, which the catalogue has no price of
         return priced(records, summaries, self._cluster.shape.bill)
 
     def _do(

@@ -22,7 +22,7 @@ COMPARED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms")
 """What two ways should agree on."""
 
 WITHIN = 0.1
-"""How far a simulation may be off an emulation of the same."""
+"""How far a simulation may be off what was measured of the same."""
 
 _T_95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -124,12 +124,8 @@ class StudyResults:
 
     @property
     def beyond(self) -> list[tuple[Runs, str, float]]:
-        """The agreements of emulated runs that are further off than `WITHIN`."""
-        return [
-            (runs, key, off)
-            for runs, key, off in self.agreements()
-            if runs.way is Way.EMULATED and abs(off) > WITHIN
-        ]
+        """The agreements that are further off than `WITHIN`."""
+        return [(runs, key, off) for runs, key, off in self.agreements() if abs(off) > WITHIN]
 
     def told(self) -> list[Mapping[str, object]]:
         """For a file: every figure of every run."""

@@ -11,7 +11,7 @@ from anabranch.events import Timings
 from cluster import hardware, prices
 from cluster.errors import InvalidRequest
 from cluster.hardware import Catalogue
-from loadgen.cost import PARTS, Bill, costs
+from loadgen.cost import PARTS, Bill, Devices, busy, costs
 from loadgen.metrics import Facts, Objectives, Summary, definition, summarize
 from loadgen.records import Outcome, Record
 from tests.loadgen.test_records import WHOLE
@@ -109,6 +109,18 @@ def test_a_dense_device_that_attends_itself(tmp_path: Path) -> None:
     found = _costs("dense=1xbig", tmp_path)
     shares = [found[f"usd_per_mtok_{part}"] / found["usd_per_mtok"] for part in PARTS]
     assert shares == pytest.approx([0.3, 0.15, 0.0, 0.55])
+
+
+def test_devices_of_one_worker_work_together(tmp_path: Path) -> None:
+    """Four that are one worker are as busy as one alone would be; four workers are not."""
+    (tmp_path / "prices.toml").write_text(PRICES)
+    big = prices.read(tmp_path / "prices.toml")["big"]
+    whole = busy(RECORDS[:2], Bill(Devices(4, "big", big, per_worker=4), None), 0.0, 10.0)
+    assert whole == busy(RECORDS[:2], Bill(Devices(1, "big", big), None), 0.0, 10.0)
+    apart = busy(RECORDS[:2], Bill(Devices(4, "big", big), None), 0.0, 10.0)
+    assert whole is not None
+    assert apart is not None
+    assert (whole.dense, apart.dense) == pytest.approx((0.3, 0.5 * (4 / 4 + 2 * 2 / 4) / 10))
 
 
 def test_a_warm_up_keeps_devices_busy_and_its_tokens_do_not_count(tmp_path: Path) -> None:

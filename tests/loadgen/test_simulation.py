@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from anabranch.cli.loadgen.command import app
+from cluster import config as configuration
 from cluster.errors import InvalidRequest, UnsupportedModel
 from cluster.policies.placement import PlacementPolicy
 from cluster.types import SequenceKey, WorkerId
@@ -22,7 +23,7 @@ from loadgen.scenario import ArrivalKind, Scenario
 from loadgen.simulation import models
 from loadgen.simulation.machines import Efficiencies, Shape
 from loadgen.simulation.pool import ModelledPool
-from loadgen.simulation.simulation import Simulation
+from loadgen.simulation.simulation import SETTINGS, Simulation
 from loadgen.simulation.steps import ModelledSteps, StepModel, Switches
 from loadgen.simulation.work import PlannedRow, Work, work_of
 from tests.loadgen.simulated import cluster, shape, simulate
@@ -235,6 +236,32 @@ def test_a_model_may_be_any_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["OtherForCausalLM"]}')
     with pytest.raises(UnsupportedModel):
         models.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["attention.arena=1MiB", "lanes.spin_us=5", "dense.replicas=2"])
+def test_a_setting_that_would_change_nothing_is_refused(tmp_path: Path, setting: str) -> None:
+    """By its key, with those that are read: an arena here is what the device holds."""
+    done = CliRunner().invoke(app, ["simulate", "--set", setting, "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, InvalidRequest)
+    assert done.exception.message.startswith(f"{setting.partition('=')[0]}: a simulation does not read this")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_every_setting_that_is_taken_is_one_of_the_configuration(key: str) -> None:
+    """So that no refusal recommends what another would refuse."""
+    section, _, name = key.partition(".")
+    configuration.load(None, {key: getattr(getattr(configuration.load(None), section), name)})
+
+
+def test_all_devices_of_a_dense_worker_work_together() -> None:
+    """One request keeps all four as busy as the worker is, and hardly anything is idle; two such workers with
+    one request leave half of the money idle.
+    """
+    scenario = Scenario(concurrency=(1,), requests=4, prompt="2000", output="50")
+    for workers, idle in ((1, 0.0), (2, 0.5)):
+        _, (summary,) = simulate(cluster(shape("h100x4", None, workers)), scenario)
+        assert summary["usd_per_mtok_idle"] / summary["usd_per_mtok"] == pytest.approx(idle, abs=0.03)
 
 
 @pytest.mark.parametrize("text", ["flops=0", "speed=1", "memory=x", "call_s=0"])

@@ -164,17 +164,20 @@ def test_parts_with_cases_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_ways_agree_where_the_simulated_figure_is_near(tmp_path: Path) -> None:
-    """Of an emulation by at most a tenth: 112 beside 100 is beyond, 108 is not; real runs are told only."""
+    """By at most a tenth: 112 beside 100 is beyond, 108 is not; of real runs too, by name on the page."""
     study = _read(tmp_path, SIMULATED_ONLY)
     title, case = study.part[0].title, study.part[0].case[0].name
-    for predicted, way, beyond in ((112.0, Way.EMULATED, 1), (108.0, Way.EMULATED, 0), (200.0, Way.REAL, 0)):
+    for predicted, way, beyond in ((112.0, Way.EMULATED, 1), (108.0, Way.EMULATED, 0), (200.0, Way.REAL, 1)):
         runs = (
-            Runs(title, case, way, ({"output_throughput": 100.0},)),
-            Runs(title, case, Way.SIMULATED, ({"output_throughput": predicted},)),
+            Runs(title, case, way, ({**SOME, "output_throughput": 100.0},)),
+            Runs(title, case, Way.SIMULATED, ({**SOME, "output_throughput": predicted},)),
         )
         results = StudyResults(study, runs)
-        assert [off for _, _, off in results.agreements()] == [pytest.approx(predicted / 100 - 1)]
+        offs = {key: off for _, key, off in results.agreements()}
+        assert offs["output_throughput"] == pytest.approx(predicted / 100 - 1)
         assert len(results.beyond) == beyond
+        words = study_page(results, told()).sections[-1].words
+        assert (f"Further off: output tokens/s of A part: one, {way} +" in words) == bool(beyond)
 
 
 def test_the_page_shows_every_case_and_what_makes_it_doubtful(tmp_path: Path) -> None:

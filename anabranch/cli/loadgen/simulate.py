@@ -27,7 +27,13 @@ from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
 from loadgen.simulation import models
 from loadgen.simulation.machines import Efficiencies, Shape, parse_side
-from loadgen.simulation.simulation import LARGE, STEP_TOKENS_ELSEWHERE, SimulatedCluster, Simulation
+from loadgen.simulation.simulation import (
+    LARGE,
+    STEP_TOKENS_ELSEWHERE,
+    SimulatedCluster,
+    Simulation,
+    require_obeyed,
+)
 from loadgen.simulation.steps import Switches
 
 _WIDTH = 100
@@ -101,7 +107,10 @@ def simulate(
 
 
 def engine_config(config_file: Path | None, settings: Mapping[str, Any], prompts_elsewhere: bool) -> Config:
-    """The file's settings, or those that suit accelerators; and above them `settings`, by key."""
+    """The file's settings, or those that suit accelerators; and above them `settings`, by key. Raises
+    InvalidRequest for one of these that would change nothing.
+    """
+    require_obeyed(settings)
     overrides = dict(LARGE) if config_file is None else {}
     if prompts_elsewhere:
         overrides["dense.step_tokens"] = STEP_TOKENS_ELSEWHERE

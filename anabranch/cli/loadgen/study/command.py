@@ -189,7 +189,7 @@ def _sum_up(results: StudyResults, folder: Path) -> None:
 def _remarks(results: StudyResults) -> Iterator[str]:
     """What ways do not agree on, and what makes runs doubtful."""
     for runs, key, off in results.beyond:
-        yield f"{runs.part}: {runs.case}: simulated {key} is {off:+.1%} off the emulated; aim {WITHIN:.0%}"
+        yield f"{runs.part}: {runs.case}: simulated {key} is {off:+.1%} off the {runs.way}; aim {WITHIN:.0%}"
     for runs in results.runs:
         for doubt in runs.doubts:
             yield f"{runs}: {doubt}"

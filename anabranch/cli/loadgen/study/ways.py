@@ -12,7 +12,6 @@ from typing import TypeAlias
 from anabranch.cli import emulating
 from anabranch.cli import model as model_store
 from anabranch.cli.loadgen.recording import Recorder
-from anabranch.cli.loadgen.simulate import engine_config
 from cluster import config as configuration
 from cluster import hardware
 from cluster.config import Config
@@ -26,7 +25,7 @@ from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
 from loadgen.simulation import checks, models
 from loadgen.simulation.calibration import Calibration
-from loadgen.simulation.simulation import Course, SimulatedCluster, Simulation
+from loadgen.simulation.simulation import LARGE, Course, SimulatedCluster, Simulation
 from loadgen.study.study import Case, Part, Way
 
 DTYPE = "bfloat16"
@@ -65,14 +64,14 @@ class Ways:
             return
         config = self._real_config(part, case) if way is Way.REAL else self._emulated_config(part, case)
         with tempfile.TemporaryDirectory(prefix="anabranch-") as state:
-            bill = None if way is Way.REAL else case.shape(hardware.built_in()).bill
+            bill = case.shape(hardware.built_in()).bill
             with self._started(config, Path(state), f"{case.name}, {way}", bill) as opened:
                 yield opened
             if way is Way.EMULATED:
                 opened.notes += _late(config, Path(state))
 
     @contextmanager
-    def _started(self, config: Config, state: Path, name: str, bill: Bill | None) -> Iterator[Opened]:
+    def _started(self, config: Config, state: Path, name: str, bill: Bill) -> Iterator[Opened]:
         # Here, not above: importing Ray takes half a second that `--help` need not take.
         from anabranch.cli.running_cluster import apart, running_cluster
 
@@ -122,7 +121,7 @@ class Ways:
         return SimulatedCluster(
             models.resolve(part.model),
             case.shape(hardware.built_in()),
-            engine_config(None, case.settings, prompts_elsewhere=False),
+            configuration.load(None, {**LARGE, **case.settings}),
             case.efficiencies,
             case.switches,
             cap_tokens=case.arena_tokens,
