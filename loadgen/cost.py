@@ -138,7 +138,7 @@ def costs(records: Sequence[Record], summary: Summary, bill: Bill, objectives: O
     tokens, outputs = _tokens(measured), sum(record.output_tokens for record in measured)
     return {
         "shape": ",".join(f"{role}={devices.count}x{devices.kind}" for role, devices in bill.roles),
-        "prices": {devices.kind: _told(devices.price) for _, devices in bill.roles},
+        "prices": {devices.kind: str(devices.price) for _, devices in bill.roles},
         "allocated_usd": whole,
         "used_usd": used,
         **_per_token("", whole, measured),
@@ -256,7 +256,3 @@ def _input_share(measured: Sequence[Record]) -> float | None:
 
 def _tokens(records: Sequence[Record]) -> int:
     return sum(record.prompt_tokens + record.output_tokens for record in records)
-
-
-def _told(price: Price) -> str:
-    return f"${price.price_per_hour_usd:g} an hour on {price.price_date} ({price.source})"

@@ -191,6 +191,25 @@ def test_clusters_that_cannot_be_are_told_and_others_go_on(tmp_path: Path) -> No
     assert "What a dollar brings" in page
 
 
+@pytest.mark.parametrize(("own", "is_said"), [([], True), (["--arrivals", "gamma", "--cv", "1.5"], False)])
+def test_a_sweep_says_what_it_changed_and_who_says_prices(
+    own: list[str], is_said: bool, tmp_path: Path
+) -> None:
+    """That a rate makes a workload's arrivals Poisson, unless others are asked for; and the source of a
+    price.
+    """
+    done = CliRunner().invoke(
+        app,
+        ["sweep", "simulate", "--dense", "h100x4", "--rates", "1,2", "--duration", "20", *own,
+         "--workload", "azure-code", "--out", str(tmp_path / "out")],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert done.output.count("note: arrivals are Poisson at 1 per second, not of cv 13.2") == is_said
+    assert "price of a h100: $11.06 an hour on 2024-05-01 (Lamina" in done.output
+    point = json.loads((tmp_path / "out" / POINTS).read_text().splitlines()[0])
+    assert point["scenario"]["arrivals"] == ("gamma" if own else None)
+
+
 def test_a_sweep_of_nothing_that_can_be_is_refused(tmp_path: Path) -> None:
     """With the reason, and no page."""
     done = CliRunner().invoke(
