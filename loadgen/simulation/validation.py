@@ -336,14 +336,16 @@ def per_dollar_over_catalogue() -> tuple[tuple[float, str], ...]:
     networked kinds, numbers of them, model and trace where both serve.
     """
     kinds = [kind for kind in hardware.built_in().values() if kind.network_bytes_per_s is not None]
-    found = []
+    found: list[tuple[float, str]] = []
     for model, trace, dense, devices in itertools.product(CONFIGURATIONS, TRACES, kinds, DENSE_DEVICES):
         setting, side = lamina_setting(model, trace), Side(dense, devices)
         alone = saturated(Shape(side), setting)
-        for attention, workers in itertools.product(kinds, ATTENTION_DEVICES) if alone else ():
-            split = saturated(shape := Shape(side, Side(attention, workers)), setting)
+        if alone is None:
+            continue
+        for attention, workers in itertools.product(kinds, ATTENTION_DEVICES):
+            shape = Shape(side, Side(attention, workers))
+            split = saturated(shape, setting)
             if split is not None:
-                assert alone is not None, "it serves"
                 found.append((alone.usd_per_mtok / split.usd_per_mtok, f"{model}, {trace}, {shape}"))
     return tuple(found)
 
