@@ -17,7 +17,7 @@ from tests.sim.faults import CONTROLLER, Faults
 from tests.sim.members import SimulatedController, SimulatedMember, member_of
 from tests.sim.pool import Network, SimulatedAttention
 from tests.sim.requests import DEADLINE_S, PATIENCE_S, Gateway, Request
-from tests.sim.shape import EXPIRY_S, GRACE_S, HEARTBEAT_S, LEASE_S, Shape
+from tests.sim.shape import EXPIRY_S, GRACE_S, HEARTBEAT_S, LEASE_S, ORPHAN_S, Shape
 from tests.sim.sums import VOCABULARY, SumDecoder, continuation
 from tests.sim.watch import Violation
 from tests.sim.world import World
@@ -191,6 +191,7 @@ class Simulation:
                 raise Violation(f"still open: {[str(each.key) for each in self.living_requests()]}")
             if not self.world.run(self._is_empty, 20 * LEASE_S):
                 raise Violation(f"still held: {self._held()}")
+            self.world.run(lambda: False, ORPHAN_S)  # whom a dead gateway left, renews until nobody came
             self.network.watch.renewed.clear()
             self.world.run(lambda: False, LEASE_S)
             if self.network.watch.renewed or not self._is_empty():
