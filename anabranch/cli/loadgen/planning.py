@@ -72,7 +72,7 @@ def plan(
     \b
     anabranch loadgen plan --model llama3-70b --trace azure-conv --slo tpot:60
     anabranch loadgen plan --trace kimi-conv --kinds h100,h20 --prompts-elsewhere
-    anabranch loadgen plan --model FOLDER --prices prices.toml --prompt 4096 --output 512 --rate 2
+    anabranch loadgen plan --model FOLDER --prices mine.toml --prompt 4096 --output 512 --rate 2
     """
     workload, trace_file = m.workload_source(workload, trace_file)
     scenario = Scenario(
