@@ -63,6 +63,22 @@ def test_the_simulator_keeps_to_the_last_emulations(tmp_path: Path) -> None:
     assert not emulated
 
 
+def test_the_example_staggers_where_it_asks_what_that_is_worth(tmp_path: Path) -> None:
+    """Under its full batch more than half of the steps do; without, tokens come a twentieth slower at least."""
+    (part,) = (part for part in read(EXAMPLE).part if part.title == "A full batch")
+    with closing(StopSwitch()) as stop, Console().status("") as status:
+        ways = Ways(Recorder(Console(), status, stop), None, lambda _: True)
+    found = {}
+    for case in part.case:
+        with ways.opened(part, case, Way.SIMULATED) as opened:
+            found[case.name] = opened.measure(
+                part.load.scenario(1, tmp_path / "rows.csv"), tmp_path / case.name
+            )
+    both, single = found["h100x2 + h20x4"], found["without staggering"]
+    assert both["simulation"]["staggered_share"] > 0.5 > single["simulation"]["staggered_share"] == 0
+    assert both["output_throughput"] > 1.05 * single["output_throughput"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
