@@ -64,7 +64,7 @@ def test_the_simulator_keeps_to_the_last_emulations(tmp_path: Path) -> None:
 
 
 def test_the_example_staggers_where_it_asks_what_that_is_worth(tmp_path: Path) -> None:
-    """Under its full batch more than half of the steps do; without, tokens come a twentieth slower at least."""
+    """Under its full batch most steps do; without, tokens come a twentieth slower at least."""
     (part,) = (part for part in read(EXAMPLE).part if part.title == "A full batch")
     with closing(StopSwitch()) as stop, Console().status("") as status:
         ways = Ways(Recorder(Console(), status, stop), None, lambda _: True)
