@@ -72,11 +72,26 @@ FIGURES = {
     "chance: (growth of requests under way - 2 sqrt(under way at its begin + at its end)) / due, at least 0",
     "client_cpu_share": "CPU seconds / seconds of the busiest sender, which uses hardly more than one core",
     "preemptions": "times a request lost its place and was computed again",
-    "simulation": "of a simulated run: hardware, efficiencies, steps, batches, how busy each side was",
     "is_kept": "of a point of a sweep: whether the load was borne, and the objectives attained",
     "worth": "of a point of a sweep: the figure by which its points are compared, 0 where it was not kept",
     "warnings": "what makes figures doubtful",
 }
+
+SIMULATED = {
+    "steps": "steps of all dense workers",
+    "mean_step_ms": "milliseconds from the beginning of a step to its end",
+    "mean_batch_rows": "sequences in a step, averaged over the time in steps",
+    "max_batch_rows": "most sequences in a step",
+    "mean_step_tokens": "tokens computed in a step, of prompts too",
+    "staggered_share": "of the steps, those cut into two micro-batches",
+    "dense_busy_share": "of the run, the time in which dense workers computed, averaged over them",
+    "attention_busy_share": "of the run, the time in which the busiest attention worker computed, or the "
+    "dense workers' attention where the cache lies beside the weights",
+    "lane_share_of_steps": "time of lanes, hidden or not, over the time in steps",
+    "mean_pool_used_share": "of all blocks, those in use, averaged over the time in steps",
+    "max_pool_used_share": "of all blocks, most in use at once",
+}
+"""Of a simulated run, which sees what a real one is not asked for."""
 
 COSTS = {
     "allocated_usd": "price of all devices for the duration, whether busy or not",
@@ -117,6 +132,7 @@ SETTING = {
     "settings": "engine settings that differed from point to point",
     "load": "how hard it was asked",
     "fault": "why the load was not borne",
+    "modelled": "of a simulated run: hardware, efficiencies and what was left out",
     "shape": "devices that are paid for, by role",
     "prices": "of one device of each kind, with date and source",
     "notes": "what was changed on the way from what was asked for",
@@ -209,8 +225,9 @@ def summarize(records: Sequence[Record], facts: Facts) -> Summary:
 
 def definition(key: str) -> str:
     """What a key of a summary means."""
-    if meaning := FIGURES.get(key) or COSTS.get(key) or SETTING.get(key):
-        return meaning
+    for meanings in (FIGURES, SIMULATED, COSTS, SETTING):
+        if key in meanings:
+            return meanings[key]
     statistic, _, rest = key.partition("_")
     name = rest.removesuffix("_ms")
     if name in LATENCIES:

@@ -198,7 +198,7 @@ class Simulation:
                 concurrency=stage.concurrency,
                 objectives=objectives,
             )
-            figures = {"simulation": self._figures(tally, begins_s)}
+            figures = self._figures(tally, begins_s)
             summaries.append({**self._head(objectives), **summarize(records, facts), **figures})
             if self.was_stopped:
                 break
@@ -274,11 +274,11 @@ class Simulation:
             "scenario": scenario,
             "content_seed": 0,
             "workload": dict(self.plan.workload),
+            "modelled": self._cluster.description(),
             "notes": list(self.plan.notes),
         }
 
     def _figures(self, tally: Tally, begins_s: float) -> dict[str, Any]:
         shape = self._cluster.shape
         span_s = self._timeline.now_s - begins_s
-        figures = tally.figures(span_s, shape.dense_workers, is_local=shape.attention is None)
-        return self._cluster.description() | figures
+        return tally.figures(span_s, shape.dense_workers, is_local=shape.attention is None)

@@ -171,7 +171,7 @@ def computed_checks() -> Iterator[Check]:
 
 def simulated_checks() -> Iterator[Check]:
     """Claims that the project's scheduler and placement decide; takes a minute."""
-    split, alone = (simulated("llama3-70b", is_split=is_split)["simulation"] for is_split in (True, False))
+    split, alone = (simulated("llama3-70b", is_split=is_split) for is_split in (True, False))
     yield Check(
         "llama3-70b at (2,4) reaches batch, by the project's scheduler and placement",
         LAMINA,

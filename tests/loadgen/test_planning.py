@@ -68,7 +68,7 @@ def test_batches_of_the_papers_configurations() -> None:
 def test_the_scheduler_reaches_the_papers_batch() -> None:
     """By the project's own scheduler and placement, sequence by sequence, not by a division."""
     summary = simulated("llama3-70b", is_split=True)
-    assert summary["simulation"]["max_batch_rows"] >= 800
+    assert summary["max_batch_rows"] >= 800
     assert summary["failed"] == 0
 
 

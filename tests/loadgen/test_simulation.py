@@ -89,7 +89,7 @@ def test_every_request_is_answered_in_full() -> None:
 def test_no_side_is_busy_for_more_than_all_of_the_time(where: Shape) -> None:
     """Under more load than a cluster can do: no device works more than the time, one side nearly all."""
     _, (summary,) = simulate(cluster(where), Scenario(concurrency=(64,), requests=200, prompt="2000"))
-    busy = [summary["simulation"][f"{side}_busy_share"] for side in ("dense", "attention")]
+    busy = [summary[f"{side}_busy_share"] for side in ("dense", "attention")]
     assert summary["completed"] == 200
     assert all(0 < share <= 1 for share in busy)
     assert max(busy) > 0.7
@@ -112,7 +112,7 @@ def test_a_full_pool_preempts_and_still_answers_everybody() -> None:
     assert small.arena_tokens < 8 * 1100
     assert summary["preemptions"] > 0
     assert all(record.outcome is Outcome.COMPLETED for record in records)
-    assert summary["simulation"]["max_pool_used_share"] > 0.9
+    assert summary["max_pool_used_share"] > 0.9
 
 
 def test_who_cannot_be_served_is_told_why() -> None:
@@ -341,7 +341,7 @@ def test_one_micro_batch_in_the_configuration_is_one_in_the_simulation() -> None
     """Staggered where it pays and may be; `dense.micro_batches: 1` leaves it out."""
     load = Scenario(concurrency=(400,), requests=500, prompt="500", output="20")
     shares = [
-        simulate(cluster(settings=settings), load)[1][0]["simulation"]["staggered_share"]
+        simulate(cluster(settings=settings), load)[1][0]["staggered_share"]
         for settings in ({}, {"dense.micro_batches": 1})
     ]
     assert shares[0] > 0 == shares[1]

@@ -75,7 +75,7 @@ def test_the_example_staggers_where_it_asks_what_that_is_worth(tmp_path: Path) -
                 part.load.scenario(1, tmp_path / "rows.csv"), tmp_path / case.name
             )
     both, single = found["h100x2 + h20x4"], found["without staggering"]
-    assert both["simulation"]["staggered_share"] > 0.5 > single["simulation"]["staggered_share"] == 0
+    assert both["staggered_share"] > 0.5 > single["staggered_share"] == 0
     assert both["output_throughput"] > 1.05 * single["output_throughput"]
 
 

@@ -163,13 +163,13 @@ def _notes(cluster: SimulatedCluster) -> list[str]:
 
 
 def _cluster_line(summary: Summary) -> str:
-    figures = summary["simulation"]
-    usd = per_mtok(figures["price_per_hour_usd"] / 3600, summary["output_throughput"] or 0.0)
+    price_usd = summary["modelled"]["price_per_hour_usd"]
+    usd = per_mtok(price_usd / 3600, summary["output_throughput"] or 0.0)
     cost = "" if usd is None else f", ${usd:.2f} per million output tokens"
     return (
-        f"{figures['steps']:,} steps of {figures['mean_step_ms']:.1f} ms, batch "
-        f"{figures['mean_batch_rows']:.0f} (most {figures['max_batch_rows']}); dense busy "
-        f"{figures['dense_busy_share']:.0%}, busiest attention worker "
-        f"{figures['attention_busy_share']:.0%}, pool {figures['mean_pool_used_share']:.0%} full; "
-        f"${figures['price_per_hour_usd']:.2f}/h{cost}"
+        f"{summary['steps']:,} steps of {summary['mean_step_ms']:.1f} ms, batch "
+        f"{summary['mean_batch_rows']:.0f} (most {summary['max_batch_rows']}); dense busy "
+        f"{summary['dense_busy_share']:.0%}, busiest attention worker "
+        f"{summary['attention_busy_share']:.0%}, pool {summary['mean_pool_used_share']:.0%} full; "
+        f"${price_usd:.2f}/h{cost}"
     )
