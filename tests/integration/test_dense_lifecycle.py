@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from itertools import pairwise
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
+from typing import Any, NoReturn
 
 import pytest
 
@@ -23,6 +24,7 @@ from tests.cluster_harness import (
 )
 from tests.models import random_prompt
 from workers.dense.deltas import FinishReason, Handoff
+from workers.dense.remote_peer import RemotePeer
 
 PROMPT = random_prompt(40, 1)
 LONG = 450
@@ -134,6 +136,30 @@ def test_a_higher_generation_takes_over_in_place(folder: Path) -> None:
         assert counted(cluster.engine, "anabranch_dense_tokens_adopted") >= len(PROMPT)
 
 
+def test_a_take_over_whose_answer_was_lost_begins_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker lets a sequence be taken over, its answer is lost, and the lease ends before anything is asked
+    again: the generation is over there then, and the sequence goes on under its next life.
+    """
+    adopt = RemotePeer.adopt
+
+    def adopt_unheard(peer: RemotePeer, *arguments: Any) -> NoReturn:
+        assert adopt(peer, *arguments).shards
+        sleep(0.9)  # longer than the lease, and not so long that nobody knows any more
+        raise Unavailable("the answer was lost")
+
+    with DenseCluster(
+        folder, Shape(attention_workers=1, overrides={"attention": {"lease_ms": 500}})
+    ) as cluster:
+        (expected,) = cluster.generate([request(PROMPT, LONG)])
+        first = cluster.submit(request(PROMPT, LONG))
+        seen = cluster.listener.wait(first, some).token_ids[:5]
+        monkeypatch.setattr(RemotePeer, "adopt", adopt_unheard)
+        second = cluster.submit(request(PROMPT, LONG, key=first.key, generation=2, output=seen))
+        output = cluster.listener.wait(second)
+        assert output.failure is None, output.failure
+        assert output.token_ids == expected.token_ids
+
+
 def test_another_gateway_takes_over_and_the_first_is_told(folder: Path) -> None:
     """The stream that had the sequence ends with FENCED when another one takes it over."""
     with DenseCluster(folder, TWO) as cluster:
@@ -205,7 +231,7 @@ def test_an_orphan_stops_stepping_and_is_left_to_its_lease(folder: Path) -> None
     """When its gateway's stream breaks a sequence gets no further token, keeps its blocks, and after the
     grace period nobody renews them: they expire.
     """
-    overrides = {"dense": {"orphan_grace_ms": 200}, "attention": {"lease_ms": 300}}
+    overrides = {"dense": {"orphan_grace_ms": 200}, "attention": {"lease_ms": 500}}
     with DenseCluster(folder, Shape(attention_workers=2, overrides=overrides)) as cluster:
         submission = cluster.submit(request(PROMPT, LONG))
         output = cluster.listener.wait(submission, some)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from cluster.clock import ManualClock
-from cluster.errors import AnabranchError, Fenced, ResourceExhausted, Unavailable
+from cluster.errors import AnabranchError, DeadlineExceeded, Fenced, ResourceExhausted, Unavailable
 from cluster.policies.placement import PlacementPolicy
 from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
 from tests.attention_builders import LEASE_MS, build_geometry, build_store
@@ -146,17 +146,28 @@ class Tended:
         """See `PoolListener`."""
 
 
-@pytest.mark.parametrize("error", [Unavailable("connection reset"), ResourceExhausted("no room")])
-def test_who_refused_is_asked_again_though_membership_says_nothing_new(error: AnabranchError) -> None:
+@pytest.mark.parametrize(
+    ("error", "looks_s"),
+    [
+        (Unavailable("connection reset"), [0.5]),
+        (ResourceExhausted("no room"), [0.5]),
+        (DeadlineExceeded("no answer"), [0.5, 14.9, 0.1]),
+    ],
+)
+def test_who_refused_is_asked_again_though_membership_says_nothing_new(
+    error: AnabranchError, looks_s: list[float]
+) -> None:
     """A reservation fails: nobody is placed there for the moment. In a quiet cluster no heartbeat says
-    otherwise, and the pool asks again all the same.
+    otherwise, and the pool asks again all the same; later where sequences would stand for it.
     """
     tended = Tended()
     tended.pool.tend()
     tended.peer.failures = [error]
     assert [tended.reserve() for _ in range(3)] == [(), (), ()]
-    assert tended.peer.reserves == 1
-    tended.pass_time(0.5)
+    for pause_s in looks_s:
+        assert tended.reserve() == ()
+        assert tended.peer.reserves == 1
+        tended.pass_time(pause_s)
     answer = tended.reserve()
     assert isinstance(answer, tuple)
     assert [placed.shard.end for placed in answer] == [BLOCK]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 
 from anabranch.v1 import inference_pb2
 from cluster.config import Config
+from cluster.errors import AnabranchError, DeadlineExceeded
 from cluster.policies.instances import home_of
 from cluster.policies.placement import WorkerSpace
 from cluster.types import Epoch, WorkerId
 from workers.peer import AttentionPeer
+
+_SILENT_S = 15.0
+"""How long a worker that let a reservation wait is not asked again, while membership says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,9 @@ class _Known:
     blocks_free: int
     peer: AttentionPeer | None = None
     retry_s: float = 0.0
-    has_refused: bool = False
+    rest_s: float | None = None
+    """How long nobody is placed there after a refusal; None when it has not refused."""
+    rests_until_s: float = inf
     is_connecting: bool = False
     breaks: int = 0
 
@@ -119,7 +126,7 @@ class MemberTable:
                     over.append((worker, known.member.epoch, known.peer))
             for worker, member in new.items():
                 known = self._known.setdefault(worker, _Known(member, member.blocks_free))
-                known.member, known.blocks_free, known.has_refused = member, member.blocks_free, False
+                known.member, known.blocks_free, known.rest_s = member, member.blocks_free, None
             return over
 
     def due(self, now_s: float, retry_after_s: float) -> list[AttentionMember]:
@@ -219,23 +226,29 @@ class MemberTable:
         with self._lock:
             known = self._known.get(worker)
             if known is not None and known.member.epoch == epoch:
-                known.blocks_free, known.has_refused = blocks, False
+                known.blocks_free, known.rest_s = blocks, None
 
-    def refused(self, worker: WorkerId, epoch: Epoch) -> None:
-        """It has no room, or does not answer: nobody is placed there for the moment."""
+    def refused(self, worker: WorkerId, epoch: Epoch, error: AnabranchError) -> None:
+        """It has no room, or does not answer: nobody is placed there for the moment. For longer where it was
+        waited for: each attempt would take its whole deadline, and sequences stand meanwhile.
+        """
         with self._lock:
             known = self._known.get(worker)
             if known is not None and known.member.epoch == epoch:
-                known.blocks_free, known.has_refused = 0, True
+                known.blocks_free, known.rests_until_s = 0, inf
+                known.rest_s = _SILENT_S if isinstance(error, DeadlineExceeded) else 0.0
 
-    def forget_refusals(self) -> None:
-        """Whoever refused may be asked again: its last heartbeat's word counts. Membership says nothing new
-        while nothing changes, so that a refusal would last for ever otherwise.
+    def forget_refusals(self, now_s: float) -> None:
+        """Whoever has rested since it refused may be asked again: its last heartbeat's word counts, for
+        membership says nothing new while nothing changes.
         """
         with self._lock:
             for known in self._known.values():
-                if known.has_refused:
-                    known.has_refused = False
+                if known.rest_s is None:
+                    continue
+                known.rests_until_s = min(known.rests_until_s, now_s + known.rest_s)
+                if now_s >= known.rests_until_s:
+                    known.rest_s = None
                     known.blocks_free = max(known.blocks_free, known.member.blocks_free)
 
     def add_free(self, worker: WorkerId, epoch: Epoch, blocks: int) -> None:

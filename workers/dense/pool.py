@@ -223,7 +223,7 @@ class Pool:
         """Connect where membership names a life without a lane; let those be asked again who refused; renew
         leases before they end. Returns after how many seconds to look again.
         """
-        self.members.forget_refusals()
+        self.members.forget_refusals(self._clock())
         for member in self.members.due(self._clock(), _TEND_S):
             self._later(self._connectors, partial(self._open, member))
         if self._clock() >= self._renew_s:

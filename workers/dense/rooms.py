@@ -71,10 +71,13 @@ class PullWanted:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """What survives of a sequence: shards, disjoint and ordered, and the committed range in each."""
+    """What survives of a sequence: shards, disjoint and ordered, and the committed range in each; workers
+    that may have let it take over what they hold, though nobody knows what that is.
+    """
 
     placed: tuple[Placed, ...] = ()
     committed: tuple[Range, ...] = ()
+    unanswered: tuple[WorkerId, ...] = ()
 
 
 class Rooms:
@@ -130,32 +133,31 @@ class Rooms:
     ) -> Adopted:
         """Take over what lies at the workers of a map, and where an earlier life here had any; at every other
         worker too where that is not all the map names, for a shard may have moved since, or where there is no
-        map. A worker that cannot be reached counts as having nothing. Raises Fenced.
-
-        Each worker confirms the tokens of its own shards. What lies behind a token that differs at any of
-        them is given back, wherever it is.
+        map. A worker that cannot be reached counts as having nothing. Each confirms the tokens of its own
+        shards; what lies behind a token that differs at any is given back, wherever it is. Raises Fenced.
         """
         named = {(held.worker, held.epoch) for held in self._holders.take(key)}
         named |= {(shard.worker, shard.epoch) for shard in shard_map or ()}
         peers = self._members.peers()
         first = [peer for peer in peers if shard_map is None or (peer.worker, peer.epoch) in named]
-        adoptions = [self._adopt_at(peer, key, generation, token_ids) for peer in first]
-        if not _has_all(adoptions, shard_map or (), len(token_ids)):
+        answers = {peer.worker: self._adopt_at(peer, key, generation, token_ids) for peer in first}
+        if not _has_all(filter(None, answers.values()), shard_map or (), len(token_ids)):
             rest = [peer for peer in peers if peer not in first]
-            adoptions += [self._adopt_at(peer, key, generation, token_ids) for peer in rest]
-        found = [held for adoption in adoptions for held in adoption.shards]
-        differences = (adoption.first_difference for adoption in adoptions)
+            answers |= {peer.worker: self._adopt_at(peer, key, generation, token_ids) for peer in rest}
+        found = [held for adoption in filter(None, answers.values()) for held in adoption.shards]
+        differences = (adoption.first_difference for adoption in filter(None, answers.values()))
         differs_at = min((at for at in differences if at is not None), default=inf)
         for held in found:
             if held.committed_end > differs_at:
                 self.release_shard(key, Placed(held.shard, held.generation))
-        return _without_overlaps(held for held in found if held.committed_end <= differs_at)
+        unanswered = tuple(worker for worker, answer in answers.items() if answer is None)
+        return _without_overlaps((held for held in found if held.committed_end <= differs_at), unanswered)
 
     def _adopt_at(
         self, peer: AttentionPeer, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
-    ) -> Adoption:
-        """Nothing where the worker does not answer. One that is only late is asked twice, while it is a
-        member: what it has may be most of a long prompt. Raises Fenced.
+    ) -> Adoption | None:
+        """None where the worker does not answer. One that is only late is asked twice, while it is a member:
+        what it has may be most of a long prompt. Raises Fenced.
         """
         for _ in range(2):
             try:
@@ -171,7 +173,8 @@ class Rooms:
                 if adoption.shards:
                     self._holders.put(key, Held(peer.worker, peer.epoch, generation))
                 return adoption
-        return Adoption()
+        self._holders.put(key, Held(peer.worker, peer.epoch, generation))  # perhaps its answer was lost
+        return None
 
     def pull(self, wanted: PullWanted) -> Placed | None:
         """Let the target copy from the source; the copy with all it has by now, None where nothing came.
@@ -191,8 +194,8 @@ class Rooms:
                 wanted.prefix,
                 PullSource(address, source.shard, source.generation, wanted.begins),
             )
-        except ResourceExhausted:
-            self._members.refused(peer.worker, peer.epoch)
+        except ResourceExhausted as error:
+            self._members.refused(peer.worker, peer.epoch, error)
             raise
         self._holders.granted(wanted.key, Held(peer.worker, peer.epoch, wanted.generation))
         self._members.set_free(peer.worker, peer.epoch, found.blocks_available)
@@ -281,8 +284,8 @@ class Rooms:
             reach("reserve-commit")
             if not _is_meant(reservation.shard, grown, allotment):
                 raise InvalidRequest(f"{peer.worker} has a shard from {reservation.shard.first} on as well")
-        except ResourceExhausted:
-            self._members.refused(allotment.worker, allotment.epoch)
+        except ResourceExhausted as error:
+            self._members.refused(allotment.worker, allotment.epoch, error)
             return None
         except InvalidRequest as error:
             _tell("strays", wanted.key, peer.worker, error)
@@ -294,7 +297,7 @@ class Rooms:
             # Perhaps it was granted and the answer lost: release it with the rest. And for the moment nobody
             # is placed there, for each attempt may take its whole deadline.
             self._holders.put(wanted.key, Held(peer.worker, peer.epoch, generation))
-            self._members.refused(allotment.worker, allotment.epoch)
+            self._members.refused(allotment.worker, allotment.epoch, error)
             _tell("reserve_failed", wanted.key, peer.worker, error)
             return None
         self._members.set_free(allotment.worker, allotment.epoch, reservation.blocks_available)
@@ -372,7 +375,7 @@ def _is_meant(reserved: ShardRef, grown: Placed | None, allotment: Allotment) ->
     return reserved.first == allotment.first if grown is None else reserved.shard == grown.shard.shard
 
 
-def _has_all(adoptions: Sequence[Adoption], shard_map: Iterable[ShardRef], known: int) -> bool:
+def _has_all(adoptions: Iterable[Adoption], shard_map: Iterable[ShardRef], known: int) -> bool:
     """Whether every shard that a map names of the first `known` positions begins where one was found. Their
     ends tell nothing: what was not certain yet is given up.
     """
@@ -381,7 +384,7 @@ def _has_all(adoptions: Sequence[Adoption], shard_map: Iterable[ShardRef], known
     return all(any(first <= begin < end for first, end in found) for begin in begins)
 
 
-def _without_overlaps(found: Iterable[HeldShard]) -> Adopted:
+def _without_overlaps(found: Iterable[HeldShard], unanswered: tuple[WorkerId, ...] = ()) -> Adopted:
     """Where two shards cover the same positions the one with more committed is kept."""
     chosen: list[HeldShard] = []
     for held in sorted(found, key=lambda held: -held.committed_tokens):
@@ -393,4 +396,5 @@ def _without_overlaps(found: Iterable[HeldShard]) -> Adopted:
     return Adopted(
         tuple(Placed(held.shard, held.generation) for held in chosen),
         tuple((held.shard.first, held.committed_end) for held in chosen),
+        unanswered,
     )
