@@ -12,6 +12,7 @@
     +-- DeadlineExceeded        DEADLINE_EXCEEDED     the request's time is over
     +-- Cancelled               CANCELLED             the caller hung up or aborted
     +-- Fenced                  FAILED_PRECONDITION   an older generation or epoch spoke
+    |   +-- LeaseOver           FAILED_PRECONDITION   what this generation held was given up
     |   +-- NeedFull            FAILED_PRECONDITION   the lane lost the base of a plan difference
     |   +-- VersionMismatch     FAILED_PRECONDITION   wire, layout or configuration differ
     +-- ConfigError             INVALID_ARGUMENT      a configuration key or value is wrong
@@ -121,6 +122,12 @@ class Fenced(AnabranchError):
 
     status = "FAILED_PRECONDITION"
     reason = "FENCED"
+
+
+class LeaseOver(Fenced):
+    """What was held under this generation was given up, by a release or by its lease; nobody else has it."""
+
+    reason = "LEASE_OVER"
 
 
 class NeedFull(Fenced):

@@ -94,7 +94,8 @@ class KvServiceServicer:
     def Reserve(self, request, context):
         """Reserves room for a range of positions, or extends the shard that ends where the range begins.
         Errors: RESOURCE_EXHAUSTED (no room: borrow elsewhere); FAILED_PRECONDITION (FENCED: a higher
-        generation owns the sequence, or another epoch); UNAVAILABLE (draining).
+        generation owns the sequence, or another epoch; LEASE_OVER: what this one held was given up);
+        UNAVAILABLE (draining).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

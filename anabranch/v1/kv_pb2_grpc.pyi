@@ -36,7 +36,8 @@ class KvServiceStub:
     Reserve: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReserveRequest, _kv_pb2.ReserveResponse]
     """Reserves room for a range of positions, or extends the shard that ends where the range begins.
     Errors: RESOURCE_EXHAUSTED (no room: borrow elsewhere); FAILED_PRECONDITION (FENCED: a higher
-    generation owns the sequence, or another epoch); UNAVAILABLE (draining).
+    generation owns the sequence, or another epoch; LEASE_OVER: what this one held was given up);
+    UNAVAILABLE (draining).
     """
     Acquire: _grpc.UnaryUnaryMultiCallable[_kv_pb2.AcquireRequest, _kv_pb2.AcquireResponse]
     """Begins a shard with what lies here already of its tokens: refers to the longest run of published blocks
@@ -79,7 +80,8 @@ class KvServiceAsyncStub(KvServiceStub):
     Reserve: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReserveRequest, _kv_pb2.ReserveResponse]  # type: ignore[assignment]
     """Reserves room for a range of positions, or extends the shard that ends where the range begins.
     Errors: RESOURCE_EXHAUSTED (no room: borrow elsewhere); FAILED_PRECONDITION (FENCED: a higher
-    generation owns the sequence, or another epoch); UNAVAILABLE (draining).
+    generation owns the sequence, or another epoch; LEASE_OVER: what this one held was given up);
+    UNAVAILABLE (draining).
     """
     Acquire: _aio.UnaryUnaryMultiCallable[_kv_pb2.AcquireRequest, _kv_pb2.AcquireResponse]  # type: ignore[assignment]
     """Begins a shard with what lies here already of its tokens: refers to the longest run of published blocks
@@ -125,7 +127,8 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kv_pb2.ReserveResponse, _abc.Awaitable[_kv_pb2.ReserveResponse]]:
         """Reserves room for a range of positions, or extends the shard that ends where the range begins.
         Errors: RESOURCE_EXHAUSTED (no room: borrow elsewhere); FAILED_PRECONDITION (FENCED: a higher
-        generation owns the sequence, or another epoch); UNAVAILABLE (draining).
+        generation owns the sequence, or another epoch; LEASE_OVER: what this one held was given up);
+        UNAVAILABLE (draining).
         """
 
     @_abc_1.abstractmethod

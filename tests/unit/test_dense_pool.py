@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from cluster.clock import ManualClock
-from cluster.errors import DeadlineExceeded, Fenced, Unavailable
+from cluster.errors import DeadlineExceeded, Fenced, LeaseOver, Unavailable
 from cluster.policies.placement import PlacementPolicy
 from cluster.policies.ranges import join
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, WorkerId
@@ -36,14 +36,18 @@ class Workers:
     """Attention workers of a few blocks each, their members, and rooms over them."""
 
     def __init__(self, *blocks: int) -> None:
+        self.clock = ManualClock()
         self.members = MemberTable()
         self.holders = Holders()
-        self.rooms = Rooms(self.members, self.holders, POLICY)
+        self.over: list[tuple[WorkerId, Generation]] = []
+        self.rooms = Rooms(
+            self.members, self.holders, POLICY, lambda _key, worker, over: self.over.append((worker, over))
+        )
         self.stores: list[Store] = []
         named = []
         for index, count in enumerate(blocks):
             worker, epoch = WorkerId(f"w{index}"), Epoch(index + 1)
-            self.stores.append(Store(worker, epoch, GEOMETRY, count, 1000, ManualClock()))
+            self.stores.append(Store(worker, epoch, GEOMETRY, count, 1000, self.clock))
             named.append(AttentionMember(worker, epoch, "", count, count))
         self.members.update(named)
         for member, store in zip(named, self.stores, strict=True):
@@ -205,6 +209,25 @@ def test_a_difference_at_one_worker_voids_what_lies_behind_it_at_others(
     token_ids = [-1 if position == differs_at else position for position in range(16)]
     assert list(workers.rooms.adopt(KEY, Generation(2), token_ids, None).committed) == kept
     assert [store.holdings() != () for store in workers.stores] == [len(kept) > 0, len(kept) > 1]
+
+
+def test_a_lease_that_is_over_is_no_other_worker() -> None:
+    """More is asked for where the lease ended unheard: that is told, and room comes under the next life. A
+    new request with the id of one that was just released is refused, as before.
+    """
+    workers = Workers(4)
+    assert ranges(workers.reserve(0, 8)) == [(0, 8)]
+    workers.clock.advance(1.5)
+    workers.stores[0].expire()
+    assert workers.reserve(8, 12) == ()
+    assert workers.over == [(WorkerId("w0"), ONE)]
+    assert ranges(workers.reserve(0, 8, Generation(2))) == [(0, 8)]
+    other = Workers(4)
+    other.stores[0].adopt(KEY, ONE, ())
+    other.stores[0].release(KEY, ONE, 0)
+    with pytest.raises(LeaseOver):
+        other.reserve(0, 8)
+    assert other.over == []
 
 
 class LatePeer(LocalPeer):

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from cluster.clock import Clock
-from cluster.errors import Fenced, Internal, InvalidRequest, ResourceExhausted, Unavailable
+from cluster.errors import Fenced, Internal, InvalidRequest, LeaseOver, ResourceExhausted, Unavailable
 from cluster.types import Epoch, Generation, KvGeometry, SequenceKey, ShardId, ShardRef, WorkerId
 from workers.attention.fences import Fences
 from workers.attention.holding import Holding
@@ -339,7 +339,7 @@ class Store:
     def _check_alive(self, key: SequenceKey, generation: Generation) -> None:
         self._check_not_lower(key, generation)
         if generation <= self._fences.highest(key):
-            raise Fenced(f"{key}: generation {generation} was released")
+            raise LeaseOver(f"{key}: generation {generation} was released")
 
     def _take_over(self, holding: Holding, generation: Generation, token_ids: Sequence[int]) -> None:
         holding.generation, holding.first_difference = generation, None

@@ -82,7 +82,7 @@ class Pool:
         self.members = MemberTable()
         self._holders = Holders()
         self._policy = policy
-        self._rooms = Rooms(self.members, self._holders, policy)
+        self._rooms = Rooms(self.members, self._holders, policy, listener.lease_lost)
         self._find = find
         self._connect = connect
         self._listener = listener

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -11,6 +11,7 @@ from cluster.errors import (
     DeadlineExceeded,
     Fenced,
     InvalidRequest,
+    LeaseOver,
     ResourceExhausted,
     Unavailable,
 )
@@ -20,6 +21,7 @@ from cluster.policies.prefixes import Source
 from cluster.policies.ranges import Range
 from cluster.telemetry import logger
 from cluster.types import Epoch, Generation, SequenceKey, ShardId, ShardRef, WorkerId
+from workers.dense.growth import grown_by, is_meant, known_start
 from workers.dense.holders import Held, Holders
 from workers.dense.members import MemberTable
 from workers.dense.prefixes import BlockChain
@@ -71,22 +73,29 @@ class PullWanted:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """What survives of a sequence: shards, disjoint and ordered, and the committed range in each; workers
-    that may have let it take over what they hold, though nobody knows what that is.
-    """
+    """What survives of a sequence: shards, disjoint and ordered, and the committed range in each."""
 
     placed: tuple[Placed, ...] = ()
     committed: tuple[Range, ...] = ()
-    unanswered: tuple[WorkerId, ...] = ()
 
 
 class Rooms:
     """Reserves by the placement policy, and keeps `holders` true to what the workers granted."""
 
-    def __init__(self, members: MemberTable, holders: Holders, policy: PlacementPolicy) -> None:
+    def __init__(
+        self,
+        members: MemberTable,
+        holders: Holders,
+        policy: PlacementPolicy,
+        on_lease_over: Callable[[SequenceKey, WorkerId, Generation], None],
+    ) -> None:
+        """`on_lease_over`: what a worker held of a sequence under a generation is gone, as it says when asked
+        for more.
+        """
         self._members = members
         self._holders = holders
         self._policy = policy
+        self._on_lease_over = on_lease_over
 
     def reserve(self, wanted: RoomWanted) -> tuple[Placed, ...]:
         """The shards concerned with their whole ranges: all of the range, or as much of it from its start
@@ -133,31 +142,32 @@ class Rooms:
     ) -> Adopted:
         """Take over what lies at the workers of a map, and where an earlier life here had any; at every other
         worker too where that is not all the map names, for a shard may have moved since, or where there is no
-        map. A worker that cannot be reached counts as having nothing. Each confirms the tokens of its own
-        shards; what lies behind a token that differs at any is given back, wherever it is. Raises Fenced.
+        map. A worker that cannot be reached counts as having nothing. Raises Fenced.
+
+        Each worker confirms the tokens of its own shards. What lies behind a token that differs at any of
+        them is given back, wherever it is.
         """
         named = {(held.worker, held.epoch) for held in self._holders.take(key)}
         named |= {(shard.worker, shard.epoch) for shard in shard_map or ()}
         peers = self._members.peers()
         first = [peer for peer in peers if shard_map is None or (peer.worker, peer.epoch) in named]
-        answers = {peer.worker: self._adopt_at(peer, key, generation, token_ids) for peer in first}
-        if not _has_all(filter(None, answers.values()), shard_map or (), len(token_ids)):
+        adoptions = [self._adopt_at(peer, key, generation, token_ids) for peer in first]
+        if not _has_all(adoptions, shard_map or (), len(token_ids)):
             rest = [peer for peer in peers if peer not in first]
-            answers |= {peer.worker: self._adopt_at(peer, key, generation, token_ids) for peer in rest}
-        found = [held for adoption in filter(None, answers.values()) for held in adoption.shards]
-        differences = (adoption.first_difference for adoption in filter(None, answers.values()))
+            adoptions += [self._adopt_at(peer, key, generation, token_ids) for peer in rest]
+        found = [held for adoption in adoptions for held in adoption.shards]
+        differences = (adoption.first_difference for adoption in adoptions)
         differs_at = min((at for at in differences if at is not None), default=inf)
         for held in found:
             if held.committed_end > differs_at:
                 self.release_shard(key, Placed(held.shard, held.generation))
-        unanswered = tuple(worker for worker, answer in answers.items() if answer is None)
-        return _without_overlaps((held for held in found if held.committed_end <= differs_at), unanswered)
+        return _without_overlaps(held for held in found if held.committed_end <= differs_at)
 
     def _adopt_at(
         self, peer: AttentionPeer, key: SequenceKey, generation: Generation, token_ids: Sequence[int]
-    ) -> Adoption | None:
-        """None where the worker does not answer. One that is only late is asked twice, while it is a member:
-        what it has may be most of a long prompt. Raises Fenced.
+    ) -> Adoption:
+        """Nothing where the worker does not answer. One that is only late is asked twice, while it is a
+        member: what it has may be most of a long prompt. Raises Fenced.
         """
         for _ in range(2):
             try:
@@ -174,7 +184,7 @@ class Rooms:
                     self._holders.put(key, Held(peer.worker, peer.epoch, generation))
                 return adoption
         self._holders.put(key, Held(peer.worker, peer.epoch, generation))  # perhaps its answer was lost
-        return None
+        return Adoption()
 
     def pull(self, wanted: PullWanted) -> Placed | None:
         """Let the target copy from the source; the copy with all it has by now, None where nothing came.
@@ -277,12 +287,12 @@ class Rooms:
         if peer is None:
             return None
         generation = self._generation_at(wanted.key, peer.worker, peer.epoch, wanted.generation)
-        grown = _grown_by(shards, allotment)
-        prefix = wanted.chain.prefix(_known_start(grown, allotment))
+        grown = grown_by(shards, allotment)
+        prefix = wanted.chain.prefix(known_start(grown, allotment))
         try:
             reservation = peer.reserve(wanted.key, generation, allotment.first, allotment.end, prefix)
             reach("reserve-commit")
-            if not _is_meant(reservation.shard, grown, allotment):
+            if not is_meant(reservation.shard, grown, allotment):
                 raise InvalidRequest(f"{peer.worker} has a shard from {reservation.shard.first} on as well")
         except ResourceExhausted as error:
             self._members.refused(allotment.worker, allotment.epoch, error)
@@ -290,6 +300,11 @@ class Rooms:
         except InvalidRequest as error:
             _tell("strays", wanted.key, peer.worker, error)
             self._release_strays(wanted.key, peer, shards)
+            return None
+        except LeaseOver:
+            if self._holders.take_void(wanted.key, peer.worker, generation) is None:
+                raise  # of somebody before who had this id
+            self._on_lease_over(wanted.key, peer.worker, generation)
             return None
         except Fenced:
             raise
@@ -353,29 +368,7 @@ def _tell(event: str, key: SequenceKey, worker: WorkerId, error: AnabranchError)
     _log.warning(event, request_id=key.request_id, peer=worker, problem=error.message)
 
 
-def _grown_by(shards: Iterable[Placed], allotment: Allotment) -> Placed | None:
-    """The shard that an allotment grows; None where it is a new one."""
-    for placed in shards:
-        if placed.shard.worker == allotment.worker and placed.shard.end == allotment.first:
-            return placed
-    return None
-
-
-def _known_start(grown: Placed | None, allotment: Allotment) -> int:
-    """Where the shard begins, for its prefix. 0, before which nothing lies, for a trimmed one: its worker may
-    not have trimmed it yet, or not heard of it.
-    """
-    if grown is None:
-        return allotment.first
-    return 0 if grown.is_trimmed else grown.shard.first
-
-
-def _is_meant(reserved: ShardRef, grown: Placed | None, allotment: Allotment) -> bool:
-    """Whether the worker gave the room to the shard that the map means."""
-    return reserved.first == allotment.first if grown is None else reserved.shard == grown.shard.shard
-
-
-def _has_all(adoptions: Iterable[Adoption], shard_map: Iterable[ShardRef], known: int) -> bool:
+def _has_all(adoptions: Sequence[Adoption], shard_map: Iterable[ShardRef], known: int) -> bool:
     """Whether every shard that a map names of the first `known` positions begins where one was found. Their
     ends tell nothing: what was not certain yet is given up.
     """
@@ -384,7 +377,7 @@ def _has_all(adoptions: Iterable[Adoption], shard_map: Iterable[ShardRef], known
     return all(any(first <= begin < end for first, end in found) for begin in begins)
 
 
-def _without_overlaps(found: Iterable[HeldShard], unanswered: tuple[WorkerId, ...] = ()) -> Adopted:
+def _without_overlaps(found: Iterable[HeldShard]) -> Adopted:
     """Where two shards cover the same positions the one with more committed is kept."""
     chosen: list[HeldShard] = []
     for held in sorted(found, key=lambda held: -held.committed_tokens):
@@ -396,5 +389,4 @@ def _without_overlaps(found: Iterable[HeldShard], unanswered: tuple[WorkerId, ..
     return Adopted(
         tuple(Placed(held.shard, held.generation) for held in chosen),
         tuple((held.shard.first, held.committed_end) for held in chosen),
-        unanswered,
     )

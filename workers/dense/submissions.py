@@ -256,10 +256,6 @@ class Submissions:
         if isinstance(answer, AnabranchError):
             self._door.table.fail(sequence, answer)
         else:
-            for worker in answer.unanswered:
-                # What lies there has this generation perhaps, and when its lease ends that is over there.
-                sequence.begin_anew_at(worker)
-                self._door.pool.renounce(sequence.key, worker, sequence.void[worker])
             self._door.metrics.adopted.inc(self._schedule(sequence, answer))
 
     def _schedule(self, sequence: LiveSequence, adopted: Adopted) -> int:
