@@ -111,6 +111,16 @@ class _Slow:
         """Nothing."""
 
 
+def _ten_layers(pace: DensePace, clock: Moments) -> None:
+    """A step of one row over ten layers, whose attention takes longer than it should."""
+    attention: Any = emulated_attention.EmulatedAttention(cast("Any", _Slow(clock)), pace, [1])
+    pace.begin_step()
+    for layer in range(10):
+        attention.send_query(layer, None)
+        attention.send_key_value(layer, None, None)
+        attention.receive(layer)
+
+
 def test_dense_work_makes_up_for_late_attends_beside_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,12 +129,7 @@ def test_dense_work_makes_up_for_late_attends_beside_the_weights(
     monkeypatch.setattr(emulated_attention, "monotonic", clock)
     pace = DensePace(emulated)
     pace.padding = Padding(clock, clock.sleep)
-    attention: Any = emulated_attention.EmulatedAttention(cast("Any", _Slow(clock)), pace, [1])
-    pace.begin_step()
-    for layer in range(10):
-        attention.send_query(layer, None)
-        attention.send_key_value(layer, None, None)
-        attention.receive(layer)
+    _ten_layers(pace, clock)
     layer_s = emulated.dense_s(1, 0) + emulated.attend_s([(1, 10)])
     assert emulated.attend_s([(1, 10)]) < 0.001 < 0.010 < emulated.slack_s(1)
     assert clock.now_s - 100.0 == pytest.approx(10 * layer_s, abs=0.011)
@@ -143,12 +148,7 @@ def test_replies_after_their_moment_are_late(
     monkeypatch.setattr(emulated_attention, "monotonic", clock)
     pace = DensePace(emulated, dense_workers)
     pace.padding = Padding(clock, clock.sleep)
-    attention: Any = emulated_attention.EmulatedAttention(cast("Any", _Slow(clock)), pace, [1])
-    pace.begin_step()
-    for layer in range(10):
-        attention.send_query(layer, None)
-        attention.send_key_value(layer, None, None)
-        attention.receive(layer)
+    _ten_layers(pace, clock)
     assert pace.padding.late == late
 
 
