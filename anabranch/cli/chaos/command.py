@@ -46,7 +46,8 @@ def chaos(
     ends in an error, hangs, or has another token fails the run; so does a block that stays held.
 
     Targets, such as how soon streams go on, are judged over all seeds, a line for each. One that is missed
-    fails the command, too; on a machine that is busy, a target in seconds says more of that machine.
+    fails the command, too; on a machine that is busy, a target in seconds says more of that machine. Work of
+    the idle class keeps the cores from halting meanwhile: a virtual one comes back when its host likes.
 
     With --lost-capacity every process of a role is killed and none is started for some seconds, each role in
     turn, and once all attention workers but one, which cannot hold what runs. Then requests may fail, with
@@ -91,11 +92,12 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 def _one(seed: int, settings: dict[str, Any], keep: Path | None, console: Console) -> dict[str, Any]:
     """Run one seed and print its line."""
+    from anabranch.cli.bench.awake import awake
     from anabranch.cli.chaos.near_ties import NEAR_TIE, gap_at
     from anabranch.cli.chaos.run import Settings, run
     from anabranch.cli.chaos.verdict import verdict
 
-    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
+    with awake(), tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         folder = Path(scratch)
         if keep is not None:
             folder = keep / f"seed-{seed}"
