@@ -171,6 +171,25 @@ def test_what_was_given_up_says_why_and_nothing_else() -> None:
     assert report["faults"][0]["extra_s"] == [pytest.approx(2.0)]
 
 
+@pytest.mark.parametrize(
+    ("sent_s", "arrivals_s", "ended_s", "waits"),
+    [
+        (1.0, [2.0], 0.0, True),
+        (1.0, [], 0.0, True),
+        (1.0, [2.0, 6.0], 0.0, False),
+        (1.0, [2.0], 7.0, False),
+        (6.0, [], 0.0, False),
+        (0.0, [], 0.0, False),
+    ],
+)
+def test_a_stream_waits_until_it_goes_on_or_ends(
+    sent_s: float, arrivals_s: list[float], ended_s: float, waits: bool
+) -> None:
+    """Of those that were under way at 5: the next loss must not fall into their silence."""
+    answer = Answer(schedule.requests(0, 1)[0], sent_s, ended_s, [1] * len(arrivals_s), arrivals_s)
+    assert answer.waits_since(5.0) is waits
+
+
 def test_the_extra_silence_is_the_longest_until_the_fleet_is_whole_beyond_the_own_calm_one() -> None:
     """A request's longest calm gap is subtracted from the longest gap while the fault lasts: not always that
     in which it struck, for what was on its way then still arrives. The next token is the one that ends it.

@@ -78,6 +78,11 @@ class Answer:
         """Whether it went on beyond its deadline, and some time for a machine that is busy."""
         return self.ended_s - self.sent_s > deadline_s(self.request) + _LATE_S
 
+    def waits_since(self, moment_s: float) -> bool:
+        """Whether it was under way at a moment, and nothing came of it since: no token, and no end."""
+        was_open = 0.0 < self.sent_s <= moment_s and not self.ended_s
+        return was_open and (not self.arrivals_s or self.arrivals_s[-1] <= moment_s)
+
     def longest_gap_s(self) -> float:
         """The longest silence, the one before the first token included."""
         times = [self.sent_s, *self.arrivals_s]
@@ -111,6 +116,7 @@ class Load:
         self._client = AsyncClient(gateways, silence_s=_SILENCE_S)
         self._hasty = AsyncClient(gateways, silence_s=_SILENCE_S, outage_s=_HASTY_OUTAGE_S)
         self._suffix = suffix
+        self._news = asyncio.Event()
         self.open = 0
         self.ended = 0
 
@@ -122,6 +128,12 @@ class Load:
                 await asyncio.sleep(max(0.0, began_s + answer.request.at_s - monotonic()))
                 tasks.create_task(self._read(answer))
         return self.answers
+
+    async def goes_on(self, moment_s: float) -> None:
+        """Until each request that was under way at a moment has had a token since, or ended."""
+        while any(answer.waits_since(moment_s) for answer in self.answers):
+            self._news.clear()
+            await self._news.wait()
 
     def tokens_per_second(self) -> float:
         """Over the whole run, from the first request to the last token."""
@@ -147,6 +159,7 @@ class Load:
                     answer.tokens += event.token_ids
                     answer.arrivals_s.append(monotonic())
                     answer.resumes.append(stream.resumes)
+                    self._news.set()
                 finished |= isinstance(event, Finished)
             if not finished:
                 answer.error = "INTERNAL: the stream ended without an end"
@@ -156,3 +169,4 @@ class Load:
             answer.ended_s = monotonic()
             self.open -= 1
             self.ended += 1
+            self._news.set()

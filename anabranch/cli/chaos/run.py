@@ -156,7 +156,7 @@ async def _serve(course: Course, fleet: Fleet, network: Network, orders: Orders,
             course.disturbed = load.answers
             running = asyncio.create_task(load.run())
             striker = Striker(fleet, network, orders, running.done)
-            await _strike_all(course, striker, running, tell)
+            await _strike_all(course, striker, load, running, tell)
             await running
         await fleet.wait_whole()
     finally:
@@ -170,8 +170,9 @@ async def _tokens_per_second(asked: Sequence[Request], fleet: Fleet, suffix: str
 
 
 async def _strike_all(
-    course: Course, striker: Striker, running: asyncio.Task[list[Answer]], tell: Tell
+    course: Course, striker: Striker, load: Load, running: asyncio.Task[list[Answer]], tell: Tell
 ) -> None:
+    """One after the other: what a stream waits for is one loss, so that it may be compared with a target."""
     for number, fault in enumerate(schedule.faults(course.settings.seed, course.settings.kinds)):
         if number == course.settings.faults_most or running.done():
             return
@@ -179,6 +180,7 @@ async def _strike_all(
         struck = await striker.strike(fault)
         if struck is not None:
             course.struck.append(struck)
+            await load.goes_on(struck.at_s)
 
 
 async def _lose_all(course: Course, asked: Sequence[Request], fleet: Fleet, tell: Tell) -> None:

@@ -18,7 +18,7 @@ ROLES: tuple[Role, ...] = ("gateway", "dense", "attention")
 KINDS: tuple[Kind, ...] = ("kill", "freeze", "cut")
 
 _PROMPT_TOKENS = (4, 200)
-_OUTPUT_TOKENS = (16, 160)
+_OUTPUT_TOKENS = (16, 96)
 _PREFIX_TOKENS = 48
 _SHARED_SHARE = 0.25
 _RUSH = 48
