@@ -20,7 +20,7 @@ from anabranch.cli.chaos.verdict import verdict
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(360)]  # many processes, which machines in use starve
 
-SHORT = Settings(seed=15, requests=60, seconds_least=60.0, faults_most=9, expiry_ms=5000)
+SHORT = Settings(seed=15, requests=60, seconds_least=75.0, faults_most=9, expiry_ms=5000)
 """Lanes over gRPC, so that everything can be cut off; a long expiry, for machines that are busy. One round of
 faults, and time for it however fast the machine; a frozen gateway and a dense worker that is cut off stay so
 until they were replaced.

@@ -66,6 +66,12 @@ def machine() -> Results:
     }
 
 
+def provenance() -> Results:
+    """Where figures come from, now."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"commit": commit(), "command": command(), "date": date, "machine": machine()}
+
+
 def commit() -> str:
     """The checkout's commit, with `+` where tracked files differ from it; empty outside a checkout."""
     head = _git("rev-parse", "HEAD")

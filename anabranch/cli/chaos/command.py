@@ -59,6 +59,7 @@ def chaos(
     anabranch chaos --lost-capacity
     anabranch chaos --seeds 50 --json chaos.json
     """
+    from anabranch.cli.bench.results_file import provenance
     from anabranch.cli.chaos.verdict import summary
 
     chosen = _kinds(kinds)
@@ -71,7 +72,8 @@ def chaos(
         }  # fmt: skip
         reports.append(_one(number, settings, keep, console))
         if json_file is not None:
-            json_file.write_text(json.dumps({"summary": summary(reports), "seeds": reports}, indent=1) + "\n")
+            told = provenance() | {"summary": summary(reports), "seeds": reports}
+            json_file.write_text(json.dumps(told, indent=1) + "\n")
     whole = summary(reports)
     console.print(_losses_table(whole) if lost_capacity else _table(whole))
     for target in whole["targets"]:

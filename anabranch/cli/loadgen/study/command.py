@@ -165,12 +165,7 @@ def _sum_up(results: StudyResults, folder: Path) -> None:
     """The file, the page, the archive, and what is printed."""
     from anabranch.cli.bench import results_file
 
-    told = {
-        "commit": results_file.commit(),
-        "command": results_file.command(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": results_file.machine(),
-    }
+    told = results_file.provenance()
     whole = told | {"seeds": list(results.study.seeds), "runs": results.told()}
     (folder / RESULTS).write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
     (folder / PAGE).write_text(render(study_page(results, told)), "utf-8")
