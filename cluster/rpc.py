@@ -55,12 +55,15 @@ def channel_options(message_bytes: int, silence_ms: int, server_name: str | None
     that is often, only while a call is open. `server_name`: what the peer is called, and its certificate
     says, where its address does not.
 
-    gRPC sends pings of its own, to measure, and none to keep alive while one of those is unanswered: theirs
-    have a time limit of a minute unless told otherwise.
+    gRPC sends pings of its own, to measure, and none to keep alive while one of those is unanswered, for
+    which their time limit is a minute unless told otherwise; nor within a second after any. Where the silence
+    is short it does not measure.
     """
     answer_ms = silence_ms - silence_ms // 3
+    is_patient = silence_ms >= SILENCE_MS
     keepalive = [
-        ("grpc.keepalive_permit_without_calls", int(silence_ms >= SILENCE_MS)),
+        ("grpc.keepalive_permit_without_calls", int(is_patient)),
+        ("grpc.http2.bdp_probe", int(is_patient)),
         ("grpc.keepalive_time_ms", silence_ms // 3),
         ("grpc.keepalive_timeout_ms", answer_ms),
         ("grpc.http2.ping_timeout_ms", answer_ms),

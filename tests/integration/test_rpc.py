@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent import futures
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import grpc
@@ -208,9 +209,11 @@ class Endless(inference_pb2_grpc.InferenceServiceServicer):
     def Generate(  # the name of the RPC
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[inference_pb2.GenerateResponse]:
-        """One event after the other."""
+        """One event after the other, with pauses where the request's name says so."""
         while context.is_active():
             yield inference_pb2.GenerateResponse(request_id="one")
+            if request.request_id == "slow":
+                sleep(0.03)
 
 
 def _serve_for_ever(ports: "multiprocessing.SimpleQueue[int]") -> None:
@@ -221,9 +224,11 @@ def _serve_for_ever(ports: "multiprocessing.SimpleQueue[int]") -> None:
     server.wait_for_termination()
 
 
-def test_a_silent_server_is_left_when_its_time_is_over() -> None:
-    """A process is frozen in the middle of a stream: the call breaks as UNAVAILABLE after the silence that
-    its channel allows, not when the system gives the connection up.
+@pytest.mark.parametrize(("name", "events_before"), [("slow", 1), ("fast", 1000)])
+def test_a_silent_server_is_left_when_its_time_is_over(name: str, events_before: int) -> None:
+    """A process is frozen in the middle of a stream, or as it begins: the call breaks as UNAVAILABLE after
+    the silence that its channel allows, not when the system gives the connection up, nor a second after what
+    gRPC sent to measure the connection.
     """
     spawning = multiprocessing.get_context("spawn")
     ports = spawning.SimpleQueue()
@@ -232,13 +237,15 @@ def test_a_silent_server_is_left_when_its_time_is_over() -> None:
     try:
         with rpc.channel(f"127.0.0.1:{ports.get()}", TlsConfig(), silence_ms=600) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            events = stub.Generate(inference_pb2.GenerateRequest(), timeout=40)
-            for _ in range(1000):
+            events = stub.Generate(inference_pb2.GenerateRequest(request_id=name), timeout=40)
+            for _ in range(events_before):
                 next(events)
             assert process.pid is not None
             os.kill(process.pid, signal.SIGSTOP)
+            frozen_s = monotonic()
             with pytest.raises(grpc.RpcError) as caught:
                 deque(events, maxlen=0)
+            assert monotonic() - frozen_s < 1.3
         assert type(rpc.from_rpc(caught.value)) is errors.Unavailable  # and not DeadlineExceeded
     finally:
         process.kill()
