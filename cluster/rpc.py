@@ -27,10 +27,12 @@ _KEEPALIVE_MS = 20_000
 SILENCE_MS = 30_000
 """A peer that does not answer for this long is given up, unless a channel says otherwise."""
 
+_RECONNECT_MS = 2_000
+"""Longest pause between two attempts to connect."""
+
 _CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 _SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
@@ -57,7 +59,7 @@ def channel_options(message_bytes: int, silence_ms: int, server_name: str | None
 
     gRPC sends pings of its own, to measure, and none to keep alive while one of those is unanswered, for
     which their time limit is a minute unless told otherwise; nor within a second after any. Where the silence
-    is short it does not measure.
+    is short it does not measure. Who hears of a silence soon is as soon to see that a peer is back.
     """
     answer_ms = silence_ms - silence_ms // 3
     is_patient = silence_ms >= SILENCE_MS
@@ -68,6 +70,7 @@ def channel_options(message_bytes: int, silence_ms: int, server_name: str | None
         ("grpc.keepalive_timeout_ms", answer_ms),
         ("grpc.http2.ping_timeout_ms", answer_ms),
         ("grpc.min_reconnect_backoff_ms", silence_ms),  # what gRPC calls the time limit for connecting
+        ("grpc.max_reconnect_backoff_ms", min(_RECONNECT_MS, max(100, silence_ms // 3))),
     ]
     named = [("grpc.default_authority", server_name)] if server_name else []
     return [*_CHANNEL_OPTIONS, *keepalive, *named, *_sizes(message_bytes)]

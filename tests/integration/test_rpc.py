@@ -267,6 +267,30 @@ def test_a_server_that_takes_no_connection_is_left_as_soon() -> None:
     assert type(rpc.from_rpc(caught.value)) is errors.Unavailable  # and not DeadlineExceeded
 
 
+def test_a_server_that_comes_back_is_found_as_soon(closing: list[grpc.Server]) -> None:
+    """A channel that may be silent for little time does not wait for long between two attempts to connect,
+    however many have failed.
+    """
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    with rpc.channel(f"127.0.0.1:{port}", TlsConfig(), silence_ms=600) as channel:
+        stub = control_pb2_grpc.ControlServiceStub(channel)
+        until_s = monotonic() + 4.0
+        while monotonic() < until_s:
+            with pytest.raises(grpc.RpcError):
+                stub.GetFleet(control_pb2.GetFleetRequest(), timeout=5)
+            sleep(0.05)
+        server = rpc.server(threads=2)
+        control_pb2_grpc.add_ControlServiceServicer_to_server(Raising(None), server)
+        rpc.bind(server, "127.0.0.1", port, PLAIN)
+        server.start()
+        closing.append(server)
+        back_s = monotonic()
+        assert stub.GetFleet(control_pb2.GetFleetRequest(), timeout=5, wait_for_ready=True).stopping
+        assert monotonic() - back_s < 0.8
+
+
 def test_oversized_messages_are_refused(closing: list[grpc.Server]) -> None:
     """A message beyond the limit ends the call with RESOURCE_EXHAUSTED and leaves the server serving."""
     server = rpc.server(threads=2, message_bytes=1024)
