@@ -240,12 +240,13 @@ def test_a_silent_server_is_left_when_its_time_is_over(name: str, events_before:
             events = stub.Generate(inference_pb2.GenerateRequest(request_id=name), timeout=40)
             for _ in range(events_before):
                 next(events)
+            sleep(0.01)  # what gRPC measures with is answered
             assert process.pid is not None
             os.kill(process.pid, signal.SIGSTOP)
             frozen_s = monotonic()
             with pytest.raises(grpc.RpcError) as caught:
                 deque(events, maxlen=0)
-            assert monotonic() - frozen_s < 1.3
+            assert monotonic() - frozen_s < 1.2
         assert type(rpc.from_rpc(caught.value)) is errors.Unavailable  # and not DeadlineExceeded
     finally:
         process.kill()
@@ -276,7 +277,7 @@ def test_a_server_that_comes_back_is_found_as_soon(closing: list[grpc.Server]) -
         port = place.getsockname()[1]
     with rpc.channel(f"127.0.0.1:{port}", TlsConfig(), silence_ms=600) as channel:
         stub = control_pb2_grpc.ControlServiceStub(channel)
-        until_s = monotonic() + 4.0
+        until_s = monotonic() + 3.0
         while monotonic() < until_s:
             with pytest.raises(grpc.RpcError):
                 stub.GetFleet(control_pb2.GetFleetRequest(), timeout=5)
