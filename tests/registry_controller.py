@@ -36,8 +36,12 @@ def chain(count: int, *holders: Life, seed: int = 0) -> list[HeldBlock]:
 def noted_events(name: str) -> Iterator[list[str]]:
     """What a logger says meanwhile."""
     events: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: events.append(record.getMessage())  # type: ignore[method-assign]  # a probe
+
+    class Probe(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            events.append(record.getMessage())
+
+    handler = Probe()
     log = logging.getLogger(name)
     log.addHandler(handler)
     log.setLevel("INFO")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from anabranch import Client
-from anabranch.events import FinishReason, Started
+from anabranch.events import FinishReason, Started, TokenDelta
 from cluster import errors
 from cluster.config import SecurityConfig, TlsConfig
 from tests.certificates import authority
@@ -34,7 +34,9 @@ def test_a_stream_arrives_as_typed_events(read: Read) -> None:
     assert finished.reason is FinishReason.LENGTH
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (2, 5)
     assert finished.timings.decode_seconds == 0.5
-    assert reading.events[1].logprobs[0].logprob == -1.0  # type: ignore[union-attr]  # a TokenDelta, as above
+    delta = reading.events[1]
+    assert isinstance(delta, TokenDelta)
+    assert delta.logprobs[0].logprob == -1.0
     assert reading.resumes == 0
 
 

@@ -83,9 +83,8 @@ def _prompts(rows: Sequence[Row], kind: PromptKind) -> list[Prompt]:
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_blocks_of_one_name_are_a_shared_prefix(kind: PromptKind, factor: float) -> None:
     """Prompts agree over exactly the blocks they have in common, scaled or not, and differ from there on."""
-    first, second = _prompts(scaled(SHARING, factor), kind)
-    if isinstance(first, str) and isinstance(second, str):
-        first, second = first.split(), second.split()  # type: ignore[assignment]
+    written = _prompts(scaled(SHARING, factor), kind)
+    first, second = (prompt.split() if isinstance(prompt, str) else prompt for prompt in written)
     common = round(1024 * factor)
     assert (len(first), len(second)) == (round(1400 * factor), round(1536 * factor))
     assert first[:common] == second[:common]
