@@ -42,6 +42,30 @@ def test_every_core_has_work_that_gives_way() -> None:
     assert not _of_the_idle_class(os.getpid())
 
 
+def _processor_s(process: int) -> float:
+    words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_another_session_gets_its_core() -> None:
+    """What keeps a core awake takes next to nothing of it from work of whatever session."""
+    core = min(os.sched_getaffinity(0))
+    code = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    with awake():
+        assert _within(10.0, len(os.sched_getaffinity(0)), os.getpid())
+        (keeper,) = (one for one in _of_the_idle_class(os.getpid()) if os.sched_getaffinity(one) == {core})
+        with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as working:
+            time.sleep(1.0)
+            before = _processor_s(keeper), _processor_s(working.pid)
+            time.sleep(3.0)
+            kept_s, worked_s = (
+                _processor_s(process) - start_s
+                for process, start_s in zip((keeper, working.pid), before, strict=True)
+            )
+            working.kill()
+    assert kept_s < 0.15 * worked_s
+
+
 def test_nothing_stays_awake_for_the_dead() -> None:
     """Who is killed ends nobody: what kept the cores ends by itself."""
     code = "import os, time\nfrom anabranch.cli.bench.awake import awake\nwith awake(): time.sleep(60)"
