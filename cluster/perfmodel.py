@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 OVERLAP_ALPHA = 0.2
 """Lamina's alpha: the share of a step the exchange may take."""
@@ -201,12 +202,20 @@ class MicroBatch:
     scores: int
 
 
+class Cost(Protocol):
+    """Says what some work takes: a `Line`, or what was seen of such work."""
+
+    def at(self, units: float) -> float:
+        """Seconds for `units`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SideTimes:
     """What a micro-batch takes over all layers: dense by rows, attention by scores, and lanes."""
 
-    dense: Line
-    attention: Line
+    dense: Cost
+    attention: Cost
     lane_s: float
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from cluster.perfmodel import Line, MicroBatch, SideTimes, staggering_gain
@@ -50,33 +51,58 @@ _ROW_TOKENS = 64
 
 _NEWEST_SHARE = 0.1
 _SIZES_PER_DOUBLING = 4
+_TRUSTED = 4
+"""Times of a size that tell of it more than a line through all sizes does."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What micro-batches of one size took: moving averages, plain ones at first."""
+
+    units: float = 0.0
+    seconds: float = 0.0
+    times: int = 0
+
+    def note(self, units: int, seconds: float) -> None:
+        self.times += 1
+        share = max(_NEWEST_SHARE, 1 / self.times)
+        self.units += share * (units - self.units)
+        self.seconds += share * (seconds - self.seconds)
 
 
 class TimesSeen:
     """Seconds of micro-batches by their size, and the line through them.
 
-    Sizes a quarter of a doubling apart are remembered apart, each as a moving average: a batch that decodes
-    for long does not wash out what smaller ones took.
+    Sizes a quarter of a doubling apart are remembered apart: a batch that decodes for long does not wash out
+    what smaller ones took, and a product of few rows may take longer than one of more.
     """
 
     def __init__(self, *, is_fixed: bool) -> None:
         """`is_fixed`: what is believed of other sizes while only one was seen (`Line.through`)."""
         self._is_fixed = is_fixed
-        self._points: dict[int, tuple[float, float]] = {}
+        self._sizes: dict[int, _Seen] = {}
+        self._line: Line | None = None
 
     def note(self, units: int, seconds: float) -> None:
         """A micro-batch of `units` took `seconds`."""
-        size = round(_SIZES_PER_DOUBLING * math.log2(units + 1))
-        old_units, old_s = self._points.get(size, (float(units), seconds))
-        self._points[size] = (
-            old_units + _NEWEST_SHARE * (units - old_units),
-            old_s + _NEWEST_SHARE * (seconds - old_s),
-        )
+        self._sizes.setdefault(_size(units), _Seen()).note(units, seconds)
+        self._line = None
 
     def line(self) -> Line | None:
-        """None before anything was noted."""
-        points = list(self._points.values())
-        return Line.through(points, is_fixed=self._is_fixed) if points else None
+        """None before anything was noted. May be called from another thread."""
+        line = self._line
+        if line is None and self._sizes:
+            points = [(seen.units, seen.seconds) for seen in list(self._sizes.values())]
+            line = self._line = Line.through(points, is_fixed=self._is_fixed)
+        return line
+
+    def at(self, units: float) -> float:
+        """Seconds for `units`: as such were seen often enough, or by the line. Something was noted."""
+        line, seen = self.line(), self._sizes.get(_size(units))
+        assert line is not None, "see `line`"
+        if seen is None or seen.times < _TRUSTED:
+            return line.at(units)
+        return max(0.0, seen.seconds + line.each_s * (units - seen.units))
 
 
 class MicroBatches:
@@ -132,14 +158,13 @@ class MicroBatches:
         if batch == self._chosen_for and self._steps_left > 0:
             self._steps_left -= 1
             return self._is_split
-        dense, attention, lane = self._dense.line(), self._attention.line(), self._lane.line()
-        if dense is not None and attention is not None and lane is not None:
+        if self.lines() is not None:
             self._looks_after = (
                 min(2 * self._looks_after, _LOOK_STEPS_MOST) if batch == self._chosen_for else 1
             )
             self._chosen_for, self._steps_left = batch, self._looks_after - 1
             first, second = (work_of(half) for half in halves)
-            times = SideTimes(dense, attention, lane.at(first.rows))
+            times = SideTimes(self._dense, self._attention, self._lane.at(first.rows))
             self._is_split = staggering_gain(times, first, second) >= _GAIN_LEAST
         return self._is_split
 
@@ -180,6 +205,10 @@ def work_of(chunks: Sequence[NewTokens]) -> MicroBatch:
     return MicroBatch(
         sum(chunk.count for chunk in chunks), sum(chunk.count * chunk.start for chunk in chunks)
     )
+
+
+def _size(units: float) -> int:
+    return round(_SIZES_PER_DOUBLING * math.log2(units + 1))
 
 
 def _weight(chunk: NewTokens) -> int:

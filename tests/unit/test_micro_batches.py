@@ -146,6 +146,25 @@ def test_a_guess_is_judged_anew_once_it_was_run() -> None:
     assert len(batches.split(decoding, remote=True)) == 1
 
 
+def test_few_rows_that_take_longer_than_more_are_remembered() -> None:
+    """Where a product of four rows takes longer than one of eight, a line through all sizes would go on to
+    split eight into four and four: what such halves took when they were run counts.
+    """
+    batches, decoding = MicroBatches("auto"), chunks_of(sequences(8), [500] * 8)
+    took_s = {1: 0.0075, 8: 0.0108, 4: 0.0129, 256: 0.190}
+    for _ in range(8):
+        for rows in (1, 256):
+            batches.note(MicroBatch(rows, 500 * rows), took_s[rows], 1.4e-6 * 500 * rows, 0.0035)
+    seen = []
+    for _ in range(100):
+        halves = batches.split(decoding, remote=True)
+        seen.append(len(halves))
+        for half in halves:
+            batches.note(work_of(half), took_s[len(half)], 1.4e-6 * 500 * len(half), 0.0035)
+    assert seen[0] == 2
+    assert seen[-50:] == [1] * 50
+
+
 def test_times_of_other_sizes_are_kept() -> None:
     """A thousand steps of one size do not wash out what another took."""
     times = TimesSeen(is_fixed=True)
