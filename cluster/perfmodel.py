@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 OVERLAP_ALPHA = 0.2
 """Lamina's alpha: the share of a step the exchange may take."""
@@ -202,20 +201,12 @@ class MicroBatch:
     scores: int
 
 
-class Cost(Protocol):
-    """Says what some work takes: a `Line`, or what was seen of such work."""
-
-    def at(self, units: float) -> float:
-        """Seconds for `units`."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class SideTimes:
     """What a micro-batch takes over all layers: dense by rows, attention by scores, and lanes."""
 
-    dense: Cost
-    attention: Cost
+    dense: Callable[[float], float]
+    attention: Callable[[float], float]
     lane_s: float
 
 
@@ -224,12 +215,12 @@ def staggering_gain(times: SideTimes, first: MicroBatch, second: MicroBatch) -> 
     weights twice, so it pays (more than 1) where the sides are alike, and not where one of them rules.
     """
     rows, scores = first.rows + second.rows, first.scores + second.scores
-    single_s = single_step_s(times.dense.at(rows), times.attention.at(scores), times.lane_s)
+    single_s = single_step_s(times.dense(rows), times.attention(scores), times.lane_s)
     staggered_s = staggered_step_s(
-        times.dense.at(first.rows),
-        times.dense.at(second.rows),
-        times.attention.at(first.scores),
-        times.attention.at(second.scores),
+        times.dense(first.rows),
+        times.dense(second.rows),
+        times.attention(first.scores),
+        times.attention(second.scores),
         times.lane_s,
     )
     return single_s / staggered_s if staggered_s > 0 else 1.0

@@ -164,7 +164,7 @@ class MicroBatches:
             )
             self._chosen_for, self._steps_left = batch, self._looks_after - 1
             first, second = (work_of(half) for half in halves)
-            times = SideTimes(self._dense, self._attention, self._lane.at(first.rows))
+            times = SideTimes(self._dense.at, self._attention.at, self._lane.at(first.rows))
             self._is_split = staggering_gain(times, first, second) >= _GAIN_LEAST
         return self._is_split
 

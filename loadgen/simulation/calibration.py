@@ -1,22 +1,23 @@
-"""What a machine takes for the parts of a step, as `anabranch loadgen calibrate` measured them. Pure.
+"""What a machine takes for the parts of a step, as `anabranch loadgen check` measured them. Pure.
 
 Parts only, each by itself: nothing here comes from a run that is to be predicted.
 """
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from cluster.errors import ConfigError
+Lanes: TypeAlias = Literal["local", "remote", "asleep"]
+"""Where attention runs: in the dense process; in another, whose lanes ask for bytes before they sleep; in
+another, whose lanes do not.
+"""
 
 Points: TypeAlias = Sequence[tuple[int, float]]
 """(size, seconds), ascending."""
@@ -24,6 +25,8 @@ Points: TypeAlias = Sequence[tuple[int, float]]
 Shapes: TypeAlias = Sequence[tuple[int, int, int, float, float, float]]
 """(sequences, rows and cached tokens of each; seconds of attending, of handing over, of the lane else)."""
 
+_TELLING = 2
+"""Points that tell what lies between and beyond them."""
 _MEETING = (16, 32, 64)
 """Rows at which decoding and chunks were both measured: they tell what a sequence costs beyond its row."""
 
@@ -84,25 +87,22 @@ class Calibration:
 
     `decode`: steps of so many decoding rows without any attention; `first`: the layers of a prompt's first
     chunk of so many tokens, attention over itself included; `later`: of one that merges what it sees of
-    others; `own`: attention of a chunk over itself; `head`: head and sampler. `local`: attention
-    in the dense process; `remote`: in another, whose lanes ask for bytes before they sleep; `asleep`: whose
-    lanes do not. `turns`: of their core, what asking that one about so many rows takes a dense worker that
-    shares it: handing over, taking back, and finding its caches cold, since another computed meanwhile.
-    `read_bytes_per_s`: what memory gave one core while all this was measured; nothing is predicted from it.
+    others; `own`: attention of a chunk over itself; `head`: head and sampler. `turns`: of their core, what
+    asking an attention worker whose lanes sleep about so many rows takes a dense worker that shares it:
+    handing over, taking back, and finding its caches cold, since another computed meanwhile; none where no
+    core is to be shared. `served`: what a dense worker's process computes beside its steps to tell of so many
+    tokens; `passed_on`: what gateway and client compute for them; none of both where nobody is told.
     """
 
-    model: str
-    machine: Mapping[str, Any]
-    read_bytes_per_s: float
     decode: Points
     first: Points
     later: Points
     own: Points
     head: Points
     turns: Points
-    local: AttendCost
-    remote: AttendCost
-    asleep: AttendCost
+    served: Points
+    passed_on: Points
+    attend: Mapping[Lanes, AttendCost]
 
     def body_s(self, tokens: int) -> float:
         """The layers over so many rows, without attention."""
@@ -125,6 +125,14 @@ class Calibration:
         """Of a shared core, for asking about so many rows."""
         return _at(self.turns, rows)
 
+    def served_s(self, tokens: int) -> float:
+        """Of the dense worker's core, for telling of a step's tokens."""
+        return _at([(0, 0.0), *self.served], tokens)
+
+    def passed_on_s(self, tokens: int) -> float:
+        """Of other cores, for bringing a step's tokens to who asked."""
+        return _at([(0, 0.0), *self.passed_on], tokens)
+
     @cached_property
     def sequence_s(self) -> float:
         """What a sequence costs a step beyond its row: planning, applying, telling."""
@@ -140,36 +148,48 @@ class Calibration:
         own = dict(self.own)
         return [*few, *((n, s - own[n]) for n, s in self.first)]
 
-    def to_json(self) -> str:
+    @property
+    def whole_s(self) -> tuple[float, float]:
+        """Of all that was measured: dense work, attention. They tell how fast a machine is, nothing else."""
+        dense_s = sum(s for part in (self.decode, self.first, self.later) for _, s in part)
+        return dense_s, sum(shape[3] for cost in self.attend.values() for shape in cost.shapes)
+
+    def told(self) -> dict[str, Any]:
         """For a file."""
-        told = {name: getattr(self, name) for name in ("model", "machine", _READ, *_POINTS)}
-        told |= {name: getattr(self, name).shapes for name in _SHAPES}
-        return json.dumps(told, indent=1)
+        points = {name: getattr(self, name) for name in _POINTS}
+        return points | {"attend": {lanes: cost.shapes for lanes, cost in self.attend.items()}}
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Calibration:
-        """What `to_json` wrote, or the command's child processes."""
-        decode, first, later, own, head, turns = (
-            [(int(n), float(s)) for n, s in told[name]] for name in _POINTS
-        )
-        local, remote, asleep = (AttendCost([_shape(row) for row in told[name]]) for name in _SHAPES)
-        parts = decode, first, later, own, head, turns, local, remote, asleep
-        return cls(told["model"], told["machine"], float(told[_READ]), *parts)
-
-    @classmethod
-    def read(cls, path: Path) -> Calibration:
-        """A file of `anabranch loadgen calibrate`. Raises ConfigError."""
-        try:
-            return cls.from_json(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path}: holds no calibration: {error}; `anabranch loadgen calibrate {path}` writes one"
-            ) from error
+    def of(cls, told: Mapping[str, Any]) -> Calibration:
+        """What child processes or `told` say."""
+        points = {name: [(int(n), float(s)) for n, s in told[name]] for name in _POINTS}
+        attend = {lanes: AttendCost([_shape(row) for row in rows]) for lanes, rows in told["attend"].items()}
+        return cls(**points, attend=attend)
 
 
-_READ = "read_bytes_per_s"
-_POINTS = ("decode", "first", "later", "own", "head", "turns")
-_SHAPES = ("local", "remote", "asleep")
+_POINTS = ("decode", "first", "later", "own", "head", "turns", "served", "passed_on")
+
+
+def between(first: Calibration, second: Calibration) -> Calibration:
+    """The means of two calibrations of the same parts."""
+    return Calibration.of(_mean(first.told(), second.told()))
+
+
+def apart(first: Calibration, second: Calibration) -> float:
+    """How far a machine's speed has moved from the one to the other: 0.1 is a tenth."""
+    return max(
+        abs(later_s / earlier_s - 1)
+        for earlier_s, later_s in zip(first.whole_s, second.whole_s, strict=True)
+        if earlier_s
+    )
+
+
+def _mean(first: Any, second: Any) -> Any:
+    if isinstance(first, Mapping):
+        return {key: _mean(value, second[key]) for key, value in first.items()}
+    if isinstance(first, Sequence):
+        return [_mean(one, other) for one, other in zip(first, second, strict=True)]
+    return (first + second) / 2
 
 
 def _shape(row: Sequence[Any]) -> tuple[int, int, int, float, float, float]:
@@ -178,7 +198,9 @@ def _shape(row: Sequence[Any]) -> tuple[int, int, int, float, float, float]:
 
 
 def _at(points: Points, size: int) -> float:
-    """Between two sizes in proportion; beyond the last as from the two before."""
+    """Between two sizes in proportion; beyond the last as from the two before; 0 of none."""
+    if len(points) < _TELLING:
+        return 0.0
     sizes = [known for known, _ in points]
     right = min(max(1, bisect_left(sizes, size)), len(points) - 1)
     (low, low_s), (high, high_s) = points[right - 1], points[right]

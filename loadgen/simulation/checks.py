@@ -1,6 +1,6 @@
 """Real runs that the simulator must predict, and how near it came: the cases, and what is compared. Pure.
 
-The machine is calibrated by parts (`calibration`); then each case is run by a real cluster on it, and by the
+Each case is run by a real cluster on a machine that is calibrated by parts (`calibration`), and by the
 simulator under the same plan of load.
 """
 
@@ -115,8 +115,10 @@ def write_shared_prefixes(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def cluster(case: Case, config: Config, folder: Path, calibration: Calibration) -> SimulatedCluster:
-    """What the simulator runs for a case."""
+def cluster(
+    case: Case, config: Config, folder: Path, calibration: Calibration | None = None
+) -> SimulatedCluster:
+    """What the simulator runs for a case, once there is a calibration."""
     kind = hardware.built_in()[_MACHINE]
     attention = Side(kind, case.attention) if case.attention else None
     return SimulatedCluster(

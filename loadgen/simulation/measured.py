@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from cluster.perfmodel import staggered_step_s
 from cluster.policies.micro_batches import MicroBatches
 from cluster.policies.micro_batches import work_of as chunk_work
-from loadgen.simulation.calibration import AttendCost, Calibration
+from loadgen.simulation.calibration import AttendCost, Calibration, Lanes
 from loadgen.simulation.steps import StepTimes
 from loadgen.simulation.work import PlannedRow, Work, work_of
-
-Lanes: TypeAlias = Literal["local", "remote", "asleep"]
-"""Where attention runs: see `Calibration`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ class MeasuredSteps:
         self._calibration = calibration
         self._lanes = lanes
         self._shares_core = shares_core
-        self._cost: AttendCost = getattr(calibration, lanes)
+        self._cost: AttendCost = calibration.attend[lanes]
         self._micro_batches = MicroBatches(micro_batches)
 
     def price(self, rows: Sequence[PlannedRow]) -> StepTimes:
@@ -83,8 +80,11 @@ class MeasuredSteps:
                 dense_s = half.body_s + half.own_s + head_s / len(parts)
                 self._micro_batches.note(chunk_work(part), dense_s, half.slowest_s, half.lane_s + half.sent_s)
         shared_s = head_s + work.sequences * self._calibration.sequence_s
+        shared_s += self._calibration.served_s(work.samples)
+        # Where attention has the other core, it is attention that gateway and client take theirs from.
+        passed_on_s = self._calibration.passed_on_s(work.samples) if self._lanes != "local" else 0.0
         return StepTimes(
-            layers_s + shared_s,
+            layers_s + shared_s + passed_on_s,
             sum(half.core_s for half in halves) + shared_s,
             tuple(map(sum, zip(*(half.attention_s for half in halves), strict=True))),
             sum(half.lane_s for half in halves),

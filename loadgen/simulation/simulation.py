@@ -20,11 +20,11 @@ from loadgen.metrics import Facts, Objectives, Summary, summarize
 from loadgen.plan import Plan, Stage
 from loadgen.records import Record
 from loadgen.scenario import Scenario
-from loadgen.simulation.calibration import Calibration
+from loadgen.simulation.calibration import Calibration, Lanes
 from loadgen.simulation.clients import StageClients
 from loadgen.simulation.engine import Queues, SimulatedEngine, Site
 from loadgen.simulation.machines import Efficiencies, Shape
-from loadgen.simulation.measured import Lanes, MeasuredSteps
+from loadgen.simulation.measured import MeasuredSteps
 from loadgen.simulation.models import SimulatedModel
 from loadgen.simulation.pool import ModelledPool
 from loadgen.simulation.prefixes import Contents, ReportedDirectory
@@ -91,12 +91,18 @@ class SimulatedCluster:
 
     @property
     def shared_cores(self) -> int:
-        """Cores that dense workers share, where they have fewer than there are of them; 0 where each has its
-        own.
+        """Cores of a calibrated machine that dense workers share, where they have fewer than there are of
+        them; 0 where each has its own.
         """
         cores = self.config.dense.cores
-        is_shared = self.calibration is not None and cores != "auto" and len(cores) < self.shape.dense_workers
-        return len(cores) if is_shared else 0
+        return len(cores) if cores != "auto" and len(cores) < self.shape.dense_workers else 0
+
+    @property
+    def lanes(self) -> Lanes:
+        """Where attention runs, on a machine that was calibrated."""
+        if self.shape.attention is None:
+            return "local"
+        return "asleep" if self.config.lanes.spin_us == 0 else "remote"
 
     def pricing(self) -> Pricing:
         """What says how long the steps of one dense worker take."""
@@ -106,11 +112,9 @@ class SimulatedCluster:
                 model, self.config.dense.micro_batches, prompts_elsewhere=self.prompts_elsewhere
             )
         workers = self.shape.attention.devices if self.shape.attention else 1
-        spins = self.config.lanes.spin_us != 0
-        lanes: Lanes = "local" if self.shape.attention is None else "remote" if spins else "asleep"
         return MeasuredSteps(
             self.calibration,
-            lanes,
+            self.lanes,
             workers,
             self.config.dense.micro_batches,
             self.efficiencies.call_s,
@@ -250,7 +254,7 @@ class Simulation:
             self._timeline,
             pool,
             Queues(workers),
-            Queues(cluster.shared_cores),
+            Queues(cluster.shared_cores if cluster.calibration is not None else 0),
             tally,
             cluster.efficiencies.call_s,
             ReportedDirectory(self._timeline, cluster.config.controller.heartbeat_ms / 1000),

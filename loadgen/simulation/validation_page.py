@@ -74,22 +74,22 @@ def real_runs(path: Path = _REAL_RUNS) -> list[str]:
         "## The simulator beside real runs",
         "",
         f"{told['model']} on {machine['cores']} cores of {machine['cpu']}, one core a role, both dense",
-        "workers of `2x1` on one. The simulator knows what `anabranch loadgen calibrate` measured: dense",
-        "work, attention and lanes, each by itself. Measured by `anabranch loadgen check`: the real figure,",
-        "and how far the prediction is off. The rate of open loops is a share of what the simulator takes",
-        "for the most such a cluster can do. `1x1`: one dense worker, one attention worker; `8 x 1024`:",
-        "users, and tokens of their requests. The last columns: the share of the machine that was taken by",
-        "what has nothing to do with the run, and what memory gave one core, over what it gave while the",
-        "machine was calibrated. Runs with more than 5% of the one, or further than 15% from the other's 1,",
-        "are refused: they say nothing.",
+        "workers of `2x1` on one. Measured by `anabranch loadgen check`: the real figure, and how far the",
+        "prediction is off. The simulator knows dense work, attention and lanes, each measured by itself",
+        "while the cluster was up and idle, before the run and behind it, and what telling users of a token",
+        "takes of the cores. The rate of open loops is a share of what the simulator takes for the most such",
+        "a cluster can do. `1x1`: one dense worker, one attention worker; `8 x 1024`: users, and tokens of",
+        "their requests. The last columns: the share of the machine that was taken by what has nothing to do",
+        "with the run, and how far the machine's speed moved from one calibration to the other. Runs with",
+        "more than 5% of the one or 10% of the other are refused: they say nothing.",
         "",
-        "| run | tokens/s | TTFT, mean (ms) | p95 | TPOT, mean (ms) | p95 | others | memory |",
+        "| run | tokens/s | TTFT, mean (ms) | p95 | TPOT, mean (ms) | p95 | others | moved |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, case in told["cases"].items():
         figures = [case["figures"][figure] for figure in FIGURES]
         cells = " | ".join(f"{values['real']:,.1f} ({values['off']:+.0%})" for values in figures)
-        lines.append(f"| {name} | {cells} | {case['others_share']:.0%} | {case['memory']:.2f} |")
+        lines.append(f"| {name} | {cells} | {case['others_share']:.0%} | {case['moved']:.0%} |")
     off = beyond({name: case["figures"] for name, case in told["cases"].items()})
     over = ", ".join(f"{name} of {case}" for case, name, _ in off) or "none"
     return [*lines, "", f"Off by more than {WITHIN:.0%}: {over}.", *_BECAUSE]

@@ -139,12 +139,6 @@ class Study(_Table):
                 raise ValueError(f"two cases of {part.title} have one name")
         return self
 
-    @property
-    def predicted_models(self) -> tuple[str, ...]:
-        """Those whose real runs are simulated too, for which this machine is calibrated."""
-        parts = [part for part in self.part if {Way.REAL, Way.SIMULATED} <= set(part.ways)]
-        return tuple(dict.fromkeys(part.model for part in parts))
-
     def require_known(self, catalogue: Catalogue) -> None:
         """Raise InvalidRequest for unknown devices, models and efficiencies, and for what a way cannot obey:
         better now than when others have taken their time.
@@ -154,9 +148,6 @@ class Study(_Table):
                 self._require_obeyed(part, case, case.shape(catalogue), case.efficiencies)
             if Way.REAL not in part.ways:
                 models.resolve(part.model)
-        if len(self.predicted_models) > 1:
-            names = ", ".join(self.predicted_models)
-            raise InvalidRequest(f"real runs that are simulated too have one model, not {names}")
 
     def _require_obeyed(self, part: Part, case: Case, shape: Shape, reached: Efficiencies) -> None:
         where, default = f"{part.title}: {case.name}", Efficiencies()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from anabranch.cli.loadgen.command import app
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, Unavailable
 from cluster.policies.placement import PlacementPolicy
 from cluster.policies.prefixes import Source
 from cluster.types import SequenceKey, WorkerId
 from loadgen.records import Record
 from loadgen.scenario import Scenario
 from loadgen.simulation import checks
-from loadgen.simulation.calibration import AttendCost, Calibration
+from loadgen.simulation.calibration import AttendCost, Calibration, Lanes, apart, between
 from loadgen.simulation.checks import Case
 from loadgen.simulation.measured import MeasuredSteps
 from loadgen.simulation.pool import ModelledPool
@@ -48,9 +50,8 @@ def calibration(lane_s: float = LANE_S) -> Calibration:
     costs = AttendCost(shapes)
     own, head = [(n, n * 1e-5) for n in SIZES[4:]], [(n, 0.001) for n in SIZES[:7]]
     turns = [(n, TURNS_S) for n in SIZES]
-    return Calibration(
-        "round", {"cores": 2}, 1e10, decode, first, first, own, head, turns, costs, costs, costs
-    )
+    attend: Mapping[Lanes, AttendCost] = {"local": costs, "remote": costs, "asleep": costs}
+    return Calibration(decode, first, first, own, head, turns, [], [], attend)
 
 
 def rows(count: int, start: int) -> list[PlannedRow]:
@@ -112,14 +113,31 @@ def test_a_shared_core_is_taken_for_what_asking_costs_it() -> None:
     assert shared.wall_s == own.wall_s
 
 
-def test_a_file_holds_a_calibration(tmp_path: Path) -> None:
-    """What is written is read; anything else is refused with the command that writes one."""
-    file = tmp_path / "machine.json"
-    file.write_text(calibration().to_json())
-    assert Calibration.read(file).body_s(100) == pytest.approx(0.020)
-    file.write_text("{}")
-    with pytest.raises(ConfigError, match="loadgen calibrate"):
-        Calibration.read(file)
+def test_telling_users_takes_the_dense_core_and_that_of_attention() -> None:
+    """In proportion between one token and many; what gateway and client take holds up only steps that need
+    the core they take it from.
+    """
+    told = replace(calibration(), served=[(1, 1e-3), (15, 8e-3)], passed_on=[(1, 2e-3), (15, 16e-3)])
+    cases: Sequence[tuple[Lanes, float]] = (("local", 4.5e-3), ("remote", 4.5e-3 + 9e-3))
+    for lanes, more_s in cases:
+        quiet, loud = (
+            MeasuredSteps(costs, lanes, 1, 1, 1e-3).price(rows(8, 500)) for costs in (calibration(), told)
+        )
+        assert loud.wall_s - quiet.wall_s == pytest.approx(more_s)
+        assert loud.dense_s - quiet.dense_s == pytest.approx(4.5e-3)
+
+
+def test_two_calibrations_have_a_middle_and_a_distance() -> None:
+    """What is told comes back; between two lies the mean of each part; the side that moved most counts."""
+    first = calibration()
+    told = json.dumps(first.told())
+    assert json.dumps(Calibration.of(json.loads(told)).told()) == told
+    slower = replace(first, decode=[(n, 1.2 * s) for n, s in first.decode])
+    middle = between(first, slower)
+    assert [s for _, s in middle.decode] == pytest.approx([1.1 * s for _, s in first.decode])
+    assert middle.attend["local"].rows_s(4, 400) == pytest.approx(first.attend["local"].rows_s(4, 400))
+    assert 0 < apart(first, slower) < 0.2
+    assert apart(first, first) == 0
 
 
 def test_dense_workers_of_one_core_take_turns(tmp_path: Path) -> None:
@@ -218,24 +236,26 @@ def test_a_share_of_saturation_becomes_a_rate(tmp_path: Path) -> None:
 
 def test_an_unknown_case_is_refused(tmp_path: Path) -> None:
     """With the names there are."""
-    file = tmp_path / "machine.json"
-    file.write_text(calibration().to_json())
-    done = CliRunner().invoke(
-        app, ["check", str(file), "--model", str(tiny_model(tmp_path)), "--only", "9x9"]
-    )
+    done = CliRunner().invoke(app, ["check", "--model", str(tiny_model(tmp_path)), "--only", "9x9"])
     assert isinstance(done.exception, ConfigError)
     assert "1x1, 8 x 1024" in done.exception.message
 
 
 @pytest.mark.system
-@pytest.mark.timeout(360)
-def test_the_calibration_measures_every_part(tmp_path: Path) -> None:
-    """On a tiny model: the command's file has all points, each of which took some time."""
-    file, folder = tmp_path / "machine.json", tiny_model(tmp_path, max_position_embeddings=16_384)
-    told = CliRunner().invoke(app, ["calibrate", str(file), "--model", str(folder), "--dtype", "float32"])
-    assert told.exit_code == 0, told.output
-    found = json.loads(file.read_text())
-    parts = ("decode", "first", "later", "own", "head", "turns")
-    points = [point for part in parts for point in found[part]]
-    assert all(seconds > 0 for _, seconds in points)
-    assert all(shape[3] > 0 for part in ("local", "remote", "asleep") for shape in found[part])
+@pytest.mark.timeout(600)
+def test_a_case_lies_between_two_calibrations(tmp_path: Path) -> None:
+    """Of a tiny model: the file has every part, each of which took some time, and all figures; a machine that
+    was not the same all the time is told instead.
+    """
+    file, folder = tmp_path / "checked.json", tiny_model(tmp_path, max_position_embeddings=16_384)
+    arguments = ["check", "--model", str(folder), "--dtype", "float32", "--only", "2x1", "--json", str(file)]
+    done = CliRunner().invoke(app, arguments)
+    if isinstance(done.exception, Unavailable):
+        assert re.search("others took|speed moved", done.exception.message)
+        return
+    (case,) = json.loads(file.read_text())["cases"].values()
+    assert set(case["figures"]) == set(checks.FIGURES)
+    found = Calibration.of(case["calibration"])
+    parts = found.decode, found.first, found.later, found.own, found.head, found.turns, found.passed_on
+    assert all(seconds > 0 for part in parts for _, seconds in part)
+    assert all(shape[3] > 0 for shape in found.attend["asleep"].shapes)

@@ -191,6 +191,6 @@ def test_a_line_is_never_negative() -> None:
 @given(st.floats(0.001, 1), st.floats(0, 0.1), st.floats(1e-9, 1e-3), st.floats(0, 0.1), st.integers(1, 64))
 def test_the_gain_is_at_most_two(base: float, row: float, score: float, lane: float, rows: int) -> None:
     """Two halves never take less than half of the whole, whatever both sides cost."""
-    times = SideTimes(Line(base, row), Line(0.0, score), lane)
+    times = SideTimes(Line(base, row).at, Line(0.0, score).at, lane)
     half = MicroBatch(rows, rows * 1000)
     assert 0 < staggering_gain(times, half, half) <= 2 + 1e-9

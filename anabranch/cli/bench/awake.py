@@ -39,9 +39,7 @@ def awake() -> Iterator[None]:
     """Until the end, or that of this process. Where the system knows no idle class, cores may halt."""
     cores = os.sched_getaffinity(0) if hasattr(os, "SCHED_IDLE") else ()
     spinning = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SPIN, str(core), str(os.getpid())], start_new_session=True
-        )
+        subprocess.Popen([sys.executable, "-c", _SPIN, str(core), str(os.getpid())], start_new_session=True)
         for core in cores
     ]
     try:

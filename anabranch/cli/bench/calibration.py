@@ -1,4 +1,4 @@
-"""`anabranch loadgen calibrate`: the parts of a step on this machine, each in a process on its own core."""
+"""The parts of a step on this machine, each in processes on own cores, for `anabranch loadgen check`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,25 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anabranch.cli.bench import (
-    calibration_attention,
-    calibration_dense,
-    calibration_turns,
-    results_file,
-    step_attention,
-)
+from anabranch.cli.bench import calibration_attention, calibration_dense, calibration_turns, step_attention
 from anabranch.cli.bench.children import next_line, start
-from anabranch.cli.bench.others import watched
 from anabranch.cli.bench.step_settings import StepSettings
 from cluster.errors import ConfigError
-from loadgen.simulation.calibration import Calibration
+from loadgen.simulation.calibration import Calibration, Lanes
 
 _ARENA_BYTES = 4 * 2**30
 """All that is filled for the calibration; pages are touched only when used."""
 
 
-def measure(model: Path, dtype: str, say: Callable[[str], None]) -> Calibration:
-    """Some three minutes. `say` hears what is measured. Raises ConfigError on one core."""
+def measure(model: Path, dtype: str, lanes: Collection[Lanes], *, shares_core: bool = False) -> Calibration:
+    """Some minute: dense work, attention over these `lanes`, and what asking takes of a core that dense
+    workers share. Nobody is told of tokens. Raises ConfigError on one core.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise ConfigError("a calibration needs two cores: one for each side")
@@ -37,18 +32,15 @@ def measure(model: Path, dtype: str, say: Callable[[str], None]) -> Calibration:
         str(model), (cores[0],), dtype=_checked(dtype), prefix_sharing=False, arena_bytes=_ARENA_BYTES
     )
     split = replace(alone, attention_cores=(cores[1],))
-    with watched() as others:
-        say("dense work: steps without attention, and their parts")
-        told: dict[str, Any] = _ask(calibration_dense.__name__, alone)
-        say("attention in the dense process")
-        told["local"] = _ask(calibration_attention.__name__, alone)
-        for name, is_spinning in (("remote", True), ("asleep", False)):
-            say(f"attention in another process, lanes {'spinning' if is_spinning else 'asleep'}")
-            told[name] = _remote(replace(split, spins=is_spinning))
-        say("attention asked by two dense workers of one core, lanes asleep")
-        told["turns"] = _turns(replace(split, spins=False))
-    told |= {"model": model.name, "machine": results_file.machine()}
-    return Calibration.from_json(told | {"read_bytes_per_s": others.read_bytes_per_s})
+    told: dict[str, Any] = _ask(calibration_dense.__name__, alone)
+    told["attend"] = {
+        each: _ask(calibration_attention.__name__, alone)
+        if each == "local"
+        else _remote(replace(split, spins=each == "remote"))
+        for each in lanes
+    }
+    told["turns"] = _turns(replace(split, spins=False)) if shares_core else []
+    return Calibration.of(told | {"served": [], "passed_on": []})
 
 
 def _remote(settings: StepSettings) -> Any:

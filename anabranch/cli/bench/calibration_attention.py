@@ -1,4 +1,4 @@
-"""The attention side of `anabranch loadgen calibrate`: layers asked over a lane, with no dense work between.
+"""The attention side of `anabranch loadgen check`: layers asked over a lane, with no dense work between.
 
     python -m anabranch.cli.bench.calibration_attention SETTINGS
 

@@ -1,4 +1,4 @@
-"""The dense side of `anabranch loadgen calibrate`: steps of a real engine over a lane that answers at once.
+"""The dense side of `anabranch loadgen check`: steps of a real engine over a lane that answers at once.
 
     python -m anabranch.cli.bench.calibration_dense SETTINGS
 

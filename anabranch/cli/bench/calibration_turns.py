@@ -1,4 +1,4 @@
-"""One of the dense workers of `anabranch loadgen calibrate` that share a core: what asking takes of it.
+"""One of the dense workers of `anabranch loadgen check` that share a core: what asking takes of it.
 
     python -m anabranch.cli.bench.calibration_turns SETTINGS
 

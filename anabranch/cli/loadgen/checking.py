@@ -1,4 +1,4 @@
-"""`anabranch loadgen calibrate` and `check`: this machine's parts, and the simulator beside real runs."""
+"""`anabranch loadgen check`: real clusters on this machine, and the simulator beside them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +16,11 @@ import typer
 from rich.console import Console
 
 from anabranch.cli import model as models
-from anabranch.cli.bench.others import Others, watched
+from anabranch.cli.bench.others import watched
+from anabranch.cli.loadgen.calibrating import WARM_UP, calibrated, telling
 from anabranch.cli.loadgen.watching import LiveLine
 from anabranch.cli.models.catalogue import DEFAULT_MODEL
-from cluster.config import Config, TlsConfig
+from cluster.config import TlsConfig
 from cluster.errors import ConfigError, Unavailable
 from loadgen.drivers.interface import Target
 from loadgen.measurement import Measurement, Settings
@@ -24,44 +28,21 @@ from loadgen.metrics import Summary
 from loadgen.pool import StopSwitch
 from loadgen.scenario import Scenario
 from loadgen.simulation import checks
-from loadgen.simulation.calibration import Calibration
+from loadgen.simulation.calibration import apart, between
 from loadgen.simulation.checks import Case
 
 _TIMEOUT_S = 600.0
 _BEYOND_MOST = 1
 _OTHERS_MOST = 0.05
 """Share of the machine that others may take while a real run is measured."""
-_SPEEDS_APART_MOST = 0.15
-"""How far memory may be from the speed that it had while the machine was calibrated."""
-
-_WARM_UP = Scenario(concurrency=(4,), requests=8, prompt="300", output="8")
-"""First calls compile, touch memory, and tell dense workers what their steps take."""
+_MOVED_MOST = 0.1
+"""How far the machine's speed may move from one calibration to the next."""
 
 ModelName = Annotated[str, typer.Option(help="Model folder, or a name of `anabranch model list`.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
-def calibrate(
-    file: Annotated[Path, typer.Argument(help="File to write.", dir_okay=False)],
-    model: ModelName = DEFAULT_MODEL,
-    dtype: Dtype = "bfloat16",
-) -> None:
-    """Measure the parts of a step on this machine (dense work, attention, lanes), one core a role.
-
-    For `check`. It takes some three minutes, in which nothing else should run here.
-
-    \b
-    anabranch loadgen calibrate machine.json
-    """
-    from anabranch.cli.bench.calibration import measure
-
-    console = Console(stderr=True)
-    calibration = measure(models.resolve(model), dtype, lambda words: console.print(words, highlight=False))
-    file.write_text(calibration.to_json() + "\n", "utf-8")
-
-
 def check(
-    file: Annotated[Path, typer.Argument(help="What `calibrate` wrote.", dir_okay=False)],
     model: ModelName = DEFAULT_MODEL,
     dtype: Dtype = "bfloat16",
     only: Annotated[str, typer.Option(help="Cases whose names begin so. Default: all.")] = "",
@@ -72,16 +53,18 @@ def check(
 ) -> None:
     """Run real clusters on this machine and the simulator beside them, and say how far its figures are off.
 
-    The simulator knows the calibration alone. Exit status 1 where more than one figure is off by more than a
-    fifth. `make validation` shows FILE in docs/validation.md.
+    The simulator knows the parts of a step alone (dense work, attention, lanes, each by itself), measured
+    while the cluster is up and idle, before its run and behind it. Four minutes a case, in which nothing
+    else should run here: a case is refused where others took more of the machine, or its speed moved.
+    Exit status 1 where more than one figure is off by more than a fifth. `make validation` shows FILE in
+    docs/validation.md.
 
     \b
-    anabranch loadgen calibrate machine.json
-    anabranch loadgen check machine.json --json bench/simulator.json
+    anabranch loadgen check --json bench/simulator.json
     """
-    calibration = Calibration.read(file)
     folder = models.resolve(model)
     found: dict[str, Any] = {}
+    refused: list[str] = []
     with tempfile.TemporaryDirectory(prefix="anabranch-check-") as state:
         trace = Path(state) / "shared.jsonl"
         checks.write_shared_prefixes(trace)
@@ -91,68 +74,56 @@ def check(
                 f"no case begins with {only!r}: {', '.join(c.name for c in checks.cases(trace))}"
             )
         for case in chosen:
-            found[case.name] = _checked(case, case.config(folder, dtype), folder, calibration, Path(state))
+            try:
+                found[case.name] = _checked(case, folder, dtype, Path(state))
+            except Unavailable as error:
+                refused.append(error.message)
+                continue
             if json_file is not None:
-                _keep(json_file, calibration, found)
+                _keep(json_file, folder.name, found)
+    if refused:
+        raise Unavailable("; ".join(refused))
     beyond = checks.beyond({name: case["figures"] for name, case in found.items()})
     raise typer.Exit(int(len(beyond) > _BEYOND_MOST))
 
 
-def _checked(
-    case: Case, config: Config, folder: Path, calibration: Calibration, state: Path
-) -> dict[str, Any]:
-    """One case, simulated and then run."""
+def _checked(case: Case, folder: Path, dtype: str, state: Path) -> dict[str, Any]:
+    """One case, run between two calibrations, and simulated by what lies between them. Raises Unavailable
+    where the machine was not the same in all three.
+    """
+    # Here, not above: importing Ray takes half a second that `--help` need not take.
     from anabranch.cli.bench import results_file
+    from anabranch.cli.running_cluster import apart as on_free_ports
+    from anabranch.cli.running_cluster import running_cluster
 
     console = Console()
-    simulated = checks.cluster(case, config, folder, calibration)
-    scenario = checks.loaded(case, simulated)
-    predicted = checks.simulate(simulated, scenario)
-    real, others = _run(console, config, state, scenario, case.name)
-    figures = checks.compared(real, predicted)
-    for name, values in figures.items():
-        line = f"{case.name}: {name} {values['real']:.1f}, predicted {values['predicted']:.1f}"
-        console.print(f"{line} ({values['off']:+.1%})", highlight=False)
-    memory = others.read_bytes_per_s / calibration.read_bytes_per_s
+    config = case.config(folder, dtype)
+    simulated = checks.cluster(case, config, folder)
+    with running_cluster(console, on_free_ports(config, state / "state"), f"{case.name}: starting") as record:
+        target = Target(record.gateways, "", "", None, TlsConfig(), _TIMEOUT_S, ignore_eos=True)
+        _measured(target, WARM_UP)
+        told = telling(partial(_measured, target), case.dense)
+        before = calibrated(simulated, folder, dtype, told, console)
+        scenario = checks.loaded(case, replace(simulated, calibration=before))
+        with watched() as others:
+            real = _measured(target, scenario)
+        after = calibrated(simulated, folder, dtype, told, console)
+    calibration, moved = between(before, after), apart(before, after)
+    figures = checks.compared(real, checks.simulate(replace(simulated, calibration=calibration), scenario))
+    _tell(console, case.name, figures)
     if others.share > _OTHERS_MOST:
-        raise Unavailable(
-            f"{case.name}: others took {others.share:.0%} of the machine, so this run says nothing: repeat "
-            f'it when nothing else runs (--only "{case.name}")'
-        )
-    if abs(memory - 1) > _SPEEDS_APART_MOST:
-        raise Unavailable(
-            f"{case.name}: memory gave {memory:.2f} of what it gave while the machine was calibrated, so "
-            f'this run says nothing: repeat it (--only "{case.name}"), or calibrate again'
-        )
+        raise Unavailable(_refusal(case, f"others took {others.share:.0%} of the machine"))
+    if moved > _MOVED_MOST:
+        raise Unavailable(_refusal(case, f"the machine's speed moved by {moved:.0%}"))
     return {
         "figures": figures,
         "rate": scenario.rate,
         "others_share": others.share,
-        "memory": round(memory, 3),
-        "calibration": json.loads(calibration.to_json()),
+        "moved": round(moved, 3),
+        "calibration": calibration.told(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": results_file.commit(),
     }
-
-
-def _keep(json_file: Path, calibration: Calibration, found: dict[str, Any]) -> None:
-    cases = json.loads(json_file.read_text("utf-8"))["cases"] if json_file.exists() else {}
-    told = {"machine": calibration.machine, "model": calibration.model, "cases": cases | found}
-    json_file.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-
-
-def _run(
-    console: Console, config: Config, state: Path, scenario: Scenario, name: str
-) -> tuple[Summary, Others]:
-    # Here, not above: importing Ray takes half a second that `--help` need not take.
-    from anabranch.cli.running_cluster import apart, running_cluster
-
-    with running_cluster(console, apart(config, state / "state"), f"{name}: starting") as record:
-        target = Target(record.gateways, "", "", None, TlsConfig(), _TIMEOUT_S, ignore_eos=True)
-        _measured(target, _WARM_UP)
-        with watched() as others:
-            summary = _measured(target, scenario)
-    return summary, others
 
 
 def _measured(target: Target, scenario: Scenario) -> Summary:
@@ -162,3 +133,24 @@ def _measured(target: Target, scenario: Scenario) -> Summary:
     with contextlib.closing(StopSwitch()) as stop, console.status("starting the sender") as status:
         (summary,) = measurement.run(LiveLine(console, status), stop, lambda _: None)
     return summary
+
+
+def _tell(console: Console, name: str, figures: Mapping[str, Mapping[str, float]]) -> None:
+    for figure, values in figures.items():
+        line = f"{name}: {figure} {values['real']:.1f}, predicted {values['predicted']:.1f}"
+        console.print(f"{line} ({values['off']:+.1%})", highlight=False)
+
+
+def _refusal(case: Case, why: str) -> str:
+    return (
+        f"{case.name}: {why}, so this run says nothing: repeat it when nothing else runs "
+        f'(--only "{case.name}")'
+    )
+
+
+def _keep(json_file: Path, model: str, found: Mapping[str, Any]) -> None:
+    from anabranch.cli.bench import results_file
+
+    cases = json.loads(json_file.read_text("utf-8"))["cases"] if json_file.exists() else {}
+    told = {"machine": results_file.machine(), "model": model, "cases": {**cases, **found}}
+    json_file.write_text(json.dumps(told, indent=1) + "\n", "utf-8")

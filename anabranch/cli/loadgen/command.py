@@ -12,7 +12,7 @@ from rich.console import Console
 
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen import options as o
-from anabranch.cli.loadgen.checking import calibrate, check
+from anabranch.cli.loadgen.checking import check
 from anabranch.cli.loadgen.concurrency import numbers
 from anabranch.cli.loadgen.planning import plan
 from anabranch.cli.loadgen.recording import Recorder, stopping
@@ -40,7 +40,6 @@ app = typer.Typer(
 )
 app.command()(report)
 app.command()(compare)
-app.command()(calibrate)
 app.command()(check)
 
 

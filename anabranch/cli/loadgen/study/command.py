@@ -17,7 +17,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from anabranch.cli import model as model_store
 from anabranch.cli.generate import INTERRUPTED_STATUS
 from anabranch.cli.loadgen.recording import Recorder, stopping
 from anabranch.cli.loadgen.study.ways import Opened, Ways
@@ -27,7 +26,6 @@ from loadgen.pool import StopSwitch
 from loadgen.report.page import render
 from loadgen.report.study_page import part_table, study_page
 from loadgen.results import PAGE
-from loadgen.simulation.calibration import Calibration
 from loadgen.study.figures import WITHIN, Runs, StudyResults
 from loadgen.study.study import Case, Part, Study, Way, read
 
@@ -89,7 +87,7 @@ def _run(asked: Study, path: Path, folder: Path) -> int:
     ):
         try:
             recorder = Recorder(errors, status, stop)
-            ways = Ways(recorder, _calibration(asked, folder, errors), lambda _: not stop.is_set)
+            ways = Ways(recorder, lambda _: not stop.is_set)
             _go_through(asked, ways, folder, runs, problems)
         except AnabranchError:
             if not stop.is_set:
@@ -124,7 +122,7 @@ def _go_through(asked: Study, ways: Ways, folder: Path, runs: list[Runs], proble
 def _all(asked: Study) -> Iterator[tuple[Part, Case, Way]]:
     for part in asked.part:
         for case in part.case:
-            for way in part.ways:
+            for way in sorted(part.ways, key=list(Way).index):
                 yield part, case, way
 
 
@@ -144,21 +142,6 @@ def _seeds(
 
 def _slug(words: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in words.lower()).strip("-")[:32]
-
-
-def _calibration(asked: Study, folder: Path, errors: Console) -> Calibration | None:
-    """This machine's parts, where real runs are predicted; kept with the results."""
-    if not asked.predicted_models:
-        return None
-    from anabranch.cli.bench.calibration import measure
-
-    found = measure(
-        model_store.resolve(asked.predicted_models[0]),
-        "bfloat16",
-        lambda words: errors.print(words, highlight=False),
-    )
-    (folder / "calibration.json").write_text(found.to_json() + "\n", "utf-8")
-    return found
 
 
 def _sum_up(results: StudyResults, folder: Path) -> None:

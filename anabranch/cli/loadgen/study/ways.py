@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from anabranch.cli import emulating
 from anabranch.cli import model as model_store
+from anabranch.cli.loadgen.calibrating import WARM_UP, calibrated, telling
 from anabranch.cli.loadgen.recording import Recorder
 from cluster import config as configuration
 from cluster import hardware
@@ -24,7 +27,7 @@ from loadgen.metrics import Summary
 from loadgen.results import ResultsFolder
 from loadgen.scenario import Scenario
 from loadgen.simulation import checks, models
-from loadgen.simulation.calibration import Calibration
+from loadgen.simulation.calibration import Calibration, between
 from loadgen.simulation.simulation import LARGE, Course, SimulatedCluster, Simulation
 from loadgen.study.study import Case, Part, Way
 
@@ -33,8 +36,7 @@ DTYPE = "bfloat16"
 
 _TIMEOUT_S = 600.0
 _LATE_MOST = 0.01
-_WARM_UP = Scenario(concurrency=(4,), requests=8, prompt="64", output="8")
-"""First calls compile, touch memory, and tell dense workers what their steps take."""
+_CALIBRATION = "calibration.json"
 
 Measure: TypeAlias = Callable[[Scenario, Path], Summary]
 """Runs a scenario of one stage into a new folder."""
@@ -50,11 +52,14 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """Opens cases of a study. `calibration`: of this machine, where real runs are predicted."""
+    """Opens cases of a study: real runs before their simulations, which know what this machine took for the
+    parts of a step while the real cluster was up and idle.
+    """
 
     recorder: Recorder
-    calibration: Calibration | None
     goes_on: Callable[[Course], bool]
+    calibrations: dict[tuple[str, str], Calibration] = field(default_factory=dict)
+    """By titles of parts and names of cases."""
 
     @contextmanager
     def opened(self, part: Part, case: Case, way: Way) -> Iterator[Opened]:
@@ -66,7 +71,11 @@ class Ways:
         with tempfile.TemporaryDirectory(prefix="anabranch-") as state:
             bill = case.shape(hardware.built_in()).bill
             with self._started(config, Path(state), f"{case.name}, {way}", bill) as opened:
-                yield opened
+                if way is Way.REAL and Way.SIMULATED in part.ways:
+                    with self._calibrated(part, case, opened.measure):
+                        yield opened
+                else:
+                    yield opened
             if way is Way.EMULATED:
                 opened.notes += _late(config, Path(state))
 
@@ -85,18 +94,30 @@ class Ways:
                     raise Unavailable("it was stopped before the first request")
                 return summaries[0]
 
-            with tempfile.TemporaryDirectory() as unseen:
-                measure(_WARM_UP, Path(unseen) / "warm-up")
+            _unseen(measure, WARM_UP)
             yield Opened(measure)
 
+    @contextmanager
+    def _calibrated(self, part: Part, case: Case, measure: Measure) -> Iterator[None]:
+        """Before the real runs and behind them; kept where both were reached."""
+        real, folder = self._real(part, case)
+        cluster = checks.cluster(real, real.config(folder, DTYPE), folder)
+        told = telling(partial(_unseen, measure), real.dense)
+        before = calibrated(cluster, folder, DTYPE, told, self.recorder.console)
+        yield
+        after = calibrated(cluster, folder, DTYPE, told, self.recorder.console)
+        self.calibrations[part.title, case.name] = between(before, after)
+
     def _simulate(self, part: Part, case: Case) -> Measure:
-        cluster = self._calibrated(part, case) if Way.REAL in part.ways else self._modelled(part, case)
+        cluster = self._known(part, case) if Way.REAL in part.ways else self._modelled(part, case)
 
         def measure(scenario: Scenario, folder: Path) -> Summary:
             simulation = Simulation(cluster, scenario, _TIMEOUT_S)
             with ResultsFolder(folder) as results:
                 summaries = simulation.run(results.add, self.goes_on)
                 results.sum_up(summaries)
+            if cluster.calibration is not None:
+                (folder / _CALIBRATION).write_text(json.dumps(cluster.calibration.told()) + "\n", "utf-8")
             return summaries[0]
 
         return measure
@@ -127,10 +148,18 @@ class Ways:
             cap_tokens=case.arena_tokens,
         )
 
-    def _calibrated(self, part: Part, case: Case) -> SimulatedCluster:
-        assert self.calibration is not None, "see Study.predicted_models"
+    def _known(self, part: Part, case: Case) -> SimulatedCluster:
+        calibration = self.calibrations.get((part.title, case.name))
+        if calibration is None:
+            raise Unavailable("its real runs did not come to an end, so what it takes here is not known")
         real, folder = self._real(part, case)
-        return checks.cluster(real, real.config(folder, DTYPE), folder, self.calibration)
+        return checks.cluster(real, real.config(folder, DTYPE), folder, calibration)
+
+
+def _unseen(measure: Measure, scenario: Scenario) -> Summary:
+    """Nobody looks at its requests."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(scenario, Path(folder) / "unseen")
 
 
 def _late(config: Config, state: Path) -> list[str]:
