@@ -97,12 +97,16 @@ class TimesSeen:
         return line
 
     def at(self, units: float) -> float:
-        """Seconds for `units`: as such were seen often enough, or by the line. Something was noted."""
-        line, seen = self.line(), self._sizes.get(_size(units))
+        """Seconds for `units`: from the nearest size that was seen often enough, as the line rises; by the line
+        where there is none. Something was noted.
+        """
+        line, size = self.line(), _size(units)
         assert line is not None, "see `line`"
-        if seen is None or seen.times < _TRUSTED:
+        trusted = [known for known, seen in self._sizes.items() if seen.times >= _TRUSTED]
+        if not trusted:
             return line.at(units)
-        return max(0.0, seen.seconds + line.each_s * (units - seen.units))
+        nearest = self._sizes[min(trusted, key=lambda known: abs(known - size))]
+        return max(0.0, nearest.seconds + line.each_s * (units - nearest.units))
 
 
 class MicroBatches:

@@ -7,6 +7,7 @@ simulator under the same plan of load.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +16,12 @@ from typing import Any
 from cluster import config as configuration
 from cluster import hardware
 from cluster.config import Config
-from cluster.model_spec import ModelSpec
+from cluster.perfmodel import ModelShape
 from loadgen.metrics import Summary
 from loadgen.scenario import Scenario
-from loadgen.simulation import models
 from loadgen.simulation.calibration import Calibration
 from loadgen.simulation.machines import Shape, Side
+from loadgen.simulation.models import SimulatedModel
 from loadgen.simulation.simulation import SimulatedCluster, Simulation
 from loadgen.workload import stream
 
@@ -116,13 +117,13 @@ def write_shared_prefixes(path: Path) -> None:
 
 
 def cluster(
-    case: Case, config: Config, folder: Path, calibration: Calibration | None = None
+    case: Case, config: Config, model: SimulatedModel, calibration: Calibration | None = None
 ) -> SimulatedCluster:
     """What the simulator runs for a case, once there is a calibration."""
     kind = hardware.built_in()[_MACHINE]
     attention = Side(kind, case.attention) if case.attention else None
     return SimulatedCluster(
-        models.of_spec(folder.name, ModelSpec.from_folder(folder)),
+        model,
         Shape(Side(kind, 1), attention, case.dense),
         config,
         calibration=calibration,
@@ -141,10 +142,32 @@ def loaded(case: Case, simulated: SimulatedCluster) -> Scenario:
         return case.scenario
     full = replace(case.scenario, concurrency=(_SATURATING_USERS,), requests=_SATURATING_REQUESTS)
     most = simulate(simulated, full)["request_throughput"]
-    return replace(case.scenario, rate=round(case.share_of_saturation * most, 3), duration_s=_OPEN_S)
+    return _at_rate(case, round(case.share_of_saturation * most, 3))
 
 
-def compared(real: Summary, predicted: Summary) -> dict[str, dict[str, float]]:
+def comparisons(told: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """{case: what `compared` says} of real runs that `anabranch loadgen check` wrote down, by the simulator as it
+    is and what was measured beside them.
+    """
+    model = SimulatedModel(**{**told["model"], "shape": ModelShape(**told["model"]["shape"])})
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "shared.jsonl"
+        write_shared_prefixes(trace)
+        for case in cases(trace):
+            if (run := told["cases"].get(case.name)) is not None:
+                config = case.config(Path(model.name), told["dtype"])
+                simulated = cluster(case, config, model, Calibration.of(run["calibration"]))
+                predicted = simulate(simulated, _at_rate(case, run["rate"]))
+                found[case.name] = compared(run["real"], predicted)
+    return found
+
+
+def _at_rate(case: Case, rate: float | None) -> Scenario:
+    return case.scenario if rate is None else replace(case.scenario, rate=rate, duration_s=_OPEN_S)
+
+
+def compared(real: Mapping[str, float], predicted: Summary) -> dict[str, dict[str, float]]:
     """{figure: {real, predicted, off}}; `off`: predicted / real - 1."""
     return {
         name: {

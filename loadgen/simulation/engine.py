@@ -142,8 +142,9 @@ class SimulatedEngine:
             sequence.ended(sequence, error)
             return
         self._live[sequence.key] = sequence
-        if sequence.chain.hashes:
-            moment_s = self._site.timeline.now_s + 2 * self._site.call_s
+        if sequence.chain.is_asked_for:
+            calls = 2 if sequence.chain.hashes else 1
+            moment_s = self._site.timeline.now_s + calls * self._site.call_s
             self._site.timeline.at(moment_s, partial(self._hear, partial(self._acquire, sequence)))
         else:
             self._schedule(sequence)

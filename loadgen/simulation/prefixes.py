@@ -28,10 +28,13 @@ _VOCABULARY = 2**16
 
 @dataclass(frozen=True, slots=True)
 class KnownChain:
-    """The identities of a prompt's full blocks (`cluster.policies.prefixes.Chain`)."""
+    """The identities of a prompt's full blocks (`cluster.policies.prefixes.Chain`), as far as they may be
+    those of others. `is_asked_for`: the directory is asked, which does not know that nobody has them.
+    """
 
     block_tokens: int
     hashes: Sequence[BlockHash] = ()
+    is_asked_for: bool = False
 
 
 class Contents:
@@ -42,10 +45,11 @@ class Contents:
         self._block_tokens = block_tokens
 
     def chain(self, session: Session, turn: int) -> KnownChain:
-        """Of the prompt of a turn, without its last token; empty where it shares nothing with any other."""
+        """Of the prompt of a turn, without its last token; no identities where it shares nothing."""
         segments = [s for earlier in session.turns[: turn + 1] for s in earlier.segments]
         if len(session.turns) == 1 and all(segment.origin is Origin.OWN for segment in segments):
-            return KnownChain(self._block_tokens)
+            prompt_tokens = sum(segment.tokens for segment in segments)
+            return KnownChain(self._block_tokens, is_asked_for=prompt_tokens > self._block_tokens)
         tokens: list[int] = []
         for number, each in enumerate(session.turns[: turn + 1]):
             tokens += self._source.write(each.segments)
@@ -53,7 +57,8 @@ class Contents:
                 answer = Segment(Origin.ANSWER, 1000 * session.index + number, each.output_tokens)
                 tokens += self._source.write([answer])
         root = BlockHash(hashlib.sha256(session.tenant.encode()).digest())
-        return KnownChain(self._block_tokens, blocks.chain(root, tokens[:-1], self._block_tokens))
+        hashes = blocks.chain(root, tokens[:-1], self._block_tokens)
+        return KnownChain(self._block_tokens, hashes, is_asked_for=bool(hashes))
 
 
 @dataclass(slots=True)

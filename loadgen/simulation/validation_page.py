@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from loadgen.simulation.checks import FIGURES, WITHIN, beyond
+from loadgen.simulation.checks import FIGURES, WITHIN, beyond, comparisons
 from loadgen.simulation.validation import (
     CONFIGURATIONS,
     TRACES,
@@ -69,11 +69,11 @@ def capacities() -> list[str]:
 def real_runs(path: Path = _REAL_RUNS) -> list[str]:
     """The page's table of real runs beside the simulator, from what `anabranch loadgen check` wrote."""
     told = json.loads(path.read_text("utf-8"))
-    machine = told["machine"]
+    machine, compared = told["machine"], comparisons(told)
     lines = [
         "## The simulator beside real runs",
         "",
-        f"{told['model']} on {machine['cores']} cores of {machine['cpu']}, one core a role, both dense",
+        f"{told['model']['name']} on {machine['cores']} cores of {machine['cpu']}, one core a role, both dense",
         "workers of `2x1` on one. Measured by `anabranch loadgen check`: the real figure, and how far the",
         "prediction is off. The simulator knows dense work, attention and lanes, each measured by itself",
         "while the cluster was up and idle, before the run and behind it, and what telling users of a token",
@@ -87,10 +87,10 @@ def real_runs(path: Path = _REAL_RUNS) -> list[str]:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, case in told["cases"].items():
-        figures = [case["figures"][figure] for figure in FIGURES]
+        figures = [compared[name][figure] for figure in FIGURES]
         cells = " | ".join(f"{values['real']:,.1f} ({values['off']:+.0%})" for values in figures)
         lines.append(f"| {name} | {cells} | {case['others_share']:.0%} | {case['moved']:.0%} |")
-    off = beyond({name: case["figures"] for name, case in told["cases"].items()})
+    off = beyond(compared)
     over = ", ".join(f"{name} of {case}" for case, name, _ in off) or "none"
     return [*lines, "", f"Off by more than {WITHIN:.0%}: {over}.", *_BECAUSE]
 

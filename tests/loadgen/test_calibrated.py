@@ -19,7 +19,7 @@ from cluster.policies.prefixes import Source
 from cluster.types import SequenceKey, WorkerId
 from loadgen.records import Record
 from loadgen.scenario import Scenario
-from loadgen.simulation import checks
+from loadgen.simulation import checks, models
 from loadgen.simulation.calibration import AttendCost, Calibration, Lanes, apart, between
 from loadgen.simulation.checks import Case
 from loadgen.simulation.measured import MeasuredSteps
@@ -66,7 +66,9 @@ def measured(
     folder: Path, case: Case, *, load: Scenario | None = None
 ) -> tuple[list[Record], dict[str, Any]]:
     """(records, summary) of a case on that machine."""
-    simulated = checks.cluster(case, case.config(folder, "float32"), folder, calibration())
+    simulated = checks.cluster(
+        case, case.config(folder, "float32"), models.resolve(str(folder)), calibration()
+    )
     records: list[Record] = []
     (summary,) = Simulation(simulated, load or case.scenario, 600.0).run(records.append, lambda _: True)
     return records, summary
@@ -224,7 +226,9 @@ def test_a_share_of_saturation_becomes_a_rate(tmp_path: Path) -> None:
     """Half of what the simulated cluster can do keeps up; its throughput follows the rate."""
     folder = tiny_model(tmp_path)
     case = Case("", 1, 1, Scenario(prompt="64", output="16"), share_of_saturation=0.5)
-    simulated: SimulatedCluster = checks.cluster(case, case.config(folder, "float32"), folder, calibration())
+    simulated: SimulatedCluster = checks.cluster(
+        case, case.config(folder, "float32"), models.resolve(str(folder)), calibration()
+    )
     half = checks.loaded(case, simulated)
     full = checks.loaded(replace(case, share_of_saturation=1.0), simulated)
     assert half.rate is not None
@@ -254,7 +258,7 @@ def test_a_case_lies_between_two_calibrations(tmp_path: Path) -> None:
         assert re.search("others took|speed moved", done.exception.message)
         return
     (case,) = json.loads(file.read_text())["cases"].values()
-    assert set(case["figures"]) == set(checks.FIGURES)
+    assert set(case["real"]) == set(checks.FIGURES)
     found = Calibration.of(case["calibration"])
     parts = found.decode, found.first, found.later, found.own, found.head, found.turns, found.passed_on
     assert all(seconds > 0 for part in parts for _, seconds in part)

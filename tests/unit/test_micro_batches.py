@@ -165,6 +165,18 @@ def test_few_rows_that_take_longer_than_more_are_remembered() -> None:
     assert seen[-50:] == [1] * 50
 
 
+def test_halves_not_seen_yet_are_judged_by_what_is_near() -> None:
+    """Prompts tell a line that says nothing of decoding: what eight rows took often enough tells what four
+    will, so that the steps of a batch that has long been whole stay so.
+    """
+    batches, decoding = MicroBatches("auto"), chunks_of(sequences(8), [500] * 8)
+    for _ in range(8):
+        for rows in (600, 1500):
+            batches.note(MicroBatch(rows, 0), 70e-6 * rows, 0.0, 0.003)
+        batches.note(work_of(decoding), 0.0205, 0.010, 0.003)
+    assert {len(batches.split(decoding, remote=True)) for _ in range(64)} == {1}
+
+
 def test_times_of_other_sizes_are_kept() -> None:
     """A thousand steps of one size do not wash out what another took."""
     times = TimesSeen(is_fixed=True)

@@ -101,7 +101,7 @@ class Ways:
     def _calibrated(self, part: Part, case: Case, measure: Measure) -> Iterator[None]:
         """Before the real runs and behind them; kept where both were reached."""
         real, folder = self._real(part, case)
-        cluster = checks.cluster(real, real.config(folder, DTYPE), folder)
+        cluster = checks.cluster(real, real.config(folder, DTYPE), models.resolve(str(folder)))
         told = telling(partial(_unseen, measure), real.dense)
         before = calibrated(cluster, folder, DTYPE, told, self.recorder.console)
         yield
@@ -153,7 +153,7 @@ class Ways:
         if calibration is None:
             raise Unavailable("its real runs did not come to an end, so what it takes here is not known")
         real, folder = self._real(part, case)
-        return checks.cluster(real, real.config(folder, DTYPE), folder, calibration)
+        return checks.cluster(real, real.config(folder, DTYPE), models.resolve(str(folder)), calibration)
 
 
 def _unseen(measure: Measure, scenario: Scenario) -> Summary:
