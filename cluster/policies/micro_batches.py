@@ -97,8 +97,8 @@ class TimesSeen:
         return line
 
     def at(self, units: float) -> float:
-        """Seconds for `units`: from the nearest size that was seen often enough, as the line rises; by the line
-        where there is none. Something was noted.
+        """Seconds for `units`: from the nearest size that was seen often enough, as the line rises; by the
+        line where there is none. Something was noted.
         """
         line, size = self.line(), _size(units)
         assert line is not None, "see `line`"

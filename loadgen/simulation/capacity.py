@@ -98,6 +98,12 @@ def batch_most(shape: Shape, setting: Setting) -> float:
     return cache_bytes / setting.model.shape.kv_token_bytes / setting.traffic.context_tokens
 
 
+_STEPS_WAITED = 2.5
+"""Before the first chunk: the step that a request comes in, half of it on average; one in which the directory
+is asked for its prefix; one in which an attention worker is asked for room.
+"""
+
+
 def at_batch(shape: Shape, setting: Setting, batch: float) -> Point:
     """Steady state at a batch of at least one row."""
     assert batch >= 1, "an empty batch has no step"
@@ -105,7 +111,7 @@ def at_batch(shape: Shape, setting: Setting, batch: float) -> Point:
     step_s = model.times(_work(model.workers, setting, batch)).wall_s
     tokens_per_s = shape.dense_workers * batch / step_s
     chunks = 0 if setting.prompts_elsewhere else -(-setting.traffic.prompt_tokens // setting.step_tokens)
-    ttft_s = (1 + chunks) * step_s + 3 * setting.efficiencies.call_s
+    ttft_s = (_STEPS_WAITED + chunks) * step_s + 2 * setting.efficiencies.call_s
     usd_per_mtok = per_mtok(shape.price_per_hour_usd / 3600, tokens_per_s)
     assert usd_per_mtok is not None, "a step brings tokens"
     return Point(batch, step_s, tokens_per_s, ttft_s, usd_per_mtok)

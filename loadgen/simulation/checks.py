@@ -146,8 +146,8 @@ def loaded(case: Case, simulated: SimulatedCluster) -> Scenario:
 
 
 def comparisons(told: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """{case: what `compared` says} of real runs that `anabranch loadgen check` wrote down, by the simulator as it
-    is and what was measured beside them.
+    """{case: what `compared` says} of real runs that `anabranch loadgen check` wrote down, by the simulator
+    as it is and what was measured beside them.
     """
     model = SimulatedModel(**{**told["model"], "shape": ModelShape(**told["model"]["shape"])})
     found = {}
