@@ -97,9 +97,9 @@ def real_runs(path: Path = _REAL_RUNS) -> list[str]:
 
 _BECAUSE = [
     "",
-    "* `1x1, Azure-Conv at 0.9`: near saturation a little of speed is much of the time that requests stand",
-    "  beside each other's prompts. With all parts a twentieth slower, throughput, time to the first token and",
-    "  the p95 of the time per token are within 6%, and its mean within 13%.",
+    "* `1x1, Azure-Conv at 0.9`: near saturation a little of speed is much of the time that requests",
+    "  stand beside each other's prompts. With all parts a twentieth slower, throughput, time to the",
+    "  first token and the p95 of the time per token are within 6%, and its mean within 13%.",
     "* `2x1`: two dense workers on one core take somewhat more of it than the parts of both.",
 ]
 """The causes of figures that are further off, and what is missing."""
@@ -147,9 +147,9 @@ def emulations(path: Path = _STUDY) -> list[str]:
 
 _EMULATED_BECAUSE = [
     "",
-    "* Time to the first token while borrowing is further off than a tenth, 5 ms of 26: the requests that were",
-    "  simulated for this study did not ask the directory of their prefix, which costs emulated ones a step.",
-    "  Simulated anew, now that they do, it is within 1%.",
+    "* Time to the first token while borrowing is further off than a tenth, 5 ms of 26: the requests",
+    "  that were simulated for this study did not ask the directory of their prefix, which costs",
+    "  emulated ones a step. Simulated anew, now that they do, it is within 1%.",
 ]
 """Why the two differ, as far as it is known."""
 
