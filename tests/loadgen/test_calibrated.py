@@ -251,7 +251,8 @@ def test_a_case_lies_between_two_calibrations(tmp_path: Path) -> None:
     """Of a tiny model: the file has every part, each of which took some time, and all figures; a machine that
     was not the same all the time is told instead.
     """
-    file, folder = tmp_path / "checked.json", tiny_model(tmp_path, max_position_embeddings=16_384)
+    file = tmp_path / "checked.json"
+    folder = tiny_model(tmp_path, tokenizer=True, max_position_embeddings=16_384)
     arguments = ["check", "--model", str(folder), "--dtype", "float32", "--only", "2x1", "--json", str(file)]
     done = CliRunner().invoke(app, arguments)
     if isinstance(done.exception, Unavailable):
