@@ -23,8 +23,9 @@ from tests.tiers import Stream, metrics
 pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
 
 GRACE_S = 60.0
-PROMPT = random_prompt(100, seed=51)
-COUNT = 500
+PROMPT = random_prompt(100, seed=52)
+COUNT = 900
+"""On a fast machine a second's work, several times what it takes until a heartbeat tells of it."""
 BLOCK_TOKENS = 8
 
 
@@ -48,6 +49,7 @@ def _cluster(model: Path, tmp_path: Path) -> Iterator[ProcessCluster]:
     overrides = {
         "controller.drain_grace_s": 0,
         "controller.expiry_ms": 2500,
+        "controller.heartbeat_ms": 100,
         "gateway.replicas": 2,
         "gateway.http_port": 0,
         "dense.replicas": 2,
