@@ -60,9 +60,13 @@ class LocalRedis:
 
     def client(self) -> redis.Redis:
         """A client of the test's own."""
-        secure = {"ssl": True, "ssl_ca_certs": self.tls.authority} if self.tls else {}
-        password = self.password or None
-        return redis.Redis(port=self.port, password=password, socket_timeout=5, **secure)  # type: ignore[arg-type]  # a mixed dict
+        return redis.Redis(
+            port=self.port,
+            password=self.password or None,
+            socket_timeout=5,
+            ssl=self.tls is not None,
+            ssl_ca_certs=self.tls.authority if self.tls else None,
+        )
 
     def config(self, **settings: object) -> RegistryConfig:
         """How our processes reach it; the password in a file."""

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from anabranch.v1 import control_pb2, inference_pb2, types_pb2
 from cluster.blocks import BlockHash
@@ -100,9 +101,9 @@ class Controller:
             )
         )
 
-    def beat(self, worker_id: str, epoch: int, **fields: object) -> None:
+    def beat(self, worker_id: str, epoch: int, **fields: Any) -> None:
         """A sign of life."""
-        self.table.heartbeat(control_pb2.HeartbeatRequest(worker_id=worker_id, epoch=epoch, **fields))  # type: ignore[arg-type]  # a mixed dict
+        self.table.heartbeat(control_pb2.HeartbeatRequest(worker_id=worker_id, epoch=epoch, **fields))
 
     def report(
         self,

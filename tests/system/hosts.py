@@ -9,6 +9,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,11 @@ class Host:
     namespace: str
     address: str
 
-    def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
+    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a command as on this host; the caller ends it."""
         prefix = ["ip", "netns", "exec", self.namespace, "unshare", "--uts"]
         script = 'hostname "$0" && exec "$@"'
-        return subprocess.Popen([*prefix, "bash", "-c", script, self.namespace, *command], **options)  # type: ignore[call-overload,no-any-return]  # options are Popen's
+        return subprocess.Popen([*prefix, "bash", "-c", script, self.namespace, *command], **options)
 
 
 def _ip(*arguments: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -96,10 +96,10 @@ def test_a_mismatch_is_refused_by_name(fact: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["worker_id", "role", "epoch", "address"])
-def test_an_incomplete_member_is_refused(name: str) -> None:
+def test_an_incomplete_member_is_refused(name: Literal["worker_id", "role", "epoch", "address"]) -> None:
     """A registration that lacks what others rely on is an invalid request that names the field."""
     request = registration("dense-0", 1)
-    request.member.ClearField(name)  # type: ignore[arg-type]  # the parameter names are literals there
+    request.member.ClearField(name)
     with pytest.raises(InvalidRequest, match=name):
         Cluster().table.register(request)
 
