@@ -98,10 +98,12 @@ def batch_most(shape: Shape, setting: Setting) -> float:
     return cache_bytes / setting.model.shape.kv_token_bytes / setting.traffic.context_tokens
 
 
-_STEPS_WAITED = 2.5
-"""Before the first chunk: the step that a request comes in, half of it on average; one in which the directory
-is asked for its prefix; one in which an attention worker is asked for room.
+_STEPS_WAITED = 1.5
+"""Before the first chunk: the step that a request comes in, half of it on average; one in which its worker is
+asked for room.
 """
+_STEPS_ASKED = 1.0
+"""Where the cache is in attention workers, one more, in which the directory is asked for its prefix."""
 
 
 def at_batch(shape: Shape, setting: Setting, batch: float) -> Point:
@@ -111,7 +113,8 @@ def at_batch(shape: Shape, setting: Setting, batch: float) -> Point:
     step_s = model.times(_work(model.workers, setting, batch)).wall_s
     tokens_per_s = shape.dense_workers * batch / step_s
     chunks = 0 if setting.prompts_elsewhere else -(-setting.traffic.prompt_tokens // setting.step_tokens)
-    ttft_s = (_STEPS_WAITED + chunks) * step_s + 2 * setting.efficiencies.call_s
+    waited = _STEPS_WAITED + (_STEPS_ASKED if shape.attention is not None else 0.0)
+    ttft_s = (waited + chunks) * step_s + 2 * setting.efficiencies.call_s
     usd_per_mtok = per_mtok(shape.price_per_hour_usd / 3600, tokens_per_s)
     assert usd_per_mtok is not None, "a step brings tokens"
     return Point(batch, step_s, tokens_per_s, ttft_s, usd_per_mtok)

@@ -14,7 +14,7 @@ from functools import partial
 from math import inf
 
 from cluster.errors import AnabranchError, DeadlineExceeded, ResourceExhausted
-from cluster.policies.prefixes import PrefixIndex, blocks_known, go_on
+from cluster.policies.prefixes import PrefixIndex, Source, blocks_known, go_on
 from cluster.policies.scheduler import RoomRequest, Scheduler, SchedulerLimits, StepPlan
 from cluster.types import SequenceKey, ShardRef
 from loadgen.simulation.pool import ModelledPool
@@ -81,7 +81,8 @@ class Site:
     """That dense workers share, dealt out in turn; none where each has its own."""
     tally: Tally
     call_s: float
-    directory: ReportedDirectory
+    directory: ReportedDirectory | None
+    """None where the cache is local: nobody else could have left a prefix."""
 
     def ends_s(self, dense: int, times: StepTimes) -> float:
         """When a step that a dense worker begins now ends, whoever else has work on the same devices."""
@@ -142,8 +143,9 @@ class SimulatedEngine:
             sequence.ended(sequence, error)
             return
         self._live[sequence.key] = sequence
-        if sequence.chain.is_asked_for:
-            calls = 2 if sequence.chain.hashes else 1
+        asks = sequence.chain.is_asked_for and self._site.directory is not None
+        if asks or self._remembered(sequence.chain):
+            calls = asks + bool(sequence.chain.hashes)
             moment_s = self._site.timeline.now_s + calls * self._site.call_s
             self._site.timeline.at(moment_s, partial(self._hear, partial(self._acquire, sequence)))
         else:
@@ -152,13 +154,17 @@ class SimulatedEngine:
     def _acquire(self, sequence: SimulatedSequence) -> None:
         """What this worker remembers of the prefix, and what the directory knows beyond it, as it lies."""
         pool, chain = self._site.pool, sequence.chain
-        known = self._index_of_prefixes.sources(chain, pool.may_use(self.index))
-        before = blocks_known(known, chain.block_tokens)
-        runs = self._site.directory.find(chain.hashes[before:], before)
-        sources = go_on(known, runs, chain.block_tokens, pool.may_use(self.index))
-        sequence.shards = pool.acquire(sources, chain)
+        known = self._remembered(chain)
+        if self._site.directory is not None:
+            before = blocks_known(known, chain.block_tokens)
+            runs = self._site.directory.find(chain.hashes[before:], before)
+            known = go_on(known, runs, chain.block_tokens, pool.may_use(self.index))
+        sequence.shards = pool.acquire(known, chain)
         sequence.cached_tokens = sum(shard.end - shard.first for shard in sequence.shards)
         self._schedule(sequence)
+
+    def _remembered(self, chain: KnownChain) -> tuple[Source, ...]:
+        return self._index_of_prefixes.sources(chain, self._site.pool.may_use(self.index))
 
     def _schedule(self, sequence: SimulatedSequence) -> None:
         """Queue it with what was found."""
@@ -187,7 +193,8 @@ class SimulatedEngine:
         self._site.pool.publish(sequence.shards, sequence.chain, computed)
         for shard in sequence.shards:
             arena = self._site.pool.arena(shard.worker)
-            self._site.directory.expect(arena.worker, arena.shared)
+            if self._site.directory is not None:
+                self._site.directory.expect(arena.worker, arena.shared)
         if len(sequence.tokens_s) == 1:
             self._index_of_prefixes.remember(sequence.chain, sequence.shards)
 

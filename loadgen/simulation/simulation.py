@@ -240,6 +240,7 @@ class Simulation:
         cluster, shape = self._cluster, self._cluster.shape
         policy = placement_policy(cluster.config)
         workers = shape.attention.devices if shape.attention else 0
+        directory = None
         if shape.attention is None:
             pool = ModelledPool.local(shape.dense_workers, cluster.arena_tokens, policy)
         else:
@@ -250,6 +251,8 @@ class Simulation:
                 shape.dense_workers,
                 cluster.config.placement.instances,
             )
+            heartbeat_s = cluster.config.controller.heartbeat_ms / 1000
+            directory = ReportedDirectory(self._timeline, heartbeat_s)
         return Site(
             self._timeline,
             pool,
@@ -257,7 +260,7 @@ class Simulation:
             Queues(cluster.shared_cores if cluster.calibration is not None else 0),
             tally,
             cluster.efficiencies.call_s,
-            ReportedDirectory(self._timeline, cluster.config.controller.heartbeat_ms / 1000),
+            directory,
         )
 
     def _head(self, objectives: Objectives) -> dict[str, Any]:

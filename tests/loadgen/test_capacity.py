@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
+
 from cluster import hardware
 from loadgen.metrics import Objectives
 from loadgen.simulation import models
@@ -23,6 +25,14 @@ def test_a_small_batch_waits_for_its_lanes_too() -> None:
     assert least_s < steps_s[0]
     assert all(before < after for before, after in pairwise(steps_s))
     assert best_within(where, setting, Objectives((("tpot", 1000 * least_s),))) is None
+
+
+def test_a_first_token_waits_for_what_is_asked_before_it() -> None:
+    """A step for the directory where there are attention workers, one for room everywhere."""
+    setting = Setting(models.resolve("llama3-70b"), Traffic.of_means(512, 128))
+    for attention, waited in ((None, 1.5), ("h20x4", 2.5)):
+        found = at_batch(shape("h100x4", attention), setting, 8)
+        assert found.ttft_s - 2 * setting.efficiencies.call_s == pytest.approx((waited + 1) * found.step_s)
 
 
 def test_a_published_range_is_sought_over_the_whole_catalogue() -> None:

@@ -55,6 +55,26 @@ def test_one_request_takes_what_a_hand_computes() -> None:
         assert second - first == pytest.approx(row_s + 513 * 327680 / 4e12, rel=2e-3)
 
 
+def test_where_the_cache_is_local_no_directory_is_asked() -> None:
+    """To the scheduler and back 1 ms each and 1 ms for room: a dense worker without attention workers has
+    nobody who could have left it a prefix. Behind another's row it waits for room in one step, not two.
+    """
+    alone, local = (
+        Scenario(concurrency=(1,), requests=1, prompt="512", output="4"),
+        cluster(shape("h100x4", None)),
+    )
+    (record,), _ = simulate(local, alone)
+    chunk_s = 2 * 68.75e9 * 512 / (4 * 989e12) + 4 * 8192 * 80 * (512 * 513 / 2) / (4 * 989e12)
+    assert record.ttft_s == pytest.approx(0.003 + chunk_s, rel=1e-3)
+    beside = Scenario(arrivals=ArrivalKind.CONSTANT, rate=5.0, requests=2, prompt="512", output="64")
+    for where, waited in ((local, 2), (cluster(), 3)):
+        first, second = sorted(simulate(where, beside)[0], key=lambda each: each.intended_s)
+        (alone_s, beside_s), step_s = (first.ttft_s, second.ttft_s), first.deltas_s[2] - first.deltas_s[1]
+        assert alone_s is not None
+        assert beside_s is not None
+        assert waited - 1 < (beside_s - alone_s) / step_s < waited + 0.5
+
+
 def test_the_same_seed_gives_the_same_records() -> None:
     """Line by line; another seed gives others."""
     first, second, other = (
