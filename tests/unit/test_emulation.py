@@ -91,29 +91,34 @@ def test_what_hides_a_late_attend(tmp_path: Path) -> None:
 
 
 class _Slow:
-    """Attention that takes 10 ms here, whatever it takes on the device that is meant."""
+    """Attention that takes so long here, whatever it takes on the device that is meant: where it is local
+    while a query is handed over, else until the reply is there.
+    """
 
     asked = (((1, 10),),)
     appended = (1,)
 
-    def __init__(self, clock: Moments) -> None:
+    def __init__(self, clock: Moments, *, attends_s: float = 0.0, takes_s: float = 0.0) -> None:
         self.times = AttentionTimes()
         self._clock = clock
+        self._attends_s = attends_s
+        self._takes_s = takes_s
 
     def send_query(self, layer: int, query: object) -> None:
         """Attends."""
-        self._clock.sleep(0.010)
+        self._clock.sleep(self._attends_s)
 
     def send_key_value(self, layer: int, key: object, value: object) -> None:
         """Nothing."""
 
     def receive(self, layer: int) -> None:
-        """Nothing."""
+        """Takes."""
+        self._clock.sleep(self._takes_s)
 
 
-def _ten_layers(pace: DensePace, clock: Moments) -> None:
+def _ten_layers(pace: DensePace, slow: _Slow) -> None:
     """A step of one row over ten layers, whose attention takes longer than it should."""
-    attention: Any = emulated_attention.EmulatedAttention(cast("Any", _Slow(clock)), pace, [1])
+    attention: Any = emulated_attention.EmulatedAttention(cast("Any", slow), pace, [1])
     pace.begin_step()
     for layer in range(10):
         attention.send_query(layer, None)
@@ -129,7 +134,7 @@ def test_dense_work_makes_up_for_late_attends_beside_the_weights(
     monkeypatch.setattr(emulated_attention, "monotonic", clock)
     pace = DensePace(emulated)
     pace.padding = Padding(clock, clock.sleep)
-    _ten_layers(pace, clock)
+    _ten_layers(pace, _Slow(clock, attends_s=0.010))
     layer_s = emulated.dense_s(1, 0) + emulated.attend_s([(1, 10)])
     assert emulated.attend_s([(1, 10)]) < 0.001 < 0.010 < emulated.slack_s(1)
     assert clock.now_s - 100.0 == pytest.approx(10 * layer_s, abs=0.011)
@@ -148,8 +153,32 @@ def test_replies_after_their_moment_are_late(
     monkeypatch.setattr(emulated_attention, "monotonic", clock)
     pace = DensePace(emulated, dense_workers)
     pace.padding = Padding(clock, clock.sleep)
-    _ten_layers(pace, clock)
+    _ten_layers(pace, _Slow(clock, takes_s=0.010))
     assert pace.padding.late == late
+
+
+def test_a_reply_that_had_to_wait_is_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where dense work of the other micro-batch lasted beyond its moment; taking it, 10 ms here, adds nothing
+    to the dense work behind, which lasts for 200 ms. One that takes longer than that is late there.
+    """
+    for took_s, late in ((0.010, 0), (0.300, 1)):
+        clock, emulated = Moments(), times(tmp_path, dilation=20.0)
+        monkeypatch.setattr(emulated_attention, "monotonic", clock)
+        pace = DensePace(emulated)
+        pace.padding = Padding(clock, clock.sleep)
+        slow = cast("Any", _Slow(clock, takes_s=took_s))
+        attention: Any = emulated_attention.EmulatedAttention(slow, pace, [1])
+        dense_s = emulated.dense_s(1, 0)
+        assert 0.15 < dense_s < 0.25
+        pace.begin_step()
+        attention.send_query(0, None)
+        attention.send_key_value(0, None, None)
+        clock.sleep(5.0)
+        asked_s = clock.now_s
+        attention.receive(0)
+        attention.send_query(1, None)
+        assert clock.now_s == pytest.approx(asked_s + max(dense_s, took_s))
+        assert pace.padding.late == late
 
 
 def test_a_shape_that_exceeds_the_cores_is_refused(tmp_path: Path) -> None:

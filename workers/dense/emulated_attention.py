@@ -57,7 +57,8 @@ class EmulatedAttention:
         receive: wait until the reply would be here: lane, attending behind what was asked before, lane
 
     Attending is padded where it happens. What comes later by itself is not padded again, and counted as late,
-    unless the worker may have been busy with as much of each other dense worker.
+    unless the worker may have been busy with as much of each other dense worker, or this one was with its
+    other micro-batch and asks only now: taking the reply is then part of the dense work behind.
     """
 
     def __init__(self, inner: StepAttention, pace: DensePace, chunk_sizes: Sequence[int]) -> None:
@@ -93,9 +94,11 @@ class EmulatedAttention:
 
     def receive(self, layer: int) -> Tensor:
         """See `AttentionPort`."""
+        asked_s = monotonic()
         attended = self._inner.receive(layer)
         began_s = monotonic()
-        if self._due_s > began_s or not self._is_local:
+        is_overdue = asked_s > self._due_s
+        if self._due_s > began_s or not (self._is_local or is_overdue):
             self._pace.padding.until(self._due_s, grace_s=self._pace.others * self._attend_s)
             waited_s = monotonic() - began_s
             self._inner.times.lane_s += waited_s
@@ -103,6 +106,8 @@ class EmulatedAttention:
         if self._is_local:
             # It is the same device: the dense work behind makes up for what was late.
             self._pace.began_s = self._due_s
+        elif is_overdue:
+            self._pace.began_s = asked_s
         else:
             self._pace.begin()
         return attended
