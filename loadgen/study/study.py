@@ -51,6 +51,7 @@ class Load(_Table):
     prompt: str = "512"
     output: str = "128"
     turns: int = Field(1, ge=1)
+    think_s: float = Field(0.0, ge=0)
     rows: tuple[tuple[int, int], ...] = ()
     """(prompt, output) tokens of the requests in their order, again from the first when they are used up."""
 
@@ -70,6 +71,7 @@ class Load(_Table):
             prompt=self.prompt,
             output=self.output,
             turns=self.turns,
+            think_s=self.think_s,
             trace_file=rows_file if self.rows else None,
         )
 
