@@ -157,28 +157,46 @@ def test_replies_after_their_moment_are_late(
     assert pace.padding.late == late
 
 
-def test_a_reply_that_had_to_wait_is_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where dense work of the other micro-batch lasted beyond its moment; taking it, 10 ms here, adds nothing
-    to the dense work behind, which lasts for 200 ms. One that takes longer than that is late there.
+@pytest.mark.parametrize(("took_s", "late"), [(0.010, 0), (0.300, 1)])
+def test_a_reply_that_waited_for_the_other_micro_batch_is_not_late(
+    took_s: float, late: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose dense work lasted beyond its moment. Taking it adds nothing to the 200 ms of dense work behind,
+    and is late there if it takes longer.
     """
-    for took_s, late in ((0.010, 0), (0.300, 1)):
-        clock, emulated = Moments(), times(tmp_path, dilation=20.0)
-        monkeypatch.setattr(emulated_attention, "monotonic", clock)
-        pace = DensePace(emulated)
-        pace.padding = Padding(clock, clock.sleep)
-        slow = cast("Any", _Slow(clock, takes_s=took_s))
-        attention: Any = emulated_attention.EmulatedAttention(slow, pace, [1])
-        dense_s = emulated.dense_s(1, 0)
-        assert 0.15 < dense_s < 0.25
-        pace.begin_step()
-        attention.send_query(0, None)
-        attention.send_key_value(0, None, None)
-        clock.sleep(5.0)
-        asked_s = clock.now_s
-        attention.receive(0)
-        attention.send_query(1, None)
-        assert clock.now_s == pytest.approx(asked_s + max(dense_s, took_s))
-        assert pace.padding.late == late
+    clock, emulated = Moments(), times(tmp_path, dilation=20.0)
+    monkeypatch.setattr(emulated_attention, "monotonic", clock)
+    pace = DensePace(emulated)
+    pace.padding = Padding(clock, clock.sleep)
+    slow = cast("Any", _Slow(clock, takes_s=took_s))
+    first, other = (emulated_attention.EmulatedAttention(slow, pace, [1]) for _ in range(2))
+    dense_s = emulated.dense_s(1, 0)
+    assert emulated.lane_s([1]) < 0.050 < 0.15 < dense_s < 0.25
+    pace.begin_step()
+    for each in (first, other):
+        each.send_query(0, cast("Any", None))
+        each.send_key_value(0, cast("Any", None), cast("Any", None))
+    assert clock.now_s - 100.0 == pytest.approx(2 * dense_s)
+    first.receive(0)
+    first.send_query(1, cast("Any", None))
+    assert clock.now_s - 100.0 == pytest.approx(2 * dense_s + max(dense_s, took_s))
+    assert pace.padding.late == late
+
+
+def test_a_reply_that_waited_for_what_should_take_no_time_is_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work of this machine between query and reply, which the emulated device does not have."""
+    clock = Moments()
+    monkeypatch.setattr(emulated_attention, "monotonic", clock)
+    pace = DensePace(times(tmp_path, dilation=20.0))
+    pace.padding = Padding(clock, clock.sleep)
+    attention: Any = emulated_attention.EmulatedAttention(cast("Any", _Slow(clock)), pace, [1])
+    pace.begin_step()
+    attention.send_query(0, None)
+    clock.sleep(0.100)
+    attention.receive(0)
+    assert pace.padding.late == 1
 
 
 def test_a_shape_that_exceeds_the_cores_is_refused(tmp_path: Path) -> None:

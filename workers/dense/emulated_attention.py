@@ -24,6 +24,8 @@ class DensePace:
         self.others = dense_workers - 1
         self.padding = Padding()
         self.began_s = 0.0
+        self.worked_s = 0.0
+        """When dense work, of either micro-batch, was last over."""
         self._rests = True
         self.attended_s = 0.0
         """When the slowest attention worker is done with what it was given."""
@@ -57,8 +59,8 @@ class EmulatedAttention:
         receive: wait until the reply would be here: lane, attending behind what was asked before, lane
 
     Attending is padded where it happens. What comes later by itself is not padded again, and counted as late,
-    unless the worker may have been busy with as much of each other dense worker, or this one was with its
-    other micro-batch and asks only now: taking the reply is then part of the dense work behind.
+    unless the worker may have been busy with as much of each other dense worker, or this one was with dense
+    work of its other micro-batch: taking the reply is then part of the dense work behind.
     """
 
     def __init__(self, inner: StepAttention, pace: DensePace, chunk_sizes: Sequence[int]) -> None:
@@ -82,7 +84,8 @@ class EmulatedAttention:
     def send_query(self, layer: int, query: Tensor) -> None:
         """See `AttentionPort`."""
         self._pace.padding.until(self._pace.began_s + self._dense_s)
-        there_s = monotonic() + self._lane_s / 2
+        self._pace.worked_s = monotonic()
+        there_s = self._pace.worked_s + self._lane_s / 2
         self._pace.attended_s = max(there_s, self._pace.attended_s) + self._attend_s
         self._due_s = self._pace.attended_s + self._lane_s / 2
         self._inner.send_query(layer, query)
@@ -94,10 +97,9 @@ class EmulatedAttention:
 
     def receive(self, layer: int) -> Tensor:
         """See `AttentionPort`."""
-        asked_s = monotonic()
         attended = self._inner.receive(layer)
         began_s = monotonic()
-        is_overdue = asked_s > self._due_s
+        is_overdue = self._pace.worked_s > self._due_s
         if self._due_s > began_s or not (self._is_local or is_overdue):
             self._pace.padding.until(self._due_s, grace_s=self._pace.others * self._attend_s)
             waited_s = monotonic() - began_s
@@ -107,7 +109,7 @@ class EmulatedAttention:
             # It is the same device: the dense work behind makes up for what was late.
             self._pace.began_s = self._due_s
         elif is_overdue:
-            self._pace.began_s = asked_s
+            self._pace.began_s = self._pace.worked_s
         else:
             self._pace.begin()
         return attended
