@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -12,16 +13,22 @@ _LISTENING_UNIX_FLAGS = 0x10000
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
-def tcp_ports(process_id: int) -> list[int]:
-    """Ports on which a process accepts TCP connections."""
-    inodes = _inodes(process_id)
-    ports = set()
+def tcp_listeners(*process_ids: int) -> set[tuple[str, int]]:
+    """(host, port) of all on which these processes accept TCP connections; IPv4, also as mapped into IPv6."""
+    inodes = {inode for process_id in process_ids for inode in _inodes(process_id)}
+    found = set()
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == _LISTENING_TCP and fields[9] in inodes:
-                ports.add(int(fields[1].rpartition(":")[2], 16))
-    return sorted(ports)
+                host, _, port = fields[1].partition(":")
+                found.add((".".join(map(str, bytes.fromhex(host)[-4:][::-1])), int(port, 16)))
+    return found
+
+
+def tcp_ports(process_id: int) -> list[int]:
+    """Ports on which a process accepts TCP connections."""
+    return sorted({port for _, port in tcp_listeners(process_id)})
 
 
 def unix_sockets(process_id: int) -> list[str]:
@@ -48,6 +55,11 @@ def stop_listening(address: str) -> None:
 
 
 def _inodes(process_id: int) -> set[str]:
-    folder = Path(f"/proc/{process_id}/fd")
-    targets = [os.readlink(entry) for entry in folder.iterdir() if entry.is_symlink()]
-    return {match[1] for target in targets if (match := _SOCKET.fullmatch(target))}
+    """Of its open sockets; none of a process that has ended."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError):
+        for descriptor in Path(f"/proc/{process_id}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                match = _SOCKET.fullmatch(os.readlink(descriptor))
+                found |= {match[1]} if match else set()
+    return found

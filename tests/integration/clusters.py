@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 import time
@@ -83,6 +84,7 @@ class RunningCluster:
         self.stop = threading.Event()
         self.events: list[Event] = []
         self._news: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._others = descendants(os.getpid())
         self._pool = futures.ThreadPoolExecutor(1)
         self.status = self._pool.submit(self._run)
 
@@ -120,6 +122,10 @@ class RunningCluster:
         """A live member."""
         members = self.controller.fleet().membership.members
         return next(member for member in members if member.worker_id == worker_id)
+
+    def processes(self) -> dict[int, str]:
+        """What this process has begun since, which is the cluster's; see `descendants`."""
+        return dict(descendants(os.getpid()).items() - self._others.items())
 
     def end(self) -> int:
         """Stop and return the exit status."""

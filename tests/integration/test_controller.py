@@ -25,6 +25,7 @@ from tests.integration.clusters import (
     joining,
     running,
 )
+from tests.listening import tcp_listeners
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +112,8 @@ def test_a_second_cluster_is_refused(cluster: RunningCluster, folder: Path) -> N
 
 def test_nothing_listens_beyond_loopback(cluster: RunningCluster) -> None:
     """Ray's ports and ours are closed to other machines, and Ray's token lies in no file."""
-    inodes = {inode for process in (os.getpid(), *descendants(os.getpid())) for inode in sockets(process)}
-    hosts = {host for host, inode in listeners() if inode in inodes}
-    assert hosts == {"127.0.0.1"}
+    listeners = tcp_listeners(os.getpid(), *descendants(os.getpid()))
+    assert {host for host, _ in listeners} == {"127.0.0.1"}
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert not (Path.home() / ".ray" / "auth_token").exists()
 
@@ -124,25 +124,3 @@ def test_a_role_does_not_see_rays_token(cluster: RunningCluster) -> None:
     environment = Path(f"/proc/{process}/environ").read_text().split("\0")
     assert not [entry for entry in environment if entry.startswith("RAY_")]
     assert "OMP_NUM_THREADS=1" in environment
-
-
-def sockets(process_id: int) -> Iterator[str]:
-    """Inodes of a process's open sockets."""
-    folder = Path(f"/proc/{process_id}/fd")
-    for descriptor in folder.iterdir():
-        try:
-            target = os.readlink(descriptor)
-        except FileNotFoundError:
-            continue
-        if target.startswith("socket:["):
-            yield target.removeprefix("socket:[").removesuffix("]")
-
-
-def listeners() -> Iterator[tuple[str, str]]:
-    """(host, inode) of every listening TCP socket of this machine; IPv4, also as mapped into IPv6."""
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                octets = bytes.fromhex(fields[1].partition(":")[0])[-4:][::-1]
-                yield ".".join(map(str, octets)), fields[9]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from cluster.errors import BrokenModelFolder, ConfigError, NotFound, Unplaceable
 from controller.controller import Controller
 from controller.slots import Phase
 from controller.state import StateFolder
-from tests.integration.clusters import DEADLINE_S, alive, configured, descendants, joining, running
+from tests.integration.clusters import DEADLINE_S, alive, configured, joining, running
 
 pytestmark = pytest.mark.system  # many processes: minutes rather than seconds
 
@@ -28,7 +27,7 @@ def test_a_shutdown_call_drains_kills_and_leaves_nothing(tmp_path: Path) -> None
     config = configured(tmp_path, attention__replicas=1)
     with running(config, joining(gateway="stubborn")) as cluster:
         cluster.await_ready()
-        processes = descendants(os.getpid())
+        processes = cluster.processes()
         with rpc.channel(cluster.controller.address, TlsConfig()) as channel:
             control = control_pb2_grpc.ControlServiceStub(channel)
             control.Shutdown(control_pb2.ShutdownRequest(grace_ms=300), timeout=DEADLINE_S)
@@ -47,7 +46,7 @@ def test_a_refusing_process_fails_the_start_in_its_own_words(tmp_path: Path) -> 
         pytest.raises(ConfigError, match=r"dense-0: program: this program was told to refuse"),
     ):
         cluster.status.result(DEADLINE_S)
-    assert alive(descendants(os.getpid())) == []
+    assert alive(cluster.processes()) == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_a_role_for_which_a_private_cluster_has_no_room_fails_at_once(
         with pytest.raises(Unplaceable, match=missing):
             cluster.status.result(DEADLINE_S)
         assert time.monotonic() - began_s < 30
-    assert alive(descendants(os.getpid())) == []
+    assert alive(cluster.processes()) == []
 
 
 def test_a_broken_model_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from statistics import fmean
-from time import monotonic
+from time import monotonic, sleep
 
 import torch
 
@@ -44,8 +44,10 @@ from workers.lanes.messages import LayerMessage, PartialReply
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WAIT_S = 120.0
+_PAUSE_S = 0.001
 _ROUNDS = 3
 _STEPS = 48
+_TOKENS_MOST = 1024
 _REPEATS = 3
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _CHUNKS = (16, 32, 64, 128, 256)
@@ -99,37 +101,35 @@ class _Watch:
 
     def __init__(self) -> None:
         self.ends_s: list[tuple[float, StepOutcome]] = []
-        self._left = 0
+        self._unfinished = self._full_left = self._batch = 0
         self._over = threading.Event()
-        self._engine: Engine | None = None
         self._failure: AnabranchError | None = None
 
-    def begin(self, engine: Engine, batch: int) -> None:
-        """Listen to so many sequences."""
-        self._engine, self._left, self.ends_s = engine, batch, []
+    def begin(self, batch: int, full_steps: int) -> None:
+        """Listen to so many sequences, until they end or made so many steps all together."""
+        self._batch, self._unfinished, self._full_left = batch, batch, full_steps
+        self.ends_s = []
         self._over.clear()
 
     def note(self, outcome: StepOutcome) -> None:
         """A step is over."""
         self.ends_s.append((monotonic(), outcome))
+        self._full_left -= _is_full(outcome, self._batch)
+        if self._full_left == 0:
+            self._over.set()
 
     def deliver(self, step: int, deltas: Sequence[Delta]) -> None:  # noqa: ARG002  see `Subscriber`
         """See `Subscriber`."""
-        assert self._engine is not None
         for delta in deltas:
-            if delta.failure is not None:
-                self._failure = delta.failure
-                self._over.set()
-            elif delta.ends:
-                self._engine.acknowledge(delta.key, delta.generation, _WAIT_S)
-                self._left -= 1
-        if self._left == 0:
+            self._failure = self._failure or delta.failure
+            self._unfinished -= delta.ends
+        if self._failure is not None or self._unfinished == 0:
             self._over.set()
 
     def wait(self) -> None:
-        """Until all have ended. Raises DeadlineExceeded, or what one failed with."""
+        """Until it is over. Raises DeadlineExceeded, or what one failed with."""
         if not self._over.wait(_WAIT_S):
-            raise DeadlineExceeded(f"{self._left} sequences of the calibration have not ended")
+            raise DeadlineExceeded(f"{self._unfinished} sequences of the calibration have not ended")
         if self._failure is not None:
             raise self._failure
 
@@ -183,25 +183,34 @@ class DenseParts:
         peer.lane = InstantLane(self._spec.query_heads, self._spec.head_size)
         return peer
 
-    def _batch(self, batch: int, prompt: int, tokens: int) -> list[tuple[float, StepOutcome]]:
-        """Ends of the steps of so many equal sequences; prompts are new each time."""
-        self._watch.begin(self._engine, batch)
+    def _batch(
+        self, batch: int, prompt: int, tokens: int, full_steps: int = sys.maxsize
+    ) -> list[tuple[float, StepOutcome]]:
+        """Ends of the steps of so many equal sequences, until they end or made so many all together; prompts
+        are new each time.
+        """
+        self._watch.begin(batch, full_steps)
         sampling = SamplingParameters(max_tokens=tokens, temperature=0.0, ignore_eos=True, seed=0)
-        for _ in range(batch):
-            number = next(self._numbers)
+        numbers = list(itertools.islice(self._numbers, batch))
+        for number in numbers:
             key, deadline_s = SequenceKey(f"calibration-{number}"), monotonic() + _WAIT_S
             prompt_ids = (1 + number % (self._spec.vocabulary_size - 1),) * prompt
             submission = Submission(key, 1, prompt_ids, (), sampling, 0, tokens, 0, deadline_s, "")
             self._engine.submit(submission, self._watch, _WAIT_S)
         self._watch.wait()
+        for number in numbers:
+            self._engine.abort(SequenceKey(f"calibration-{number}"), 1, _WAIT_S)
+        while not self._engine.is_idle():
+            sleep(_PAUSE_S)
         return self._watch.ends_s
 
     def _decode_s(self, rows: int) -> float:
-        ends = self._batch(rows, _PROMPT, _STEPS)
+        """Without the steps until a batch has formed: sequences join as their room is found."""
+        ends = self._batch(rows, _PROMPT, _TOKENS_MOST, _OFTEN + _STEPS)
         full = [
             later_s - earlier_s
             for (earlier_s, before), (later_s, outcome) in itertools.pairwise(ends)
-            if len(before.chunks) == len(outcome.chunks) == len(outcome.sampled) == rows
+            if _is_full(before, rows) and _is_full(outcome, rows)
         ]
         return fmean(full[_OFTEN:])
 
@@ -233,6 +242,11 @@ class DenseParts:
         parameters = SamplingParameters(temperature=0.0, ignore_eos=True, seed=0, max_tokens=2)
         chosen = [SampleRow(parameters, 0, 0, 0)] * rows
         return _mean_s(lambda: sampler.sample(self._decoder.logits(hidden), chosen))
+
+
+def _is_full(outcome: StepOutcome, batch: int) -> bool:
+    """Whether all of a batch took part, with a token each."""
+    return len(outcome.chunks) == len(outcome.sampled) == batch
 
 
 def _mean_s(call: object) -> float:
