@@ -71,7 +71,7 @@ def test_gated_products_are_those_of_the_chain(level: str, shape: tuple[int, int
 
 @every_level
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("rows", [16, 300])
+@pytest.mark.parametrize("rows", [5, 13, 16, 300])
 def test_threads_and_other_rows_change_no_bit(level: str, gated: bool, rows: int) -> None:
     """A row's product is the same with two threads as with one, whether they share its outputs or the rows,
     and alone as in any batch of few rows.

@@ -20,7 +20,7 @@ _SHAPES = ((576, 576), (384, 576), (576, 576), (3072, 576), (576, 1536))
 """(outputs, inputs) of a layer of SmolLM2-135M."""
 _LAYERS = 80
 """As many as are larger than a last-level cache: 566 MB."""
-_ROWS = (1, 8, 32, 128, 1024)
+_ROWS = (1, 4, 8, 32, 128, 1024)
 _READING_ROWS = 32
 """Up to this many reading the weights is what takes the time."""
 _CPU = torch.device("cpu")

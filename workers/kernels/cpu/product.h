@@ -169,37 +169,57 @@ static void finish_gated(const Product& work, int64_t row, int64_t count, int64_
 
 constexpr int64_t lines_ahead = 48;
 
-// `Rows` rows with one panel, into sums [Rows][32].
-template <int Rows>
-INLINE void multiply_panel(const Product& work, int64_t row, int64_t panel, float* to) {
+// Registers hold the sums of so many rows with so many panels beside the weights. Each sum waits for its last addition,
+// some cycles long, so that what counts is how many there are; and where a line meets more rows, less is loaded.
+constexpr int64_t rows_together = lanes == 16 ? 12 : 8;
+
+// `Rows` rows with some panels from `panel` on, into sums [Rows][32].
+template <int Rows, int panels_together>
+INLINE void multiply_panels(const Product& work, int64_t row, int64_t panel, float* to) {
   const int64_t lines = work.inputs / 2;
   const uint32_t* rows = (const uint32_t*)work.rows + row * lines;
   const uint8_t* weights = (const uint8_t*)work.weights + panel * lines * line_bytes;
-  Floats sums[Rows];
-  for (int m = 0; m < Rows; m++) sums[m] = all(0);
+  Floats sums[Rows][panels_together];
+  for (int m = 0; m < Rows; m++)
+    for (int side = 0; side < panels_together; side++) sums[m][side] = all(0);
   for (int64_t line = 0; line < lines; line++) {
-    if (row == 0) fetch_ahead(weights + (line + lines_ahead) * line_bytes);
-    const Ints pairs = load_ints(weights + line * line_bytes);
+    // Behind a panel's last line come the first ones of that which is read next in its place.
+    const int64_t ahead = line + lines_ahead < lines ? lines_ahead : lines_ahead + (panels_together - 1) * lines;
+    Ints pairs[panels_together];
+    for (int side = 0; side < panels_together; side++) {
+      const uint8_t* place = weights + (side * lines + line) * line_bytes;
+      if (row == 0) fetch_ahead(place + ahead * line_bytes);
+      pairs[side] = load_ints(place);
+    }
     for (int m = 0; m < Rows; m++) {
       const uint32_t two = rows[m * lines + line];
-      if constexpr (dot_pairs) {
-        sums[m] = dot_two(sums[m], pairs, two);
-      } else {
-        const Ints both = all_ints((int32_t)two);
-        sums[m] = multiply_add(low_half(pairs), low_half(both), sums[m]);
-        sums[m] = multiply_add(high_half(pairs), high_half(both), sums[m]);
+      for (int side = 0; side < panels_together; side++) {
+        Floats& sum = sums[m][side];
+        if constexpr (dot_pairs) {
+          sum = dot_two(sum, pairs[side], two);
+        } else {
+          const Ints both = all_ints((int32_t)two);
+          sum = multiply_add(low_half(pairs[side]), low_half(both), sum);
+          sum = multiply_add(high_half(pairs[side]), high_half(both), sum);
+        }
       }
     }
   }
-  for (int m = 0; m < Rows; m++) store(to + m * 2 * panel_outputs, sums[m]);
+  for (int m = 0; m < Rows; m++)
+    for (int side = 0; side < panels_together; side++)
+      store(to + (2 * m + side) * panel_outputs, sums[m][side]);
 }
 
-// `Rows` rows with a pair of panels.
+// `count` rows, `Rows` at most, with a pair of panels.
 template <int Rows>
-static void multiply_pair(const Product& work, int64_t row, int64_t pair) {
+static void multiply_pair(const Product& work, int64_t row, int64_t count, int64_t pair) {
+  if constexpr (Rows > 1) {
+    if (count < Rows) return multiply_pair<Rows - 1>(work, row, count, pair);
+  }
+  constexpr int panels_together = lanes == 16 && Rows > 2 ? 2 : 1;
   float sums[Rows][2 * panel_outputs];
-  multiply_panel<Rows>(work, row, 2 * pair, sums[0]);
-  multiply_panel<Rows>(work, row, 2 * pair + 1, sums[0] + panel_outputs);
+  for (int side = 0; side < 2; side += panels_together)
+    multiply_panels<Rows, panels_together>(work, row, 2 * pair + side, sums[0] + side * panel_outputs);
   if (work.gated) return finish_gated(work, row, Rows, pair, sums[0]);
   for (int m = 0; m < Rows; m++) {
     finish_row(work, row + m, 2 * pair, sums[m]);
@@ -207,13 +227,14 @@ static void multiply_pair(const Product& work, int64_t row, int64_t pair) {
   }
 }
 
+// Rows are shared out evenly, so that none are left that are too few to keep the processor busy.
 static void product(const Product& work, int64_t first, int64_t end) {
-  for (int64_t pair = first; pair < end; pair++) {
-    int64_t row = 0;
-    for (; row + 8 <= work.count; row += 8) multiply_pair<8>(work, row, pair);
-    for (; row + 2 <= work.count; row += 2) multiply_pair<2>(work, row, pair);
-    for (; row < work.count; row++) multiply_pair<1>(work, row, pair);
-  }
+  const int64_t turns = (work.count + rows_together - 1) / rows_together;
+  for (int64_t pair = first; pair < end; pair++)
+    for (int64_t turn = 0; turn < turns; turn++) {
+      const int64_t row = work.count * turn / turns, count = work.count * (turn + 1) / turns - row;
+      multiply_pair<rows_together>(work, row, count, pair);
+    }
 }
 
 #endif
