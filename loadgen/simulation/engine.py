@@ -76,7 +76,7 @@ class Site:
     timeline: Timeline
     pool: ModelledPool
     queues: Queues
-    """Of attention workers; none where the cache is local."""
+    """Of attention workers, or of cores they share; none where the cache is local."""
     cores: Queues
     """That dense workers share, dealt out in turn; none where each has its own."""
     tally: Tally

@@ -16,11 +16,14 @@ from loadgen.simulation.work import PlannedRow, Work, work_of
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """One micro-batch: seconds of both sides over all layers, and of the lanes."""
+    """One micro-batch: seconds of both sides over all layers, and of the lanes. `slowest_s`: of the attention
+    worker that answers last, behind others on its core.
+    """
 
     body_s: float
     own_s: float
     attention_s: tuple[float, ...]
+    slowest_s: float
     sent_s: float
     lane_s: float
     turns_s: float
@@ -35,18 +38,14 @@ class _Half:
         return self.body_s + self.own_s + (self.turns_s or self.sent_s)
 
     @property
-    def slowest_s(self) -> float:
-        return max(self.attention_s)
-
-    @property
     def alone_s(self) -> float:
         """In a step of its own: chunks attend to themselves while the worker attends to what lies there."""
         return self.body_s + self.sent_s + max(self.own_s, self.slowest_s + self.lane_s)
 
 
 class MeasuredSteps:
-    """Prices steps of one dense worker of one core; `workers` attention workers have one each. Owns who is in
-    which micro-batch, which follows from what steps took, as in a real one.
+    """Prices steps of one dense worker of one core. Owns who is in which micro-batch, which follows from what
+    steps took, as in a real one.
     """
 
     def __init__(
@@ -58,13 +57,17 @@ class MeasuredSteps:
         call_s: float,
         *,
         shares_core: bool = False,
+        attention_cores: int = 0,
     ) -> None:
-        """`micro_batches` as configured; `call_s`: see `Pricing`; `shares_core`: with other dense workers."""
+        """`micro_batches` as configured; `call_s`: see `Pricing`; `shares_core`: with other dense workers;
+        `attention_cores`: on which attention workers take turns, 0 where each has its own.
+        """
         self.workers = workers
         self.call_s = call_s
         self._calibration = calibration
         self._lanes = lanes
         self._shares_core = shares_core
+        self._attention_cores = attention_cores or workers
         self._cost: AttendCost = calibration.attend[lanes]
         self._micro_batches = MicroBatches(micro_batches)
 
@@ -102,16 +105,18 @@ class MeasuredSteps:
 
     def _half(self, work: Work) -> _Half:
         costs, cost = self._calibration, self._cost
-        asked = max(work.queries) if any(work.queries) else 0
-        rows = asked or max(work.appended)
+        asked = max(work.queries)
+        attention_s = tuple(self._attention_s(work, worker) for worker in range(self.workers))
+        told = [queries or appended for queries, appended in zip(work.queries, work.appended, strict=True)]
         merge_s = costs.merge_s(work.tokens) if asked and work.chunk_tokens else 0.0
         return _Half(
             costs.body_s(work.tokens) + merge_s,
             sum(costs.own_s(tokens) for tokens in work.chunk_tokens),
-            tuple(self._attention_s(work, worker) for worker in range(self.workers)),
-            cost.sent_s(rows),
-            cost.lane_s(rows) if asked else 0.0,
-            costs.turns_s(rows) if asked and self._shares_core else 0.0,
+            attention_s,
+            max(sum(attention_s[core :: self._attention_cores]) for core in range(self._attention_cores)),
+            sum(cost.sent_s(rows) for rows in told if rows),
+            cost.lane_s(asked) if asked else 0.0,
+            costs.turns_s(asked) if asked and self._shares_core else 0.0,
         )
 
     def _attention_s(self, work: Work, worker: int) -> float:

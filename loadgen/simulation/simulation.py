@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.config import Config
 from cluster.errors import InvalidRequest
@@ -62,7 +62,7 @@ _NO_OBJECTIVES = Objectives()
 class SimulatedCluster:
     """Hardware and settings. `config`: of a cluster that runs, of which engine, attention and placement
     count; numbers of workers follow from `shape`, and arenas too, unless there is a `calibration`: of a
-    machine on whose cores such a cluster runs, one for each role, or one for several dense workers.
+    machine on whose cores such a cluster runs, one for each worker, or fewer that those of a role share.
     """
 
     model: SimulatedModel
@@ -94,8 +94,14 @@ class SimulatedCluster:
         """Cores of a calibrated machine that dense workers share, where they have fewer than there are of
         them; 0 where each has its own.
         """
-        cores = self.config.dense.cores
-        return len(cores) if cores != "auto" and len(cores) < self.shape.dense_workers else 0
+        return _shared(self.config.dense.cores, self.shape.dense_workers)
+
+    @property
+    def attention_cores(self) -> int:
+        """The same of attention workers."""
+        return _shared(
+            self.config.attention.cores, self.shape.attention.devices if self.shape.attention else 0
+        )
 
     @property
     def lanes(self) -> Lanes:
@@ -119,6 +125,7 @@ class SimulatedCluster:
             self.config.dense.micro_batches,
             self.efficiencies.call_s,
             shares_core=self.shared_cores > 0,
+            attention_cores=self.attention_cores,
         )
 
     def description(self) -> dict[str, Any]:
@@ -133,6 +140,11 @@ class SimulatedCluster:
             "step_tokens": self.config.dense.step_tokens,
             "max_batch": self.config.dense.max_batch,
         }
+
+
+def _shared(cores: Sequence[int] | Literal["auto"], workers: int) -> int:
+    """Cores of a list that has fewer than there are workers to have one; else 0."""
+    return len(cores) if cores != "auto" and len(cores) < workers else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +252,7 @@ class Simulation:
         cluster, shape = self._cluster, self._cluster.shape
         policy = placement_policy(cluster.config)
         workers = shape.attention.devices if shape.attention else 0
+        is_calibrated = cluster.calibration is not None
         directory = None
         if shape.attention is None:
             pool = ModelledPool.local(shape.dense_workers, cluster.arena_tokens, policy)
@@ -256,8 +269,8 @@ class Simulation:
         return Site(
             self._timeline,
             pool,
-            Queues(workers),
-            Queues(cluster.shared_cores if cluster.calibration is not None else 0),
+            Queues((cluster.attention_cores if is_calibrated else 0) or workers),
+            Queues(cluster.shared_cores if is_calibrated else 0),
             tally,
             cluster.efficiencies.call_s,
             directory,

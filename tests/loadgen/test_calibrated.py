@@ -115,6 +115,33 @@ def test_a_shared_core_is_taken_for_what_asking_costs_it() -> None:
     assert shared.wall_s == own.wall_s
 
 
+def test_attention_workers_take_turns_on_a_core_they_share() -> None:
+    """Both answer when all is attended to, and a message to each is handed over; side by side the slower one
+    says when.
+    """
+    batch = [
+        PlannedRow(SequenceKey(f"s{n}"), start, 1, samples=True, places=[(worker, 0, start + 64)])
+        for n, (worker, start) in enumerate([(0, 50_000), (1, 30_000)])
+    ]
+    first_s, second_s = (BASE_S + ROW_S + start * TOKEN_S for start in (50_000, 30_000))
+    dense_s = 0.010 + 2 * ROW_S + 0.001 + 2 * SENT_S + LANE_S
+    for cores, waited_s in ((0, first_s), (2, first_s), (1, first_s + second_s)):
+        times = MeasuredSteps(calibration(), "asleep", 2, 1, 1e-3, attention_cores=cores).price(batch)
+        assert times.wall_s == pytest.approx(dense_s + waited_s, rel=1e-6)
+        assert times.attention_s == pytest.approx((first_s, second_s))
+
+
+@pytest.mark.parametrize(("cores", "shared"), [("auto", 0), ([1], 1), ([0, 1], 0), ([0, 1, 2], 0)])
+def test_a_list_shorter_than_its_workers_is_shared(tmp_path: Path, cores: Any, shared: int) -> None:
+    """By dense workers or by attention workers; without attention workers nobody shares theirs."""
+    folder = tiny_model(tmp_path)
+    settings = {"dense.cores": [0], "attention.cores": cores}
+    for attention, expected in ((2, shared), (0, 0)):
+        case = Case("shared", 1, attention, Scenario(), settings)
+        simulated = checks.cluster(case, case.config(folder, "float32"), models.resolve(str(folder)))
+        assert (simulated.attention_cores, simulated.shared_cores) == (expected, 0)
+
+
 def test_telling_users_takes_the_dense_core_and_that_of_attention() -> None:
     """In proportion between one token and many; what gateway and client take holds up only steps that need
     the core they take it from.
