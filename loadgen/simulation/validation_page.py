@@ -148,7 +148,7 @@ def emulations(path: Path = _STUDY) -> list[str]:
 
 _EMULATED_BECAUSE = [
     "",
-    "* Time to the first token while borrowing is further off than a tenth, 2.7 ms: nine users begin at",
+    "* Time to the first token while borrowing is off by some milliseconds: nine users begin at",
     "  once, and which of them the first steps take is chance; the median of what they ask later is",
     "  24 ms in both.",
 ]
