@@ -25,7 +25,7 @@ import torch
 
 from anabranch.cli.bench.step_settings import ATTENTION_EPOCH, LOCAL_WORKER, StepSettings
 from cluster.config import TierConfig
-from cluster.errors import AnabranchError, DeadlineExceeded
+from cluster.errors import AnabranchError, DeadlineExceeded, Unavailable
 from cluster.sampling import SamplingParameters
 from cluster.types import SequenceKey
 from workers.attention.core import AttentionCore
@@ -200,7 +200,10 @@ class DenseParts:
         self._watch.wait()
         for number in numbers:
             self._engine.abort(SequenceKey(f"calibration-{number}"), 1, _WAIT_S)
+        deadline_s = monotonic() + _WAIT_S
         while not self._engine.is_idle():
+            if monotonic() > deadline_s:
+                raise DeadlineExceeded("the calibration's engine does not let go of its sequences")
             sleep(_PAUSE_S)
         return self._watch.ends_s
 
@@ -212,6 +215,8 @@ class DenseParts:
             for (earlier_s, before), (later_s, outcome) in itertools.pairwise(ends)
             if _is_full(before, rows) and _is_full(outcome, rows)
         ]
+        if len(full) <= _OFTEN:
+            raise Unavailable(f"{rows} sequences met in no step within {_TOKENS_MOST} tokens of the first")
         return fmean(full[_OFTEN:])
 
     def _chunk_s(self, before: int, tokens: int) -> float:
