@@ -211,6 +211,25 @@ def test_a_difference_at_one_worker_voids_what_lies_behind_it_at_others(
     assert [store.holdings() != () for store in workers.stores] == [len(kept) > 0, len(kept) > 1]
 
 
+def test_a_lease_that_ended_behind_a_copy_is_no_other_worker() -> None:
+    """Where the copy is given back its worker says that it holds no more, and is forgotten; the map still
+    names a shard there, which is lost, and the sequence goes on elsewhere.
+    """
+    workers = Workers(4, 4)
+    (kept,) = workers.reserve(0, 8)
+    worker = WorkerId("w1") if kept.shard.worker == "w0" else WorkerId("w0")
+    (grown,) = workers.reserve(8, 12, shards=(kept,))
+    assert grown.shard.worker == worker
+    store = next(store for store in workers.stores if store.worker == worker)
+    copy = Placed(store.reserve(KEY, ONE, 0, 4, apart=True).shard, ONE)
+    store.release(KEY, ONE)
+    workers.rooms.release_shard(KEY, copy)
+    assert workers.holders.get(KEY, worker) is None
+    granted = workers.reserve(12, 16, shards=(kept, grown))
+    assert workers.over == [(worker, ONE)]
+    assert {placed.shard.worker for placed in granted} <= {kept.shard.worker}
+
+
 def test_a_lease_that_is_over_is_no_other_worker() -> None:
     """More is asked for where the lease ended unheard: that is told, and room comes under the next life. A
     new request with the id of one that was just released is refused, as before.

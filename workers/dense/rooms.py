@@ -302,7 +302,8 @@ class Rooms:
             self._release_strays(wanted.key, peer, shards)
             return None
         except LeaseOver:
-            if self._holders.take_void(wanted.key, peer.worker, generation) is None:
+            was_held = self._holders.take_void(wanted.key, peer.worker, generation) is not None
+            if not was_held and not _is_mapped(wanted, peer.worker, generation):
                 raise  # of somebody before who had this id
             self._on_lease_over(wanted.key, peer.worker, generation)
             return None
@@ -362,6 +363,13 @@ class Rooms:
         if peer is not None:
             blocks = peer.release(key, held.generation, computed_end)
             self._members.add_free(held.worker, held.epoch, blocks)
+
+
+def _is_mapped(wanted: RoomWanted, worker: WorkerId, generation: Generation) -> bool:
+    """Whether the sequence's map names a shard there. It may when nothing is known to be held: to whom gave a
+    copy back the worker said that it has no more, since all had gone with the lease.
+    """
+    return any((placed.shard.worker, placed.generation) == (worker, generation) for placed in wanted.shards)
 
 
 def _tell(event: str, key: SequenceKey, worker: WorkerId, error: AnabranchError) -> None:
